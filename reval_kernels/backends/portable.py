@@ -1,0 +1,321 @@
+"""Chunked PyTorch for every device: tokens x vocabulary never exists in fp32 as a whole, and nothing of it is kept.
+
+Letters: N tokens, M of them unmasked, C tokens of one chunk, V vocabulary, D width, B trajectories, L actions of the
+longest one. Every function computes in float32 (float64 for float64 inputs) whatever the dtype of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .rows import Transform, row_gradient_, row_values
+from .trajectories import Trajectories, next_state
+
+DEVICES = None
+# Logits of one chunk, in entries: from logits, small enough for a CPU's cache; from hidden states, large enough for
+# the matmuls to run at full speed (64 MiB in fp32).
+ROWS_CHUNK = 1 << 21
+LINEAR_CHUNK = 1 << 24
+
+
+def missing() -> str | None:
+    return None
+
+
+def token_values(
+    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, with_entropy: bool
+) -> tuple[Tensor, ...]:
+    """Per token [...]: q, v, log_prob, entropy, and the row's max and log_sum that the backward needs."""
+    rows, actions = _unmasked(actions, mask, logits.shape[-1], transform)
+    values = [
+        row_values(_wide(logits[at]), actions[c], transform.at(at), with_entropy)
+        for c, at in _chunks(rows, ROWS_CHUNK // logits.shape[-1])
+    ]
+    return _per_token(values, rows, logits)
+
+
+def token_values_backward(
+    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...], inplace: bool,
+) -> Tensor:  # fmt: skip
+    """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
+    rows, actions = _unmasked(actions, mask, logits.shape[-1], transform)
+    out = logits if inplace else logits.new_zeros(logits.shape)
+    if inplace and mask is not None:
+        out.masked_fill_(~mask[..., None], 0)
+    for c, at in _chunks(rows, ROWS_CHUNK // logits.shape[-1]):
+        chunk = _wide(logits[at])  # indexing copies, so the caller's logits stay as they are
+        out[at] = row_gradient_(
+            chunk, actions[c], transform.at(at), [x[at] for x in statistics], [x[at] for x in cotangents]
+        ).to(out.dtype)
+    return out
+
+
+def linear_token_values(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
+    with_entropy: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V], a chunk of them at a time."""
+    rows, actions = _unmasked(actions, mask, weight.shape[0], transform)
+    values = [
+        row_values(_logits(hidden[at], weight, bias), actions[c], transform.at(at), with_entropy)
+        for c, at in _chunks(rows, LINEAR_CHUNK // weight.shape[0])
+    ]
+    return _per_token(values, rows, hidden)
+
+
+def linear_token_values_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
+    statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias (empty where not needed); the logits are computed anew by chunks."""
+    rows, actions = _unmasked(actions, mask, weight.shape[0], transform)
+    gradients = _HeadGradients(hidden, weight, bias, needs)
+    for c, at in _chunks(rows, LINEAR_CHUNK // weight.shape[0]):
+        logits = _logits(hidden[at], weight, bias)
+        gradients.add(at, row_gradient_(
+            logits, actions[c], transform.at(at), [x[at] for x in statistics], [x[at] for x in cotangents]
+        ))  # fmt: skip
+    return gradients.finish()
+
+
+def linear_reval_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
+    level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed).
+
+    A chunk is made of whole trajectories, so its residuals close and its gradient is known while its logits are still
+    there: 6 M V D operations instead of 8. A trajectory longer than a chunk has its logits computed twice.
+    """
+    layout = Trajectories(hidden.shape[:-1], hidden.device, mask, cu_seqlens)
+    _, actions = _unmasked(actions, mask, weight.shape[0], transform)
+    hidden_flat, transform = hidden.reshape(-1, hidden.shape[-1]), transform.flattened()
+    gradients = _HeadGradients(hidden_flat, weight, bias, needs)
+    size = max(1, LINEAR_CHUNK // weight.shape[0])
+    loss = _wide(hidden.new_zeros(()))
+    residual = loss.new_zeros(len(layout.counts))
+
+    for trajectories, span in _whole_trajectories(layout.counts.tolist(), size):
+        tokens, taken, lengths = layout.actions[span], actions[span], layout.counts[trajectories]
+        logits, values = None, []
+        for c, at in (pieces := list(_chunks((tokens,), size))):
+            logits = None  # the last piece's room is free before the next takes its own
+            logits = _logits(hidden_flat[at], weight, bias)
+            values.append(row_values(logits, taken[c], transform.at(at), with_entropy=False))
+        q, v, log_prob, *statistics = (torch.cat(x) for x in zip(*values, strict=True))
+        chunk_loss, residual[trajectories], *cotangents = bellman_loss(
+            q, v, log_prob, [r[trajectories] if len(reference) == 1 else r.reshape(-1)[tokens] for r in reference],
+            rewards[trajectories], None, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), beta, level,
+            semi_gradient, normalizer,
+        )  # fmt: skip
+        loss += chunk_loss
+        for c, at in pieces if any(needs) else ():
+            if len(pieces) > 1:
+                logits = _logits(hidden_flat[at], weight, bias)
+            entropy, row_max, log_sum = (x[c] for x in statistics)
+            gradients.add(at, row_gradient_(
+                logits, taken[c], transform.at(at), (row_max, log_sum, entropy),
+                (*(x[c] for x in cotangents), torch.zeros_like(entropy)),
+            ))  # fmt: skip
+    d_hidden, d_weight, d_bias = gradients.finish()
+    return loss, residual, d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
+
+
+def td_targets(
+    q: Tensor, v: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, beta: float, gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Targets, errors and endogenous rewards per token (METHOD.md section 2)."""
+    layout = Trajectories(q.shape, q.device, mask, cu_seqlens)
+    q_ref, v_ref = (layout.rows(x.to(q.dtype)) for x in reference[:2])
+    q, v_next, v_ref_next = layout.rows(q), next_state(layout.rows(v)), next_state(v_ref)
+    outcome = torch.where(layout.last, _scaled(rewards, beta, q)[:, None], 0)
+    endogenous = q_ref - gamma * v_ref_next
+    # policy minus reference before anything else: exactly 0 where they agree
+    error = (q - q_ref) - gamma * (v_next - v_ref_next) - outcome
+    return (
+        layout.tokens(endogenous + outcome + gamma * v_next),
+        layout.tokens(error),
+        layout.tokens(torch.where(layout.valid, endogenous, 0)),
+    )
+
+
+def td_targets_backward(
+    d_target: Tensor, d_error: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """dq and dv per token."""
+    layout = Trajectories(d_error.shape, d_error.device, mask, cu_seqlens)
+    d_error = layout.rows(d_error)
+    return layout.tokens(d_error), layout.tokens(_previous_state(gamma * (layout.rows(d_target) - d_error)))
+
+
+def bellman_loss(
+    q: Tensor, v: Tensor, log_prob: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, residual [B] and the loss's cotangents dq, dv, dlog_prob per token (METHOD.md sections 3 and 4).
+
+    `reference` is (q, v, log_prob) per token, or (returns [B],).
+    """
+    layout = Trajectories(q.shape, q.device, mask, cu_seqlens)
+    q, v, log_prob = layout.rows(q), layout.rows(v), layout.rows(log_prob)
+    outcome = _scaled(rewards, beta, q)
+    per_token = len(reference) == 3
+    if per_token:
+        # policy minus reference before anything else: exactly 0 where they agree
+        d_q, d_v, d_log = (
+            x - layout.rows(ref.to(x.dtype)) for x, ref in zip((q, v, log_prob), reference, strict=True)
+        )
+        residual = _first(d_v) + d_log.sum(1) - outcome
+    else:
+        residual = _first(v) + log_prob.sum(1) - reference[0].to(q.dtype) - outcome
+    residual = torch.where(layout.counts > 0, residual, 0)
+
+    scale = 2 / normalizer
+    dq = torch.zeros_like(q)
+    dv, dlog = torch.zeros_like(q), torch.zeros_like(q)
+    if level == "trajectory":
+        terms = residual
+        dv[:, :1] = scale * residual[:, None]
+        dlog += scale * residual[:, None]
+    elif level == "token":
+        terms = torch.where(layout.valid, d_q - next_state(d_v) - torch.where(layout.last, outcome[:, None], 0), 0)
+        dq += scale * terms
+        if not semi_gradient:
+            dv = _previous_state(-scale * terms)
+    else:  # subtrajectory: c_h = sum over k >= h of d_k
+        to_go = d_log.flip(1).cumsum(1).flip(1)
+        terms = torch.where(layout.valid, d_v + to_go - outcome[:, None], 0)
+        dv += scale * terms
+        dlog = (scale * terms).cumsum(1)
+    loss = terms.square().sum() / normalizer
+    return loss, residual, layout.tokens(dq), layout.tokens(dv), layout.tokens(dlog)
+
+
+def bellman_loss_backward(
+    d_loss: Tensor, d_residual: Tensor, unit: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dv, dlog_prob per token, from the cotangents at d_loss = 1 and the upstream gradients."""
+    layout = Trajectories(unit[0].shape, unit[0].device, mask, cu_seqlens)
+    dq, dv, dlog = (layout.rows(d_loss * x) for x in unit)
+    dv[:, :1] += d_residual[:, None]
+    return layout.tokens(dq), layout.tokens(dv), layout.tokens(dlog + d_residual[:, None])
+
+
+
+class _HeadGradients:
+    """Gradients of logits = hidden @ weight.T + bias, gathered chunk by chunk; the weight's in fp32 (fp64)."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
+        self.d_weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=dtype)
+        self.d_bias = weight.new_zeros(len(weight) if needs[2] else 0, dtype=dtype)
+        self.needs = needs
+
+    def add(self, at: tuple[Tensor, ...], dlogits: Tensor) -> None:
+        """Take in the gradient [C, V] of the logits of the tokens `at`."""
+        if self.needs[0]:
+            d_hidden = dlogits.new_zeros(len(dlogits), self.weight.shape[1])
+            for words, tile in _tiles(self.weight, dlogits.dtype):
+                d_hidden.addmm_(dlogits[:, words], tile)
+            self.d_hidden[at] = d_hidden.to(self.hidden.dtype)
+        if self.needs[1]:
+            self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))
+        if self.needs[2]:
+            self.d_bias += dlogits.sum(0)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """d_hidden, d_weight, d_bias in the dtypes of what they are gradients of; empty where not needed."""
+        bias = self.d_bias if self.bias is None else self.d_bias.to(self.bias.dtype)
+        return self.d_hidden, self.d_weight.to(self.weight.dtype), bias
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unmasked(
+    actions: Tensor, mask: Tensor | None, vocabulary: int, transform: Transform
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Where the unmasked tokens are (one index tensor [M] for each of the leading dimensions), and their actions."""
+    rows = (torch.ones_like(actions, dtype=torch.bool) if mask is None else mask).nonzero(as_tuple=True)
+    actions = actions[rows].long()
+    outside = (actions < 0) | (actions >= vocabulary)
+    if outside.any():
+        first = int(outside.nonzero()[0, 0])
+        where = [int(i[first]) for i in rows]
+        raise ValueError(
+            f"actions must lie in [0, {vocabulary}) where they are not masked out; got {int(actions[first])} at {where}"
+        )
+    if isinstance(transform.temperature, Tensor) and not (transform.temperature[rows] > 0).all():
+        raise ValueError("temperature must be positive at every unmasked token")
+    return rows, actions
+
+
+def _chunks(rows: tuple[Tensor, ...], size: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Pieces of at most `size` tokens: where they lie among the unmasked ones, and where among all."""
+    size = max(1, size)
+    for start in range(0, len(rows[0]), size):
+        piece = slice(start, min(start + size, len(rows[0])))
+        yield piece, tuple(index[piece] for index in rows)
+
+
+def _whole_trajectories(counts: list[int], size: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of trajectories with at most `size` actions together (one alone may have more), and their actions."""
+    first, start, held = 0, 0, 0
+    for b, count in enumerate(counts):
+        if b > first and held + count > size:
+            yield slice(first, b), slice(start, start + held)
+            first, start, held = b, start + held, 0
+        held += count
+    if held:
+        yield slice(first, len(counts)), slice(start, start + held)
+
+
+def _per_token(values: list[tuple[Tensor, ...]], rows: tuple[Tensor, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """The pieces' numbers [C] joined and put in their places [...], 0 elsewhere."""
+    out = tuple(_wide(like.new_zeros(())).new_zeros(like.shape[:-1]) for _ in range(6))
+    for x, pieces in zip(out, zip(*values, strict=True), strict=False):
+        x[rows] = torch.cat(pieces)
+    return out
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head's rows in the dtype of the computation; a narrower weight is widened a part at a time."""
+    size = len(weight) if weight.dtype == dtype else max(1, LINEAR_CHUNK // 4 // weight.shape[1])
+    for start in range(0, len(weight), size):
+        words = slice(start, min(start + size, len(weight)))
+        yield words, weight[words].to(dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[C, V] in fp32 (fp64): a bf16 logit near 20 is off by up to 0.06, and 5000 of them are summed."""
+    hidden = _wide(hidden)
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for words, tile in _tiles(weight, hidden.dtype):
+        torch.mm(hidden, tile.T, out=logits[:, words])
+    return logits if bias is None else logits.add_(bias)
+
+
+def _scaled(rewards: Tensor, beta: float, like: Tensor) -> Tensor:
+    return rewards.to(like.dtype) / beta
+
+
+def _first(x: Tensor) -> Tensor:
+    """The first column of [B, L], 0 where L = 0."""
+    return x[:, 0] if x.shape[1] else x.new_zeros(len(x))
+
+
+def _previous_state(d_next: Tensor) -> Tensor:
+    """The gradient of V(s_h) from that of `next_state`."""
+    out = torch.zeros_like(d_next)
+    out[:, 1:] = d_next[:, :-1]
+    return out

@@ -1,0 +1,98 @@
+"""One chunk of logits in fp32 (or fp64): its token values, and its gradient written over it.
+
+Letters: C tokens of the chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """What happens to logits before anything is read off them: softcap * tanh(z / softcap), then z / temperature."""
+
+    temperature: float | Tensor = 1.0
+    """A number, or one per token [...]."""
+    softcap: float | None = None
+
+    def at(self, index: tuple[Tensor, ...]) -> Transform:
+        """The transform of some tokens: temperature [C, 1]."""
+        if isinstance(self.temperature, Tensor):
+            return self._replace(temperature=self.temperature[index][:, None])
+        return self
+
+    def flattened(self) -> Transform:
+        if isinstance(self.temperature, Tensor):
+            return self._replace(temperature=self.temperature.reshape(-1))
+        return self
+
+    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The transformed logits, and tanh(logits / softcap) where there is a softcap. `logits` is left alone."""
+        z, tanh = logits, None
+        if self.softcap is not None:
+            tanh = torch.tanh(logits / self.softcap)
+            z = tanh * self.softcap
+        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
+            z = z / self.temperature
+        return z, tanh
+
+
+def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entropy: bool) -> tuple[Tensor, ...]:
+    """q, v, log_prob, entropy (0 if not wanted), row_max, log_sum: each [C].
+
+    v = row_max + log_sum; both parts are returned because v alone, near 1e4, would lose the digits that the gradient
+    needs.
+    """
+    z, _ = transform.apply(logits)
+    row_max = z.amax(dim=-1)
+    row_max = torch.where(row_max.isinf(), 0, row_max)  # a row of -inf alone: exp(-inf - 0) is 0, -inf - -inf is NaN
+    shifted = z - row_max[:, None]
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    log_sum = total.log()
+    q = z.gather(-1, actions[:, None])[:, 0]
+    entropy = torch.zeros_like(q)
+    if with_entropy:
+        # a word at -inf has weight 0 and would contribute 0 * -inf = NaN
+        entropy = log_sum - (weights * shifted.clamp(min=torch.finfo(z.dtype).min)).sum(dim=-1) / total
+    return q, row_max + log_sum, (q - row_max) - log_sum, entropy, row_max, log_sum
+
+
+def row_gradient_(
+    logits: Tensor,
+    actions: Tensor,
+    transform: Transform,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    cotangents: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Tensor:
+    """The gradient [C, V] of the chunk's logits; `logits` is overwritten.
+
+    statistics: row_max, log_sum, entropy; cotangents: dq, dv, dlog_prob, dentropy; each [C]. METHOD.md section 4:
+    dlogits = dq * onehot + dv * softmax, with log_prob = q - v, and d entropy / dz = -p (log p + entropy).
+    """
+    row_max, log_sum, entropy = (x[:, None] for x in statistics)
+    dq, dv, dlog, dentropy = (x[:, None] for x in cotangents)
+    action = actions[:, None]
+    z, tanh = transform.apply(logits)
+    log_pi = torch.sub(z, row_max, out=logits).sub_(log_sum)
+    log_pi_action = log_pi.gather(-1, action)
+    # What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
+    at_action = (dq + dv) - (dlog - dv) * torch.expm1(log_pi_action)
+    if (dentropy != 0).any():
+        p = log_pi.exp()
+        # p = 0 meets log p = -inf: their product is 0 in the limit
+        spread = torch.where(p > 0, p * (log_pi + entropy), 0).mul_(dentropy)
+        gradient = p.mul_(dv - dlog)
+        at_action = at_action - spread.gather(-1, action)
+        gradient.sub_(spread)
+    else:
+        gradient = log_pi.exp_().mul_(dv - dlog)
+    gradient.scatter_(-1, action, at_action)
+    if tanh is not None:
+        gradient.mul_(tanh.square_().neg_().add_(1))
+    if isinstance(transform.temperature, Tensor) or transform.temperature != 1.0:
+        gradient.div_(transform.temperature)
+    return gradient

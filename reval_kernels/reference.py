@@ -1,0 +1,197 @@
+"""The definition: every public function in plain PyTorch, written to be obviously right rather than fast.
+
+Works in any floating dtype up to float64, on any device, under plain autograd. The tests compare every backend with
+this file in float64; METHOD.md (arXiv 2603.23355, with the corrections noted there) is its only source. Arguments and
+results are those of the functions of the same name in `reval_kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import BellmanLoss, TDTargets, TokenValues
+
+
+def token_values(
+    logits: Tensor,
+    actions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+) -> TokenValues:
+    """Q, V and log pi of each action from logits [..., V]. See `reval_kernels.token_values`."""
+    mask = torch.ones_like(actions, dtype=torch.bool) if mask is None else mask
+    z = logits[mask]  # [M, V]: indexing keeps whatever the masked positions hold, NaN included, out of the graph
+    z = z if z.dtype == torch.float64 else z.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / (temperature[mask].to(z.dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
+
+    taken = actions[mask].long()[:, None]
+    log_pi = torch.log_softmax(z, dim=-1)
+    q, v, log_prob = z.gather(-1, taken)[:, 0], torch.logsumexp(z, dim=-1), log_pi.gather(-1, taken)[:, 0]
+    entropy = torch.special.entr(log_pi.exp()).sum(-1) if with_entropy else None
+
+    def scatter(x: Tensor) -> Tensor:
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+    return TokenValues(scatter(q), scatter(v), scatter(log_prob), None if entropy is None else scatter(entropy))
+
+
+def linear_token_values(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+) -> TokenValues:
+    """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V]."""
+    logits = _head(hidden, weight, bias)
+    return token_values(
+        logits, actions, mask=mask, temperature=temperature, softcap=softcap, with_entropy=with_entropy
+    )
+
+
+def td_targets(
+    values: TokenValues,
+    reference: TokenValues,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    gamma: float = 1.0,
+) -> TDTargets:
+    """TD targets, TD errors and endogenous rewards of every action (METHOD.md section 2)."""
+    q, v, shape = values.q.flatten(), values.v.flatten(), values.q.shape
+    q_ref, v_ref = reference.q.detach().flatten(), reference.v.detach().flatten()
+    target, error, endogenous = (torch.zeros_like(q) for _ in range(3))
+    for b, steps in enumerate(_trajectories(values.q, mask, cu_seqlens)):
+        outcome = torch.zeros_like(q[steps])
+        outcome[-1:] = rewards[b].to(q.dtype) / beta
+        v_next, v_ref_next = _shift(v[steps]), _shift(v_ref[steps])
+        e = q_ref[steps] - gamma * v_ref_next
+        endogenous = endogenous.index_put((steps,), e)
+        target = target.index_put((steps,), e + outcome + gamma * v_next)
+        # policy minus reference before anything else: exactly 0 where they agree
+        error = error.index_put((steps,), (q[steps] - q_ref[steps]) - gamma * (v_next - v_ref_next) - outcome)
+    return TDTargets(target.view(shape), error.view(shape), endogenous.view(shape))
+
+
+def bellman_loss(
+    values: TokenValues,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    level: str = "trajectory",
+    semi_gradient: bool = False,
+    normalizer: float | None = None,
+) -> BellmanLoss:
+    """The squared Bellman residual at one of three levels (METHOD.md sections 3 and 4)."""
+    v, log_prob = values.v.flatten(), values.log_prob.flatten()
+    trajectories = _trajectories(values.q, mask, cu_seqlens)
+    if level == "token":
+        frozen = TokenValues(values.q, values.v.detach(), values.log_prob) if semi_gradient else values
+        assert isinstance(reference, TokenValues)
+        errors = td_targets(frozen, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta).error.flatten()
+
+    residuals, total = [], v.new_zeros(())
+    for b, steps in enumerate(trajectories):
+        if len(steps) == 0:
+            residuals.append(v.new_zeros(()))
+            continue
+        outcome = rewards[b].to(v.dtype) / beta
+        if isinstance(reference, TokenValues):
+            dv = v[steps] - reference.v.detach().flatten()[steps]
+            dlog = log_prob[steps] - reference.log_prob.detach().flatten()[steps]
+            residual = dv[0] + dlog.sum() - outcome
+        else:
+            residual = v[steps][0] + log_prob[steps].sum() - reference[b].detach() - outcome
+        residuals.append(residual)
+        if level == "trajectory":
+            total = total + residual**2
+        elif level == "token":
+            total = total + (errors[steps] ** 2).sum()
+        else:  # subtrajectory: from every step to the end
+            to_go = dv + dlog.flip(0).cumsum(0).flip(0) - outcome
+            total = total + (to_go**2).sum()
+    residual = torch.stack(residuals) if residuals else v.new_zeros(0)
+    return BellmanLoss(total / (max(len(trajectories), 1) if normalizer is None else normalizer), residual)
+
+
+def reval_loss(
+    logits: Tensor,
+    actions: Tensor,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    level: str = "trajectory",
+    semi_gradient: bool = False,
+    normalizer: float | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> BellmanLoss:
+    """`bellman_loss` of `token_values`."""
+    values = token_values(logits, actions, mask=mask, temperature=temperature, softcap=softcap)
+    return bellman_loss(
+        values, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta, level=level,
+        semi_gradient=semi_gradient, normalizer=normalizer,
+    )  # fmt: skip
+
+
+def linear_reval_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    level: str = "trajectory",
+    semi_gradient: bool = False,
+    normalizer: float | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> BellmanLoss:
+    """`reval_loss` of logits = hidden @ weight.T + bias."""
+    return reval_loss(
+        _head(hidden, weight, bias), actions, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta,
+        level=level, semi_gradient=semi_gradient, normalizer=normalizer, temperature=temperature, softcap=softcap,
+    )  # fmt: skip
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def _trajectories(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """For each trajectory, the flat indices of its actions in order."""
+    flat = torch.arange(like.numel(), device=like.device)
+    if cu_seqlens is None:
+        pieces = list(flat.view(like.shape))
+    else:
+        pieces = [flat[a:b] for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    return pieces if mask is None else [piece[mask.flatten()[piece]] for piece in pieces]
+
+
+def _shift(v: Tensor) -> Tensor:
+    """V(s_{h+1}) from V(s_h): the state of the next action; 0 after the last (terminal)."""
+    return torch.cat([v[1:], v.new_zeros(min(1, len(v)))])

@@ -1,0 +1,42 @@
+"""What the public functions return."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenValues(NamedTuple):
+    """What a language model says about one action in one state, for every token; the narrow waist of the library.
+
+    All tensors have the shape [...] of the actions ([B, T] padded or [N] packed) and are float32 (float64 for
+    float64 logits). Masked-out positions hold 0. Values are in units of reward / beta.
+    """
+
+    q: Tensor
+    """Q(s, a): the action's logit, after softcap and temperature."""
+    v: Tensor
+    """V(s) = logsumexp over the vocabulary."""
+    log_prob: Tensor
+    """log pi(a|s) = q - v, computed without subtracting two large numbers."""
+    entropy: Tensor | None = None
+    """Entropy of pi(.|s) in nats, where it was asked for."""
+
+
+class TDTargets(NamedTuple):
+    """The stepwise signal of METHOD.md section 2, each [...] like the token values; 0 where masked out."""
+
+    target: Tensor
+    """y_h = e_h + 1[h=H] r / beta + gamma V(s_{h+1})"""
+    error: Tensor
+    """d_h = Q(s_h, a_h) - y_h"""
+    endogenous_reward: Tensor
+    """e_h = Q_ref(s_h, a_h) - gamma V_ref(s_{h+1})"""
+
+
+class BellmanLoss(NamedTuple):
+    """A Bellman loss and the trajectory residuals behind it."""
+
+    loss: Tensor
+    """Scalar."""
+    residual: Tensor
+    """[B], sum_h d_h of each trajectory in units of reward / beta; 0 for a trajectory without actions."""

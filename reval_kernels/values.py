@@ -1,0 +1,115 @@
+"""The heavy half: Q, V and log pi of every action, from logits or straight from hidden states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import checks, library
+from .types import TokenValues
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def token_values(
+    logits: Tensor,
+    actions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    inplace_grad: bool = False,
+    backend: str | None = None,
+) -> TokenValues:
+    """Soft Q-value, state value and log-probability of each action, from logits.
+
+    A language model's logits are its soft Q-values (arXiv 2603.23355, section 3): with z the logits after
+    softcap * tanh(z / softcap) and then z / temperature,
+
+        q = z[action]    v = logsumexp(z)    log_prob = q - v = (z[action] - max z) - log sum exp(z - max z)
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied as a whole. `...` is [B, T]
+            or [N].
+        actions: [...] int64 or int32, the token taken in each state, in [0, V).
+        mask: [...] bool, true where the token is an action. Elsewhere the outputs are 0, the gradient is 0, the
+            logits are never read, and the action may be anything (-100 too).
+        temperature: a positive number, or a tensor [...]; a constant for the gradient.
+        softcap: a positive number, or None.
+        with_entropy: also return the entropy of softmax(z) in nats.
+        inplace_grad: let the backward overwrite `logits` with its gradient. The logits' version counter is bumped, so a
+            second backward raises. Ignored under torch.compile.
+        backend: a name from `reval_kernels.backends()`; None for the default of the tensors' device.
+
+    Returns:
+        TokenValues of [...] float32 tensors (float64 for float64 logits), each differentiable in the logits.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise ValueError(f"logits must be a tensor of shape [..., V], got {getattr(logits, 'shape', type(logits))}")
+    checks.tensor("logits", logits, checks.FLOATS, logits.shape, None)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least one word, got shape {list(logits.shape)}")
+    checks.token_arguments(actions, logits.shape[:-1], logits.device, mask, temperature, softcap)
+    out = library.token_values(
+        logits, actions, mask, *_temperature(temperature), softcap, with_entropy,
+        inplace_grad and not torch.compiler.is_compiling(), backend,
+    )  # fmt: skip
+    return TokenValues(out[0], out[1], out[2], out[3] if with_entropy else None)
+
+
+def linear_token_values(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    backend: str | None = None,
+    process_group: ProcessGroup | None = None,
+) -> TokenValues:
+    """`token_values` of logits = hidden @ weight.T + bias, which never exist as a whole.
+
+    The logits are computed for unmasked tokens only, a chunk at a time, and never rounded below float32; the backward
+    computes them anew. The weight's gradient accumulates in float32.
+
+    Args:
+        hidden: [..., D], `...` being [B, T] or [N]; float32, bfloat16, float16 or float64.
+        weight: [V, D], the head; its dtype may differ from the hidden states'.
+        actions: [...] int64 or int32, in [0, V).
+        bias: [V] or None.
+        mask, temperature, softcap, with_entropy, backend: as in `token_values`.
+        process_group: `weight` and `bias` are this rank's slice of the vocabulary, in the order of the ranks; `hidden`
+            and `actions` are the same on all ranks, and the outputs and the gradient of `hidden` are those of the
+            whole vocabulary. Not under torch.compile.
+
+    Returns:
+        TokenValues of [...] float32 tensors (float64 for float64 hidden states), differentiable in hidden, weight and
+        bias; only gradients that are asked for are computed.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+    """
+    checks.head_arguments(hidden, weight, bias)
+    checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
+    args = (actions, mask, *_temperature(temperature), softcap, with_entropy, backend)
+    if process_group is None:
+        out = library.linear_token_values(hidden, weight, bias, *args)
+    else:
+        from .sharded import sharded_token_values
+
+        out = sharded_token_values(process_group, hidden, weight, bias, *args)
+    return TokenValues(out[0], out[1], out[2], out[3] if with_entropy else None)
+
+
+def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
