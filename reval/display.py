@@ -1,0 +1,117 @@
+"""What the terminal shows: a live table and a progress bar, or one plain line an iteration."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import Config
+from .evaluate import Evaluation
+
+SHOWN = {
+    "reward": "reward {:.2f}",
+    "reval/residual_abs": "residual {:.2f}",
+    "completions/mean_length": "{:.0f} tokens long",
+    "rollout/tokens_per_second": "{:.0f} tokens/s",
+}
+
+
+class Display:
+    """Progress of a run: rich on a terminal, plain elsewhere (run.display)."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        rich = config.run.display == "rich" or (config.run.display == "auto" and sys.stdout.isatty())
+        self._console = Console(soft_wrap=True) if rich else Console(soft_wrap=True, no_color=True, highlight=False)
+        self._started = time.perf_counter()
+        self._progress = None
+        if rich:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[now]}"),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._progress.add_task("ReVal", total=config.run.iterations, now="starting")
+
+    def __enter__(self) -> Display:
+        self._console.print(
+            f"{self._config.model.name}: {self._config.run.iterations} iterations of "
+            f"{self._config.rollout.prompts} prompts x {self._config.rollout.responses} responses, "
+            f"{self._config.replay.updates_per_iteration} updates each; results in {self._config.run.dir} "
+            "(settings: config.yaml there)",
+            markup=False,
+        )
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Say what goes on while nothing else is shown."""
+        start = time.perf_counter()
+        if self._progress is not None:
+            self._progress.update(self._task, now=what)
+        else:
+            self.note(what)
+        yield
+        if self._progress is None:
+            self.note(f"  done in {time.perf_counter() - start:.0f} s")
+
+    def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Show one finished iteration."""
+        parts = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
+        for key, name in (("reward_errors", "reward errors"), ("reward_timeouts", "reward timeouts")):
+            if metrics.get(key):
+                parts.append(f"{metrics[key]:.0f} {name}!")
+        if "eval/accuracy" in metrics:
+            parts.append(f"held-out accuracy {metrics['eval/accuracy']:.2f}")
+        text = " | ".join(parts)
+        if self._progress is not None:
+            self._progress.console.print(f"[bold]{iteration:4d}[/]  {escape(text)}")
+            self._progress.update(self._task, completed=iteration, now="")
+            return
+        spent = time.perf_counter() - self._started
+        left = spent / iteration * (self._config.run.iterations - iteration)
+        total = self._config.run.iterations
+        self.note(f"{iteration}/{total} | {text} | {metrics['step_time']:.1f} s | {left:.0f} s left")
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, markup=False)
+
+    def results(self, before: Evaluation | None, after: Evaluation | None, folder: Path) -> None:
+        """Held-out answers and accuracy before and after, and where everything lies."""
+        if before is not None and after is not None:
+            table = Table(title="Held-out problems", show_lines=False)
+            for name in ("problem", "before", "", "after", ""):
+                table.add_column(name, overflow="fold")
+            for old, new in list(zip(before.answers, after.answers, strict=True))[: self._config.run.table]:
+                prompt = old.prompt if isinstance(old.prompt, str) else old.prompt[-1]["content"]
+                cells = (prompt, old.sampled[0], _mark(old.scores[0]), new.sampled[0], _mark(new.scores[0]))
+                table.add_row(*(escape(str(cell)) for cell in cells))
+            self._console.print(table)
+            first, then = before.metrics(), after.metrics()
+            samples = f"{len(before.answers)} problems x {self._config.evaluation.samples} answers"
+            names = {"eval/accuracy": f"temperature {self._config.evaluation.temperature:g} ({samples})",
+                     "eval/accuracy_greedy": "greedy"}  # fmt: skip
+            for key, name in names.items():
+                if key in first:
+                    self.note(f"held-out accuracy, {name}: {first[key]:.3f} -> {then[key]:.3f}")
+        self.note(f"metrics, samples, curves.png and the checkpoint are in {folder}")
+
+
+def _mark(score: float | None) -> str:
+    return "?" if score is None else "✓" if score >= 1 else "✗" if score <= 0 else f"{score:.2f}"

@@ -1,0 +1,44 @@
+"""curves.png: what happened in a run, in four panels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+from matplotlib import pyplot  # noqa: E402
+
+
+def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tuple[int, float]]) -> None:
+    """Draw reward and held-out accuracy, residuals, V and log-ratio, and the completions against the iteration.
+
+    `rows` are the objects of metrics.jsonl; `evaluations` are (iteration, held-out accuracy).
+    """
+    x = [row["iteration"] for row in rows]
+    figure, ((reward, residual), (values, length)) = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    panels = (
+        (reward, "Reward of the fresh rollouts", {"reward": "mean score, training problems"}),
+        (residual, "Bellman residual, mean |.|", {
+            "reval/residual_abs": "fresh batch", "reval/replay/residual_abs": "replayed"}),
+        (values, "What the residual is made of", {
+            "reval/v_policy": "V(s_1)", "reval/v_reference": "V_ref(s_1)", "reval/log_ratio": "sum log pi / pi_ref"}),
+        (length, "Completions", {"completions/mean_length": "mean length, tokens"}),
+    )  # fmt: skip
+    for axes, title, lines in panels:
+        for key, label in lines.items():
+            points = [(i, row[key]) for i, row in zip(x, rows, strict=True) if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.grid(alpha=0.3)
+    if evaluations:
+        reward.plot(*zip(*evaluations, strict=True), "ks--", markersize=5, label="held-out accuracy")
+        reward.set_title("Reward and held-out accuracy", fontsize=10)
+    reward.set_ylim(-0.03, None)
+    for axes in (reward, residual, values, length):
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+"""Rollouts by transformers' `generate`, in this process, with one prefill a prompt for its whole group."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import Response
+
+
+class HFRollout:
+    """Generates with `model` itself, or with a copy of it in another dtype.
+
+    Args:
+        model: the policy.
+        tokenizer: pads on the left.
+        batch_size: sequences decoded at once.
+        dtype: of the weights that generate; None shares the policy's own weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+    ):
+        shared = dtype is None or dtype == model.dtype
+        self._model = model if shared else copy.deepcopy(model).requires_grad_(False).to(dtype)  # type: ignore[arg-type]
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Copy the policy's weights, unless they are shared."""
+        if model is not self._model:
+            self._model.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], *, responses: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[Response]]:
+        """See RolloutEngine.generate."""
+        training = self._model.training
+        self._model.eval()
+        group = min(responses, self._batch_size)
+        together = max(1, self._batch_size // group)
+        out: list[list[Response]] = [[] for _ in prompts]
+        try:
+            with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                for start in range(0, len(prompts), together):
+                    part = prompts[start : start + together]
+                    for done in range(0, responses, group):
+                        count = min(group, responses - done)
+                        for i, rows in enumerate(self._decode(part, count, max_new_tokens, temperature)):
+                            out[start + i] += rows
+        finally:
+            self._model.train(training)
+        return out
+
+    def _decode(
+        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float
+    ) -> list[list[Response]]:
+        """`count` responses to each prompt, all in one batch."""
+        padded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
+        ids, attention = (padded[key].to(self._model.device) for key in ("input_ids", "attention_mask"))
+        # top_k and top_p are named because generation_config.json may set them, and training needs plain samples
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        generated = self._model.generate(
+            input_ids=ids.repeat_interleave(count, 0), attention_mask=attention.repeat_interleave(count, 0),
+            past_key_values=self._prefill(ids, attention, count), max_new_tokens=max_new_tokens, use_cache=True,
+            eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id, top_k=0, top_p=1.0,
+            repetition_penalty=1.0, **sampling,
+        )  # fmt: skip
+        rows = [self._response(row) for row in generated[:, ids.shape[1] :].tolist()]
+        return [rows[i * count : (i + 1) * count] for i in range(len(prompts))]
+
+    def _prefill(self, ids: Tensor, attention: Tensor, count: int) -> DynamicCache | None:
+        """Keys and values of all prompt tokens but the last, computed once a prompt and repeated for its group.
+
+        None where it would save nothing, or the model's cache is of a kind that cannot be repeated.
+        """
+        if count == 1 or ids.shape[1] < 2:
+            return None
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        body: Any = self._model.base_model
+        cache = body(
+            input_ids=ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=True
+        ).past_key_values
+        if type(cache) is not DynamicCache:
+            return None
+        cache.batch_repeat_interleave(count)
+        return cache
+
+    def _response(self, row: list[int]) -> Response:
+        """A generated row up to its first end-of-sequence token; what follows is padding."""
+        for i, token in enumerate(row):
+            if token in self._ends:
+                return Response(row[: i + 1], finished=True)
+        return Response(row, finished=False)

@@ -1,0 +1,25 @@
+"""For every test: as many threads as this worker's share of the cores, and no deadline in hypothesis."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# The first call of anything compiles, imports or fills a cache; a deadline would only measure that.
+settings.register_profile("reval", deadline=None, print_blob=True)
+settings.load_profile("reval")
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where there is one."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,194 @@
+"""The `reval` command. Training and evaluation are stood in for: what they are called with is what matters here.
+
+The two things that only a fresh process shows, that `python -m reval.train` works and that nothing heavy is imported,
+are tested in one.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import reval
+from reval.cli import main
+from reval.config import Config, ConfigError, load_config
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """What reval.loop.train and reval.evaluate.main are called with."""
+    made: list[tuple] = []
+    for module, function in (("reval.loop", "train"), ("reval.evaluate", "main")):
+        fake = ModuleType(module)
+        setattr(fake, function, lambda *arguments: made.append(arguments))
+        monkeypatch.setitem(sys.modules, module, fake)
+    return made
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "reval.train", "--help"],
+        ["-m", "reval.train", TINY, "--dry-run", "optim.lr=1e-6"],
+        ["-m", "reval.train", TINY, "optim.lrr=1"],
+        ["-m", "reval.cli", "evaluate", "--help"],
+        ["-m", "reval.cli", "--help"],
+    ],
+)
+def test_a_fresh_process_answers_without_importing_anything_heavy(arguments):
+    result = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
+    log = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rsplit("|")[-1].strip().partition(".")[0] for line in log}
+    assert "yaml" in imported
+    assert imported.isdisjoint({"torch", "transformers", "triton", "numpy", "rich", "reasoning_gym", "reval_kernels"})
+    wrong = "optim.lrr=1" in arguments
+    assert result.returncode == (2 if wrong else 0)
+    assert bool(result.stdout) != wrong
+    rest = result.stderr.replace("\n".join(log), "").strip()
+    assert rest == ("reval train: unknown setting 'optim.lrr'; did you mean 'optim.lr'?" if wrong else "")
+
+
+def test_train_passes_the_resolved_config_on(calls):
+    assert main(["train", TINY, "optim.lr=2e-6", "replay.updates_per_iteration=4"]) == 0
+    (((config,)),) = calls
+    assert config == load_config([TINY], ["optim.lr=2e-6", "replay.updates_per_iteration=4"])
+    assert (config.optim.lr, config.replay.updates_per_iteration, config.model.name) == (2e-6, 4, "tiny")
+
+
+def test_overrides_alone_are_enough_and_win_wherever_they_stand(calls):
+    assert main(["train", "optim.lr=2e-6", TINY]) == 0
+    assert calls[0][0].optim.lr == 2e-6
+    assert main(["train", "model.name=tiny"]) == 0
+    assert calls[1] == (load_config([], ["model.name=tiny"]),)
+
+
+def test_dry_run_prints_the_config_and_does_not_train(calls, capsys, tmp_path):
+    assert main(["train", "--dry-run", TINY, "optim.lr=2e-6"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config([printed]) == load_config([TINY], ["optim.lr=2e-6"])
+    assert main(["train", "--dry-run"]) == 0
+    assert capsys.readouterr().out == Config().to_yaml()
+    assert calls == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_setting(command, flag, capsys, calls):
+    assert main([command, flag]) == 0
+    out = capsys.readouterr().out
+    for section, values in Config().to_dict().items():
+        assert f"\n{section}: " in out
+        for name in values:
+            assert f"\n  {section}.{name}=" in out
+    assert calls == []
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == main(["-h"]) == main(["env", "--help"]) == 0
+    assert capsys.readouterr().out.count("usage: reval train CONFIG.yaml") == 3
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"reval {reval.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "reval: give a command: train, evaluate, env (reval --help)"),
+        (["tarin"], "reval: no command 'tarin'; there are train, evaluate, env (reval --help)"),
+        (["train"], "reval train: name a config file, such as configs/demo.yaml (--help lists every setting)"),
+        (
+            ["train", TINY, "--lr=1"],
+            "reval train: unknown flag --lr=1; there are --help and --dry-run; settings are section.setting=value",
+        ),
+        (["train", TINY, "optim.lr=fast"], "reval train: optim.lr must be a number; got 'fast'"),
+        (["train", TINY, "lr=1"], "reval train: unknown setting 'lr'; did you mean 'optim.lr'?"),
+        (["evaluate", "optim.lr=1"], "reval evaluate: name a run folder or a checkpoint (reval --help)"),
+        (
+            ["evaluate", TINY],
+            f"reval evaluate: CHECKPOINT must be a folder, a run's or a checkpoint's; '{TINY}' is not one",
+        ),
+        (["env", "torch"], "reval env: env takes no arguments; got torch"),
+    ],
+)
+def test_what_is_wrong_is_one_line_on_stderr_and_status_2(arguments, message, capsys, calls):
+    assert main(arguments) == 2
+    assert capsys.readouterr() == ("", message + "\n")
+    assert calls == []
+
+
+def test_a_config_error_found_later_looks_the_same_and_a_bug_does_not(capsys, calls, monkeypatch):
+    def fail(error: BaseException):
+        def train(config):
+            raise error
+
+        monkeypatch.setattr(sys.modules["reval.loop"], "train", train)
+        return main(["train", TINY])
+
+    assert fail(ConfigError("run.dir must be a new folder")) == 2
+    assert capsys.readouterr().err == "reval train: run.dir must be a new folder\n"
+    assert fail(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "reval train: interrupted\n"
+    with pytest.raises(ValueError, match="a bug"):
+        fail(ValueError("a bug"))
+
+
+def test_main_reads_the_process_s_arguments(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["reval", "--version"])
+    assert main() == 0
+    monkeypatch.setattr(sys, "argv", ["reval"])
+    assert main() == 2
+
+
+def test_evaluate_takes_the_run_s_settings_then_files_then_overrides(calls, tmp_path, capsys):
+    checkpoint = tmp_path / "step-3"
+    checkpoint.mkdir()
+    more = tmp_path / "more.yaml"
+    more.write_text("optim: {lr: 1e-2, eps: 1e-4}\n")
+    assert main(["evaluate", str(checkpoint)]) == 0  # no config.yaml yet
+    (tmp_path / "config.yaml").write_text("optim: {lr: 1e-3, warmup: 5}\n")
+    assert main(["evaluate", str(checkpoint)]) == 0
+    assert main(["evaluate", str(tmp_path), str(more), "optim.eps=1e-5"]) == 0
+    expected = [
+        load_config(),
+        load_config([], ["optim.lr=1e-3", "optim.warmup=5"]),
+        load_config([], ["optim.lr=1e-2", "optim.warmup=5", "optim.eps=1e-5"]),
+    ]
+    assert calls == list(zip(expected, [checkpoint, checkpoint, tmp_path], strict=True))
+    assert main(["evaluate", str(checkpoint), "--dry-run"]) == 0
+    assert capsys.readouterr().out == expected[1].to_yaml() and len(calls) == 3
+    (checkpoint / "config.yaml").write_text("optim: {lr: 1e-4}\n")
+    assert main(["evaluate", str(checkpoint)]) == 0  # the nearer one
+    assert calls[3][0] == load_config([], ["optim.lr=1e-4"])
+
+
+def test_env_names_versions_devices_and_backends(capsys, monkeypatch):
+    fake = ModuleType("reval_kernels")
+    fake.backends = lambda: {
+        "triton": SimpleNamespace(available=False, default_for=(), reason="no GPU"),
+        "portable": SimpleNamespace(available=True, default_for=("cpu", "mps"), reason=""),
+    }
+    monkeypatch.setitem(sys.modules, "reval_kernels", fake)
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    names = ["reval", "python", "torch", "transformers", "triton", "CPU", "threads", "GPU"]
+    assert list(dict.fromkeys(line.split()[0] for line in out.splitlines()[:-2])) == names
+    assert out.startswith(f"reval          {reval.__version__}\npython         3.")
+    assert "\ntorch          2." in out
+    assert "  triton       not available: no GPU\n" in out
+    assert "  portable     available, default for cpu, mps\n" in out
+
+
+def test_env_survives_what_is_not_installed(capsys, monkeypatch):
+    for missing in ("torch", "reval_kernels"):
+        monkeypatch.setitem(sys.modules, missing, None)  # None makes `import` raise ImportError
+        monkeypatch.setattr("reval.cli._version", lambda package: "not installed")
+        assert main(["env"]) == 0
+        out = capsys.readouterr().out
+        assert "torch          not installed\n" in out and "threads " in out
+        monkeypatch.undo()

@@ -1,0 +1,448 @@
+"""Settings: what they are, what they accept, how they are read, and what is said when something is wrong.
+
+Every error message is compared in full: it is the part of this code that users read. The values in the round trips
+come from hypothesis, because YAML has more corners (`yes`, 1e-6, `{question}`, ` #`) than one thinks of.
+"""
+
+import dataclasses
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reval import config_io
+from reval.config import Config, ConfigError, DataConfig, OptimConfig, ReplayConfig, help_text, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# Adding a setting is a decision: it has to be made here as well.
+SETTINGS = """
+data.held_out data.held_out_path data.name data.options data.path data.seed data.size data.source data.system_prompt
+data.template
+evaluation.every evaluation.greedy evaluation.samples evaluation.temperature
+model.attn_implementation model.compute_dtype model.device model.dtype model.gradient_checkpointing model.name
+objective.beta objective.level objective.name objective.semi_gradient
+optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.warmup optim.weight_decay
+reference.reset_every
+replay.batch_size replay.capacity replay.updates_per_iteration
+reward.function reward.shaping reward.timeout reward.workers
+rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.prompts rollout.responses
+rollout.temperature
+run.dir run.display run.iterations run.overwrite run.save_every run.seed run.table run.threads
+tracking.samples tracking.tensorboard
+""".split()
+
+
+def write(folder: Path, text: str, name: str = "x.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], overrides)
+    return str(caught.value)
+
+
+def file_error(folder: Path, text: str) -> str:
+    """The message for a file that holds `text`, without the folder's name."""
+    path = write(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([path])
+    return str(caught.value).replace(str(path), "x.yaml")
+
+
+# ---- The declarations ----
+
+
+def test_the_settings_are_these():
+    assert sorted(config_io.settings(Config)) == SETTINGS
+
+
+@pytest.mark.parametrize("section", dataclasses.fields(Config), ids=lambda section: section.name)
+def test_every_setting_has_one_help_line_and_a_type_that_can_be_described(section):
+    docs = config_io.field_docs(section.type)
+    assert list(docs) == [field.name for field in dataclasses.fields(section.type)]
+    for field in dataclasses.fields(section.type):
+        assert docs[field.name].endswith((".", "...")) and len(docs[field.name]) > 10
+        assert config_io.describe(field.type)
+    assert section.type.__name__ == section.name.capitalize() + "Config"  # error messages derive one from the other
+
+
+def test_help_shows_name_default_type_and_meaning():
+    text = help_text(width=100)
+    assert "  optim.lr=1e-06   (a number)\n      Learning rate, constant after the warmup.\n" in text
+    assert "  replay.batch_size=null   (a whole number, or null)\n" in text
+    assert "  objective.level=trajectory   (one of trajectory, token, subtrajectory)\n" in text
+    assert "  optim.betas=[0.9, 0.95]   (a list [a number, a number])\n" in text
+    assert [line.split("=")[0].strip() for line in text.splitlines() if line[2:3].strip() and line[:2] == "  "] == list(
+        config_io.settings(Config)
+    )
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_a_config_is_frozen_and_slotted_and_survives_pickle():
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.lr = 1.0
+    assert not hasattr(config, "__dict__") and not hasattr(config.optim, "__dict__")
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_sections_made_in_python_are_checked_and_converted_too():
+    assert OptimConfig(lr=1, betas=[0, 0.5]).betas == (0.0, 0.5)
+    assert isinstance(OptimConfig(lr=1).lr, float)
+    with pytest.raises(ConfigError, match=r"^optim\.lr must be greater than 0 and finite; got -1\.0$"):
+        dataclasses.replace(OptimConfig(), lr=-1)
+    with pytest.raises(ConfigError, match=r"^optim\.lr must be a number; got 'fast'$"):
+        OptimConfig(lr="fast")
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_defaults_are_not_shared():
+    first, second = Config(), Config()
+    first.data.options["max_digits"] = 1
+    assert second.data.options == {} and DataConfig().options == {}
+    copied = first.to_dict()
+    copied["data"]["options"]["max_digits"] = 2
+    assert first.data.options == {"max_digits": 1}
+    options = {"max_digits": 3}
+    third = DataConfig(options=options)
+    options.clear()
+    assert third.options == {"max_digits": 3}
+
+
+def test_derived_numbers():
+    config = load_config([], ["rollout.prompts=3", "rollout.responses=5"])
+    assert config.trajectories_per_iteration == 15
+    assert config.replay_batch_size == 15
+    assert load_config([], ["replay.batch_size=7"]).replay_batch_size == 7
+
+
+# ---- Values ----
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.lr=1e-6", 1e-6),
+        ("optim.lr=1E-6", 1e-6),
+        ("optim.lr=.5", 0.5),
+        ("optim.lr=+5.e-1", 0.5),
+        ("optim.lr=1", 1.0),
+        ("optim.max_grad_norm=.inf", math.inf),
+        ("run.iterations=1e3", 1000),
+        ("run.iterations=1_000", 1000),
+        ("run.seed=010", 10),  # YAML 1.1 would read 8
+        ("run.overwrite=true", True),
+        ("run.overwrite=False", False),
+        ("replay.batch_size=null", None),
+        ("replay.batch_size=None", None),
+        ("replay.batch_size=64", 64),
+        ("optim.betas=[0, 1e-1]", (0.0, 0.1)),
+        ("data.options={a: [1e-3, yes]}", {"a": [1e-3, "yes"]}),
+        ("data.system_prompt=null", None),
+        ("data.system_prompt=", None),
+        ("data.system_prompt='null'", "null"),
+        ("data.template={question}", "{question}"),
+        ("data.template={question}: a #1, [b", "{question}: a #1, [b"),
+        ('data.template="{question}\\n"', "{question}\n"),
+        ("data.template={question} = ?", "{question} = ?"),
+        ("run.dir=2024", "2024"),
+        ("run.dir=null", "null"),  # not optional, so it is a folder's name
+        ("model.name=yes", "yes"),
+        ("reward.function=my/rewards.py:score", "my/rewards.py:score"),
+    ],
+)
+def test_an_override_is_read_as_its_setting_s_type(override, value):
+    section, field = override.split("=")[0].split(".")
+    got = getattr(getattr(load_config([], [override]), section), field)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "optim.lr must be a number; got 'fast'"),
+        ("optim.lr=", "optim.lr must be a number; got null"),
+        ("optim.lr=true", "optim.lr must be a number; got true"),
+        ("optim.lr=0", "optim.lr must be greater than 0 and finite; got 0.0"),
+        ("optim.lr=.nan", "optim.lr must be greater than 0 and finite; got nan"),
+        ("optim.lr=.inf", "optim.lr must be greater than 0 and finite; got inf"),
+        ("optim.lr=1" + 400 * "0", "optim.lr must be a number; got 1" + 400 * "0"),
+        ("optim.eps=0", "optim.eps must be greater than 0 and finite; got 0.0"),
+        ("optim.weight_decay=-1", "optim.weight_decay must be at least 0 and finite; got -1.0"),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm must be greater than 0; got 0.0"),
+        ("optim.warmup=-1", "optim.warmup must be at least 0; got -1"),
+        ("optim.micro_batch_tokens=0", "optim.micro_batch_tokens must be at least 1; got 0"),
+        ("optim.betas=0.9", "optim.betas must be a list [a number, a number]; got 0.9"),
+        ("optim.betas=[0.9]", "optim.betas must be a list [a number, a number]; got [0.9]"),
+        ("optim.betas=[0.9, x]", "optim.betas must be a list [a number, a number]; got [0.9, 'x']"),
+        ("optim.betas=[0.9, 1]", "optim.betas must be two numbers from 0 to below 1; got [0.9, 1.0]"),
+        ("run.iterations=1.5", "run.iterations must be a whole number; got 1.5"),
+        ("run.iterations=.inf", "run.iterations must be a whole number; got inf"),
+        ("run.iterations=true", "run.iterations must be a whole number; got true"),
+        ("run.iterations=0", "run.iterations must be at least 1; got 0"),
+        ("run.save_every=-1", "run.save_every must be at least 0; got -1"),
+        ("run.table=-1", "run.table must be at least 0; got -1"),
+        ("run.overwrite=yes", "run.overwrite must be true or false; got 'yes'"),
+        ("run.overwrite=1", "run.overwrite must be true or false; got 1"),
+        ("run.dir=", "run.dir must be a folder; got ''"),
+        ("run.display=curses", "run.display must be one of auto, rich, plain; got 'curses'"),
+        ("rollout.engine=vllm", "rollout.engine must be hf; got 'vllm'"),
+        ("rollout.prompts=0", "rollout.prompts must be at least 1; got 0"),
+        ("rollout.responses=0", "rollout.responses must be at least 1; got 0"),
+        ("rollout.max_new_tokens=0", "rollout.max_new_tokens must be at least 1; got 0"),
+        ("rollout.temperature=0", "rollout.temperature must be greater than 0 and finite; got 0.0"),
+        ("model.name=", "model.name must be a name; got ''"),
+        ("model.dtype=float16", "model.dtype must be one of float32, bfloat16; got 'float16'"),
+        ("reward.workers=0", "reward.workers must be at least 1; got 0"),
+        ("reward.timeout=0", "reward.timeout must be greater than 0 and finite; got 0.0"),
+        (
+            "reward.function=maths",
+            "reward.function must be one of number, math, reasoning_gym, module:function or file.py:function; "
+            "got 'maths'",
+        ),
+        ("replay.updates_per_iteration=0", "replay.updates_per_iteration must be at least 1; got 0"),
+        ("replay.batch_size=0", "replay.batch_size must be at least 1; got 0"),
+        ("replay.batch_size=many", "replay.batch_size must be a whole number, or null; got 'many'"),
+        (
+            "replay.batch_size=5121",
+            "replay.batch_size must be at most replay.capacity (5120), because a draw takes each trajectory once; "
+            "got 5121",
+        ),
+        (
+            "replay.capacity=1023",
+            "replay.capacity must be at least rollout.prompts * rollout.responses (1024), or fresh trajectories would "
+            "be dropped; got 1023",
+        ),
+        ("objective.beta=0", "objective.beta must be greater than 0 and finite; got 0.0"),
+        (
+            "objective.semi_gradient=true",
+            "objective.semi_gradient must be false with objective.level=trajectory; got true",
+        ),
+        ("reference.reset_every=-1", "reference.reset_every must be at least 0; got -1"),
+        ("evaluation.samples=0", "evaluation.samples must be at least 1; got 0"),
+        ("evaluation.every=-1", "evaluation.every must be at least 0; got -1"),
+        ("tracking.samples=-1", "tracking.samples must be at least 0; got -1"),
+        ("data.size=0", "data.size must be at least 1; got 0"),
+        ("data.held_out=1000", "data.held_out must be less than data.size (1000), which it is taken from; got 1000"),
+        ("data.template=Add.", "data.template must be text that contains {question}; got 'Add.'"),
+        ("data.source=jsonl", "data.path must be a JSONL file because data.source is 'jsonl'; got null"),
+        ("data.path=x.jsonl", "data.path must be null unless data.source is 'jsonl'; got 'x.jsonl'"),
+        ("data.held_out_path=x", "data.held_out_path must be null unless data.source is 'jsonl'; got 'x'"),
+        ("data.options=3", "data.options must be a mapping {name: value, ...}; got 3"),
+        ("data.options={1: 2}", "data.options must be a mapping {name: value, ...}; got {1: 2}"),
+        (
+            "data.template='it's'",
+            "cannot read data.template='it's' as YAML: expected '<document start>', but found '<scalar>'",
+        ),
+        ("optim.betas=[0.9", "cannot read optim.betas=[0.9 as YAML: expected ',' or ']', but got '<stream end>'"),
+        (
+            "data.options.a={",
+            "cannot read data.options.a={ as YAML: expected the node content, but found '<stream end>'",
+        ),
+    ],
+)
+def test_a_bad_value_is_refused(override, message):
+    assert error_of(override) == message
+
+
+@pytest.mark.parametrize("level", ["token", "subtrajectory"])
+@pytest.mark.parametrize("name", ["tbrm", "regression"])
+def test_only_reval_has_levels(name, level):
+    assert error_of(f"objective.name={name}", f"objective.level={level}") == (
+        f"objective.level must be trajectory with objective.name={name}; got '{level}'"
+    )
+    assert load_config([], [f"objective.name={name}"]).objective.name == name
+    assert load_config([], [f"objective.level={level}"]).objective.level == level
+
+
+def test_combinations_at_their_limits_are_accepted():
+    assert load_config([], ["replay.capacity=1024", "replay.batch_size=1024"]).replay_batch_size == 1024
+    assert load_config([], ["objective.level=token", "objective.semi_gradient=true"]).objective.semi_gradient
+    jsonl = load_config([], ["data.source=jsonl", "data.path=a.jsonl", "data.held_out_path=b.jsonl", "data.size=1"])
+    assert (jsonl.data.path, jsonl.data.held_out_path) == ("a.jsonl", "b.jsonl")
+    assert ReplayConfig(capacity=1, batch_size=1).batch_size == 1
+
+
+# ---- Names ----
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("optim.lrr", "'optim.lr'"),
+        ("optimizer.lr", "'optim.lr'"),
+        ("rollout.lr", "'optim.lr'"),
+        ("lr", "'optim.lr'"),
+        ("OPTIM.LR", "'optim.lr'"),
+        ("optim.lr.x", "'optim.lr'"),
+        ("iteration", "'run.iterations'"),
+        ("seed", "'data.seed' or 'run.seed'"),
+        ("rolout.batchsize", "'rollout.batch_size'"),
+        ("repaly.batch_size", "'replay.batch_size'"),
+        ("data.option.max_digits", "'data.options'"),
+        ("evaluate.temperature", "'evaluation.temperature'"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_one(name, near, tmp_path):
+    assert error_of(f"{name}=1") == f"unknown setting '{name}'; did you mean {near}?"
+    if name.count(".") == 1:
+        section, field = name.split(".")
+        text = f"{section}:\n  {field}: 1\n"
+        assert file_error(tmp_path, text) == f"x.yaml: unknown setting '{name}'; did you mean {near}?"
+
+
+def test_names_with_nothing_near():
+    assert error_of("replay.xyz=1") == (
+        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, batch_size"
+    )
+    assert error_of("zzz.xyz=1").startswith("unknown setting 'zzz.xyz'; the sections are model, data, rollout, ")
+    assert error_of("zzz.xyz=1").endswith("; --help lists every setting")
+    assert error_of("data.options.=1").startswith("unknown setting 'data.options.'")
+    assert error_of("replay=3") == (
+        "'replay' is a section, with the settings capacity, updates_per_iteration, batch_size; got 'replay=3'"
+    )
+
+
+# ---- Files ----
+
+
+def test_later_files_win_and_overrides_win_over_files(tmp_path):
+    base = write(tmp_path, "optim: {lr: 1e-3, warmup: 1}\nrun:\n  dir: base\n", "base.yaml")
+    more = write(tmp_path, "optim:\n  lr: 1e-4\n", "more.yaml")
+    config = load_config([base, str(more)], ["run.seed=1", "run.seed=2"])
+    assert (config.optim.lr, config.optim.warmup, config.run.dir, config.run.seed) == (1e-4, 1, "base", 2)
+    assert load_config([more, base]).optim.lr == 1e-3
+    assert load_config([base, more], ["optim.lr=1e-5"]).optim.lr == 1e-5
+
+
+def test_free_form_options_are_replaced_by_files_and_reached_into_by_overrides(tmp_path):
+    base = write(tmp_path, "data:\n  options: {a: 1, deep: {b: [1]}}\n", "base.yaml")
+    other = write(tmp_path, "data:\n  options: {c: 1e-3}\n", "other.yaml")
+    assert load_config([base, other]).data.options == {"c": 1e-3}
+    overrides = ["data.options.a=2", "data.options.deep.c=x", "data.options.new.inner=[1, two]"]
+    assert load_config([base], overrides).data.options == {
+        "a": 2,
+        "deep": {"b": [1], "c": "x"},
+        "new": {"inner": [1, "two"]},
+    }
+    assert load_config([], ["data.options.max_digits=2"]).data.options == {"max_digits": 2}
+    assert load_config([base], ["data.options={}", "data.options.a=3"]).data.options == {"a": 3}
+    assert Config().data.options == {}
+    with pytest.raises(ConfigError, match=r"^data\.options\.a\.x cannot be set: data\.options\.a holds 1, not a mapp"):
+        load_config([base], ["data.options.a.x=2"])
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "optim:\n", "optim: {}\n"])
+def test_empty_files_and_sections_are_the_defaults(text, tmp_path):
+    assert load_config([write(tmp_path, text)]) == load_config() == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lr: 1\n  lr: 2\n", "x.yaml, line 3: 'lr' is given twice"),
+        ("run:\n  dir: a\noptim:\nrun:\n  seed: 1\n", "x.yaml, line 4: 'run' is given twice"),
+        ("data: {options: {a: 1, a: 1}}", "x.yaml: 'a' is given twice"),
+        ("optim:\n  lr: [1\n", "x.yaml, line 3: expected ',' or ']', but got '<stream end>'"),
+        ("optim:\n\tlr: 1\n", "x.yaml, line 2: found character '\\t' that cannot start any token"),
+        ("a: !!python/object:os.system 1\n", "x.yaml, line 1: could not determine a constructor for the tag "),
+        ("- 1\n", "x.yaml must hold sections (model, data, rollout, "),
+        ("optim: 3\n", "x.yaml: 'optim' is a section, with the settings lr, betas, "),
+        ("optim.lr: 3\n", "x.yaml: 'optim.lr' must be nested in a file: `optim: {lr: ...}`"),
+        ("lr: 3\n", "x.yaml: unknown setting 'lr'; did you mean 'optim.lr'?"),
+        ("1: 3\n", "x.yaml: unknown setting '1'; the sections are "),
+        ("run: {overwrite: 'true'}\n", "run.overwrite must be true or false; got 'true'"),
+        ("run: {dir: 2024}\n", "run.dir must be text; got 2024; put quotes around it"),
+        ("data: {options: }\n", "data.options must be a mapping {name: value, ...}; got null"),
+        ("run: {dir: 'a\x07'}\n", "x.yaml: not valid YAML ("),
+    ],
+)
+def test_a_bad_file_is_refused(text, message, tmp_path):
+    assert file_error(tmp_path, text).startswith(message)
+
+
+def test_yaml_anchors_still_work(tmp_path):
+    text = "data: {options: &o {a: 1, b: 2}}\noptim: {lr: &lr 1e-3, eps: *lr}\n"
+    assert load_config([write(tmp_path, text)]).optim.eps == 1e-3
+    merged = "data:\n  options:\n    base: &base {a: 1, b: 2}\n    own: {<<: *base, b: 3}\n"
+    assert load_config([write(tmp_path, merged)]).data.options["own"] == {"a": 1, "b": 3}
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    for name in ("b.yaml", "a.yml", "c.txt"):
+        write(tmp_path, "", name)
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (tmp_path / "x.yaml", f"config file '{tmp_path}/x.yaml' does not exist; '{tmp_path}' holds a.yml, b.yaml"),
+        (tmp_path / "no/x.yaml", f"config file '{tmp_path}/no/x.yaml' does not exist; nor does the folder "),
+        (tmp_path / "empty/x", f"config file '{tmp_path}/empty/x' does not exist; '{tmp_path}/empty' holds no .yaml"),
+        (tmp_path, f"config file '{tmp_path}' is a folder; '{tmp_path}' holds a.yml, b.yaml"),
+        ("optim.lr", "optim.lr is a setting and needs a value: optim.lr=..."),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load_config([path])
+        assert str(caught.value).startswith(message)
+    (tmp_path / "latin.yaml").write_bytes(b"run: {dir: \xe9}")
+    with pytest.raises(ConfigError, match="latin.yaml' cannot be read: 'utf-8' codec"):
+        load_config([tmp_path / "latin.yaml"])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_in_the_repository_load(path):
+    config = load_config([path])
+    assert config.run.dir == f"runs/{path.stem}"
+
+
+def test_the_demo_and_the_tiny_config_exist():
+    assert {"demo", "tiny"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+# ---- Round trips ----
+
+# Half of the text comes from the characters that mean something in YAML.
+TEXT = st.text() | st.text(alphabet="{}[]:#'\"\\-?!&*%@`|>~ \t\n0179eE+.,nulTtrueyYNo_<=")
+FLOATS = st.floats(allow_nan=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | FLOATS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+
+@settings(deadline=None)
+@given(value=st.dictionaries(TEXT, JSON, max_size=4))
+def test_any_mapping_survives_yaml(value: dict[str, Any]):
+    text = config_io.dump_yaml(value)
+    assert config_io.parse_yaml(text, "x") == value
+    assert yaml.safe_load(text) == value  # other people's readers follow YAML 1.1
+
+
+@settings(deadline=None)
+@given(options=st.dictionaries(TEXT, JSON, max_size=3), text=TEXT, lr=POSITIVE, batch_size=st.none() | st.just(7))
+def test_any_config_survives_its_yaml(options, text, lr, batch_size, tmp_path_factory):
+    data = DataConfig(options=options, system_prompt=text, template=text + "{question}")
+    config = Config(data=data, optim=OptimConfig(lr=lr), replay=ReplayConfig(batch_size=batch_size))
+    path = write(tmp_path_factory.getbasetemp(), config.to_yaml())
+    assert load_config([path]) == config
+
+
+@settings(deadline=None)
+@given(lr=POSITIVE)
+def test_any_float_survives_an_override(lr):
+    assert load_config([], [f"optim.lr={lr!r}"]).optim.lr == lr
+
+
+@settings(deadline=None)
+@given(text=TEXT.filter(lambda text: text and text[0] not in "'\""))
+def test_any_unquoted_text_survives_an_override(text):
+    assert load_config([], [f"run.dir={text}"]).run.dir == text

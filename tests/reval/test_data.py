@@ -1,0 +1,98 @@
+"""Problems: distinct, held out for good, drawn once an epoch, and refused with a message when they do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from reval.config import DataConfig
+from reval.data import Problem, ProblemSampler, encode, load_problems
+
+ADDITIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"],
+             "allow_parentheses": False, "allow_negation": False}  # fmt: skip
+
+
+def jsonl(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(problems):
+    return [json.dumps(p.prompt) for p in problems]
+
+
+def test_generated_problems_are_distinct_and_held_out_ones_stay_out(tiny):
+    config = DataConfig(options=ADDITIONS, template="{question} Only the number.", size=500, held_out=20)
+    training, held_out = load_problems(config, tiny[1], 400)
+    assert len(held_out) == 20 and len(training) > 60
+    everything = questions(training) + questions(held_out)
+    assert len(set(everything)) == len(everything)
+    assert training[0].prompt[-1]["content"].endswith(" Only the number.")
+    assert {"question", "answer", "metadata"} <= set(training[0].columns)
+    assert questions(load_problems(config, tiny[1], 400)[1]) == questions(held_out)
+    assert questions(load_problems(replace(config, seed=1), tiny[1], 400)[1]) != questions(held_out)
+
+
+def test_a_file_of_problems(tiny, tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "2+2", "answer": "4"}, {"prompt": chat, "answer": "x"}])
+    held = jsonl(tmp_path / "h.jsonl", [{"prompt": "2+2", "answer": "4"}])
+    config = DataConfig(source="jsonl", path=path, held_out_path=held, template="Q: {question}", system_prompt="S")
+    training, held_out = load_problems(config, tiny[1], 400)
+    assert [p.prompt for p in training] == [chat]
+    assert held_out[0].prompt == [{"role": "system", "content": "S"}, {"role": "user", "content": "Q: 2+2"}]
+    assert held_out[0].columns == {"answer": "4"}
+
+
+def test_a_prompt_is_encoded_through_the_chat_template(tiny):
+    _, tokenizer = tiny
+    ids = encode([{"role": "user", "content": "1+1"}], tokenizer)
+    assert tokenizer.decode(ids) == "<|user|>1+1<|end|><|assistant|>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode("1+1", tokenizer)) == "1+1"
+    with pytest.raises(ValueError, match="no chat template"):
+        encode([{"role": "user", "content": "1+1"}], tokenizer)
+
+
+def test_a_model_without_a_chat_template_gets_text(tiny, tmp_path):
+    _, tokenizer = tiny
+    tokenizer.chat_template = None
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "2+2"}])
+    training, _ = load_problems(DataConfig(source="jsonl", path=path, held_out=0), tokenizer, 400)
+    assert training[0].prompt == "2+2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no problems are left"),
+        ("{'a'", "line 1: not JSON"),
+        ('{"answer": 1}\n', "line 1: needs `prompt`"),
+        ('{"prompt": "' + "x" * 50 + '"}\n', "1 to 40 fit"),
+    ],
+)
+def test_a_file_that_cannot_work(tiny, tmp_path, text, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_problems(DataConfig(source="jsonl", path=str(path), held_out=0), tiny[1], 40)
+
+
+def test_a_generator_that_cannot_work(tiny):
+    with pytest.raises(ValueError, match="data.name='no_such_set'"):
+        load_problems(DataConfig(name="no_such_set"), tiny[1], 400)
+    with pytest.raises(ValueError, match="no file 'gone.jsonl'"):
+        load_problems(DataConfig(source="jsonl", path="gone.jsonl"), tiny[1], 400)
+
+
+def test_every_problem_comes_once_an_epoch_and_epochs_differ():
+    problems = [Problem(str(i), [i], {}) for i in range(7)]
+    sampler = ProblemSampler(problems, seed=3)
+    drawn = [p.prompt for _ in range(7) for p in sampler.draw(3)]
+    for epoch in range(3):
+        assert Counter(drawn[7 * epoch : 7 * epoch + 7]) == Counter(str(i) for i in range(7))
+    assert drawn[:7] != drawn[7:14]
+    assert drawn == [p.prompt for p in ProblemSampler(problems, seed=3).draw(21)]

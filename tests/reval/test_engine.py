@@ -1,0 +1,99 @@
+"""One update: independent of the micro-batches, clipped, and refused before the weights move when it is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reval.config import Config, ObjectiveConfig, OptimConfig
+from reval.engine import Engine, NonFiniteError
+from reval.models import load_model
+from reval.reference_policy import ReferencePolicy
+
+
+def annotated(config: Config, trajectories, count=13, turns=2):
+    members = trajectories(count, turns=turns)
+    ReferencePolicy(load_model(config.model, seed=4)[0], config).annotate(members)
+    return members
+
+
+def configured(config: Config, **optim) -> Config:
+    return replace(config, optim=OptimConfig(**optim))
+
+
+def gradient_of(config, members):
+    """The gradient that the optimizer sees (no clipping)."""
+    model, _ = load_model(config.model, seed=0)
+    engine = Engine(model, config)
+    seen = {}
+    engine.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    return engine.update(members), seen
+
+
+@pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
+def test_any_micro_batching_gives_the_same_gradient(tiny_config, trajectories, level):
+    config = replace(tiny_config, objective=ObjectiveConfig(level=level, beta=0.1))
+    members = annotated(config, trajectories)
+    whole, expected = gradient_of(configured(config, micro_batch_tokens=10_000, max_grad_norm=float("inf")), members)
+    for tokens in (1, 40, 100):
+        split, got = gradient_of(configured(config, micro_batch_tokens=tokens, max_grad_norm=float("inf")), members)
+        assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+        for name, gradient in expected.items():
+            error = (got[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, f"{name}: {error}"
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_before(tiny_config, trajectories):
+    members = annotated(tiny_config, trajectories)
+    update, clipped = gradient_of(configured(tiny_config, max_grad_norm=0.5), members)
+    norm = torch.stack([g.norm() for g in clipped.values()]).norm().item()
+    assert update["grad_norm"] > 5 and norm == pytest.approx(0.5, rel=1e-3)
+
+
+def test_an_update_moves_the_residual_towards_zero(tiny_config, trajectories):
+    model, _ = load_model(tiny_config.model, seed=0)
+    config = configured(tiny_config, lr=1e-3)
+    members = annotated(config, trajectories, turns=1)
+    engine = Engine(model, config)
+    losses = [engine.update(members)["loss"] for _ in range(12)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(t.uses == 12 for t in members) and engine.updates == 12
+
+
+def test_warmup_rises_to_the_learning_rate(tiny_config, trajectories):
+    model, _ = load_model(tiny_config.model, seed=0)
+    engine = Engine(model, configured(tiny_config, lr=4e-4, warmup=4))
+    members = annotated(tiny_config, trajectories, count=2)
+    assert [engine.update(members)["lr"] for _ in range(6)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_update_leaves_the_weights_alone(tiny_config, trajectories, where):
+    model, _ = load_model(tiny_config.model, seed=0)
+    engine = Engine(model, tiny_config)
+    members = annotated(tiny_config, trajectories)
+    if where == "loss":
+        members[5].reference["v"] = float("inf")
+    else:
+        model.model.layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(NonFiniteError) as caught:
+        engine.update(members)
+    assert caught.value.trajectories is members
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert engine.updates == 0 and all(t.uses == 0 for t in members)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradient_checkpointing_and_bf16_compute_change_little(tiny_config, trajectories):
+    members = annotated(tiny_config, trajectories)
+    optim = OptimConfig(max_grad_norm=float("inf"))
+    _, expected = gradient_of(replace(tiny_config, optim=optim), members)
+    for change, allowed in (({"gradient_checkpointing": True}, 1e-6), ({"compute_dtype": "bfloat16"}, 0.05)):
+        config = replace(tiny_config, model=replace(tiny_config.model, **change), optim=optim)
+        _, got = gradient_of(config, members)
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).norm() <= allowed * gradient.norm(), name

@@ -1,0 +1,194 @@
+"""Whole runs through the real command line, with the tiny model: what they write, and what happens when things fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TINY = [sys.executable, "-m", "reval.train", "configs/tiny.yaml"]
+METRICS = {
+    "iteration", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
+    "completions/clipped_ratio", "num_tokens", "step_time", "loss", "grad_norm", "lr", "reference/version",
+    "buffer/size", "buffer/age_mean", "buffer/reuse_mean", "rollout/tokens_per_second", "reward_errors",
+    "reward_timeouts",
+}  # fmt: skip
+PARTS = {"residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio"}
+
+
+def run(folder, *overrides, check=True):
+    command = [*TINY, f"run.dir={folder}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, run(folder)
+
+
+def test_a_run_writes_all_it_promises(finished):
+    folder, done = finished
+    assert yaml.safe_load((folder / "config.yaml").read_text())["run"]["dir"] == str(folder)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events*"))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {s["iteration"] for s in samples} == {1, 2, 3} and {"prompt", "completion", "score"} <= set(samples[0])
+    assert len((folder / "evaluations" / "iteration-000003.jsonl").read_text().splitlines()) == 8
+    assert "held-out accuracy, temperature 1" in done.stdout and "s left" in done.stdout
+    assert "Reply with only the number." in done.stdout
+
+
+def test_metrics_are_named_as_users_know_them(finished):
+    rows = metrics(finished[0])
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert set(row) >= METRICS
+        assert set(row) >= {f"reval/{p}" for p in PARTS} | {f"reval/replay/{p}" for p in PARTS}
+    assert [row["buffer/size"] for row in rows] == [16, 32, 32]
+    assert rows[0]["reval/residual_abs"] < 1e-3, "the policy is its reference, and all rewards are alike"
+    assert rows[0]["num_tokens"] < rows[1]["num_tokens"] < rows[2]["num_tokens"]
+    assert "eval/accuracy" in rows[2] and "eval/accuracy" not in rows[1]
+
+
+def test_the_checkpoint_loads_and_has_moved(finished):
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
+    assert tokenizer.chat_template and tokenizer.eos_token_id == 1
+    from reval.config import ModelConfig
+    from reval.models import load_model
+
+    initial, _ = load_model(ModelConfig(name="tiny"), seed=0)
+    assert not torch.equal(model.lm_head.weight, initial.lm_head.weight)
+    assert (folder / "checkpoint").resolve().name == "iteration-000003"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["iteration-000003"]
+
+
+def test_evaluate_answers_with_the_checkpoint(finished):
+    folder, _ = finished
+    command = [sys.executable, "-m", "reval", "evaluate", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    final = metrics(folder)[-1]
+    assert result["eval/accuracy"] == final["eval/accuracy"] and result["problems"] == 8
+    rows = (folder / "checkpoint" / "evaluation.jsonl").read_text()
+    assert rows == (folder / "evaluations" / "iteration-000003.jsonl").read_text()
+
+
+def test_the_seed_decides(finished, tmp_path):
+    folder, _ = finished
+    run(tmp_path / "again")
+    run(tmp_path / "other", "run.seed=1")
+    assert without_times(metrics(tmp_path / "again")) == without_times(metrics(folder))
+    assert without_times(metrics(tmp_path / "other")) != without_times(metrics(folder))
+
+
+def test_every_objective_and_a_reset_train(tmp_path):
+    small = ["run.iterations=2", "data.held_out=0", "run.save_every=0", "tracking.tensorboard=false"]
+    for name, overrides in {
+        "token": ["objective.level=token", "objective.semi_gradient=true", "reference.reset_every=1"],
+        "tbrm": ["objective.name=tbrm"],
+    }.items():
+        run(tmp_path / name, "reward.shaping=plus_minus_one", *small, *overrides)
+        rows = metrics(tmp_path / name)
+        assert len(rows) == 2 and rows[1]["grad_norm"] > 0
+        assert rows[1]["reference/version"] == (2 if name == "token" else 0)
+
+
+def test_an_earlier_runs_results_are_not_overwritten(finished):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    done = run(folder, "run.overwrite=false", check=False)
+    assert done.returncode == 2
+    assert "already has results" in done.stderr and "run.overwrite=true" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_settings_that_cannot_work_say_so_before_anything_is_written(tmp_path):
+    for override, message in {
+        "data.name=no_such_set": "data.name='no_such_set'",
+        "rollout.max_new_tokens=500": "the model's context less rollout.max_new_tokens",
+        "reward.function=no.such.module:f": "no.such.module",
+        "model.name=./nowhere": "nowhere",
+    }.items():
+        done = run(tmp_path / "x", override, check=False)
+        assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "x").exists()
+
+
+REWARDS = """
+def short(prompts, completions, completion_ids, **columns):
+    return [0.0] * (len(completions) - 1)
+
+def nan(prompts, completions, completion_ids, **columns):
+    return [float("nan")] * len(completions)
+
+def huge(prompts, completions, completion_ids, **columns):
+    return [1e38 * (-1) ** len(c) for c in completions]
+
+def some(prompts, completions, completion_ids, **columns):
+    if any("7" in c for c in completions):
+        raise KeyError("seven")
+    return [None if len(c) % 2 else 1.0 for c in completions]
+"""
+
+
+@pytest.mark.parametrize(("name", "message"), [("short", "short"), ("nan", "nan"), ("huge", "nonfinite-1.jsonl")])
+def test_a_broken_reward_stops_the_run_and_loses_nothing(tmp_path, name, message):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    done = run(tmp_path / "run", f"reward.function={tmp_path}/rewards.py:{name}", "data.held_out=0", check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    if name == "huge":
+        rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite-1.jsonl").read_text().splitlines()]
+        assert len(rows) == 16 and all(len(r["token_ids"]) == len(r["action_mask"]) for r in rows)
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+
+
+def test_what_cannot_be_scored_stays_out_and_exceptions_are_shown(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    done = run(tmp_path / "run", f"reward.function={tmp_path}/rewards.py:some", "data.held_out=0", "run.iterations=2")
+    rows = metrics(tmp_path / "run")
+    errors = sum(row["reward_errors"] for row in rows)
+    assert errors > 0 and "reward errors!" in done.stdout
+    assert "KeyError: 'seven'" in (tmp_path / "run" / "reward_errors.txt").read_text()
+    assert all(0 < row["reward_unscored"] < 1 and row["reward"] == 1.0 for row in rows)
+    assert rows[0]["buffer/size"] == round(16 * (1 - rows[0]["reward_unscored"]))
+
+
+def test_ctrl_c_saves_a_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    command = [*TINY, f"run.dir={folder}", "run.iterations=100000", "data.held_out=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 2
+    ):
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in out + err and "Traceback" not in err, err[-2000:]
+    AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert (folder / "curves.png").exists()

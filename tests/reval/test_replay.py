@@ -1,0 +1,100 @@
+"""The buffer against a list that remembers everything; `check` runs after every operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reval.replay import ReplayBuffer, Trajectory
+
+
+def trajectory(reward: float = 0.0, iteration: int = 0) -> Trajectory:
+    return Trajectory(
+        token_ids=np.array([1, 2, 3]), action_mask=np.array([False, True, True]), reward=reward, score=reward,
+        iteration=iteration,
+    )  # fmt: skip
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 15), max_size=12))
+def test_holds_exactly_the_newest(capacity, pushes):
+    buffer, everything = ReplayBuffer(capacity), []
+    for count in pushes:
+        new = [trajectory() for _ in range(count)]
+        buffer.add(new)
+        everything += new
+        buffer.check()
+        assert buffer.state()["trajectories"] == everything[-capacity:]
+        assert len(buffer) == min(capacity, len(everything)) and buffer.added == len(everything)
+
+
+@given(st.integers(1, 30), st.integers(0, 40), st.integers(0, 2**32))
+def test_samples_are_distinct_and_from_the_buffer(held, count, seed):
+    buffer = ReplayBuffer(30)
+    buffer.add([trajectory() for _ in range(held)])
+    drawn = buffer.sample(count, Random(seed))
+    assert len(drawn) == min(count, held) == len({id(t) for t in drawn})
+    assert {id(t) for t in drawn} <= {id(t) for t in buffer.state()["trajectories"]}
+
+
+def test_samples_are_uniform():
+    buffer = ReplayBuffer(10)
+    buffer.add([trajectory(reward=i) for i in range(10)])
+    rng = Random(0)
+    seen = Counter(t.reward for _ in range(4000) for t in buffer.sample(3, rng))
+    # 1200 expected each, standard deviation 29: 6 sigma
+    assert all(abs(seen[i] - 1200) < 6 * 29 for i in range(10)), seen
+
+
+def test_the_generator_alone_decides():
+    buffer = ReplayBuffer(10)
+    buffer.add([trajectory(reward=i) for i in range(10)])
+    assert buffer.sample(4, Random(1)) == buffer.sample(4, Random(1)) != buffer.sample(4, Random(2))
+
+
+def test_age_and_reuse():
+    buffer = ReplayBuffer(4)
+    buffer.add([trajectory(iteration=1), trajectory(iteration=1), trajectory(iteration=3)])
+    buffer.state()["trajectories"][0].uses = 6
+    assert buffer.metrics(4) == {"buffer/size": 3, "buffer/age_mean": (3 + 3 + 1) / 3, "buffer/reuse_mean": 2.0}
+    assert ReplayBuffer(4).metrics(1) == {"buffer/size": 0, "buffer/age_mean": 0.0, "buffer/reuse_mean": 0.0}
+
+
+def test_state_comes_back():
+    buffer, other, smaller = ReplayBuffer(5), ReplayBuffer(5), ReplayBuffer(2)
+    buffer.add([trajectory(reward=i) for i in range(8)])
+    other.load_state(buffer.state())
+    smaller.load_state(buffer.state())
+    assert other.state() == buffer.state()
+    assert [t.reward for t in smaller.state()["trajectories"]] == [6, 7]
+
+
+def test_check_sees_a_broken_buffer():
+    buffer, t = ReplayBuffer(5), trajectory()
+    buffer.add([t, t])
+    with pytest.raises(AssertionError, match="held twice"):
+        buffer.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": [1, 2]}, "one length"),
+        ({"action_mask": [False] * 3}, "marks no token"),
+        ({"action_mask": [True] * 3}, "first token"),
+        ({"reward": float("nan")}, "reward must be finite"),
+    ],
+)
+def test_a_broken_trajectory_is_refused(changes, message):
+    good = {"token_ids": [1, 2, 3], "action_mask": [False, True, True], "reward": 0.0, "score": 0.0, "iteration": 0}
+    with pytest.raises(ValueError, match=message):
+        Trajectory(**{**good, **changes})
+
+
+def test_capacity_must_be_positive():
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        ReplayBuffer(0)
