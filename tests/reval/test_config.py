@@ -254,6 +254,16 @@ def test_a_bad_value_is_refused(override, message):
     assert error_of(override) == message
 
 
+def test_centred_rewards_need_a_group_and_the_regression_needs_them():
+    assert error_of("rollout.responses=1").startswith(
+        "reward.shaping must not be 'centered' with rollout.responses=1: one response is its own mean"
+    )
+    assert load_config([], ["rollout.responses=1", "reward.shaping=plain"]).rollout.responses == 1
+    assert error_of("objective.name=regression", "reward.shaping=plain").startswith(
+        "reward.shaping must be 'centered' with objective.name=regression"
+    )
+
+
 @pytest.mark.parametrize("level", ["token", "subtrajectory"])
 @pytest.mark.parametrize("name", ["tbrm", "regression"])
 def test_only_reval_has_levels(name, level):

@@ -1,0 +1,63 @@
+"""Shaping against numbers worked by hand: groups of unequal size, not next to each other, with unscored responses."""
+
+import pytest
+
+from reval.rewards import reward_metrics, shape_rewards
+
+REWARDS = [1.0, 0.0, None, 1.0, 0.0, None, 1.0]
+GROUPS = [5, 2, 5, 2, 5, 9, 2]  # group 5: 1, None, 0; group 2: 0, 1, 1; group 9: None
+
+
+def test_plain_is_a_copy():
+    shaped = shape_rewards(REWARDS, GROUPS, "plain")
+    assert shaped == REWARDS and shaped is not REWARDS
+
+
+def test_centered_subtracts_the_mean_of_the_scored_responses_of_the_group():
+    shaped = shape_rewards(REWARDS, GROUPS, "centered")
+    assert shaped == [0.5, pytest.approx(-2 / 3), None, pytest.approx(1 / 3), -0.5, None, pytest.approx(1 / 3)]
+
+
+def test_centered_is_exactly_zero_in_a_group_of_equal_rewards():
+    # A float sum of three times 0.1 is not 0.3; the rest would look like a signal.
+    assert shape_rewards([0.1] * 3, [0] * 3, "centered") == [0.0] * 3
+    assert reward_metrics([0.1] * 3, [0] * 3)["frac_reward_zero_std"] == 1.0
+
+
+def test_plus_minus_one():
+    assert shape_rewards([0.0, 0.25, 1.0, None], [0] * 4, "plus_minus_one") == [-1.0, -0.5, 1.0, None]
+
+
+def test_plus_minus_one_refuses_rewards_outside_0_to_1():
+    with pytest.raises(ValueError, match=r"rewards\[1\] is 1.5"):
+        shape_rewards([0.0, 1.5], [0, 0], "plus_minus_one")
+
+
+def test_unknown_shaping_names_the_nearest():
+    with pytest.raises(ValueError, match="'centred'; did you mean 'centered'"):
+        shape_rewards([], [], "centred")
+
+
+@pytest.mark.parametrize("call", [lambda: shape_rewards([1.0], [], "plain"), lambda: reward_metrics([1.0], [])])
+def test_lengths_must_agree(call):
+    with pytest.raises(ValueError, match="groups must have one entry per reward"):
+        call()
+
+
+def test_metrics():
+    metrics = reward_metrics(REWARDS, GROUPS)
+    assert metrics == {
+        "reward": pytest.approx(3 / 5),
+        "reward_std": pytest.approx((0.5 + (2 / 9) ** 0.5) / 2),
+        "frac_reward_zero_std": 0.0,
+        "reward_unscored": pytest.approx(2 / 7),
+    }
+    # Of the groups 0, 1 and 2, the last has no scored response and does not count.
+    assert reward_metrics([1.0, 1.0, 0.0, 1.0, None], [0, 0, 1, 1, 2])["frac_reward_zero_std"] == 0.5
+
+
+def test_nothing_to_summarise():
+    assert reward_metrics([], []) == {}
+    assert reward_metrics([None, None], [0, 0]) == {"reward_unscored": 1.0}
+    assert shape_rewards([], [], "centered") == []
+    assert shape_rewards([None], [0], "centered") == [None]
