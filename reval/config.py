@@ -319,8 +319,8 @@ class Config:
 
         if self.reward.shaping == "centered" and self.rollout.responses == 1:
             raise ConfigError(
-                "reward.shaping must not be 'centered' with rollout.responses=1: one response is its own mean, so every "
-                "reward would be 0; use 'plain' or 'plus_minus_one'"
+                "reward.shaping must not be 'centered' with rollout.responses=1: one response is its own mean, so "
+                "every reward would be 0; use 'plain' or 'plus_minus_one'"
             )
         if self.objective.name == "regression" and self.reward.shaping != "centered":
             raise ConfigError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import Response
 
@@ -47,37 +49,48 @@ class HFRollout:
         self, prompts: list[list[int]], *, responses: int, max_new_tokens: int, temperature: float, seed: int
     ) -> list[list[Response]]:
         """See RolloutEngine.generate."""
-        training = self._model.training
-        self._model.eval()
         group = min(responses, self._batch_size)
         together = max(1, self._batch_size // group)
         out: list[list[Response]] = [[] for _ in prompts]
-        try:
-            with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []):
-                torch.manual_seed(seed)
-                for start in range(0, len(prompts), together):
-                    part = prompts[start : start + together]
-                    for done in range(0, responses, group):
-                        count = min(group, responses - done)
-                        for i, rows in enumerate(self._decode(part, count, max_new_tokens, temperature)):
-                            out[start + i] += rows
-        finally:
-            self._model.train(training)
+        with self._sampling(max_new_tokens, temperature, seed):
+            for start in range(0, len(prompts), together):
+                part = prompts[start : start + together]
+                for done in range(0, responses, group):
+                    for i, rows in enumerate(self._decode(part, min(group, responses - done))):
+                        out[start + i] += rows
         return out
 
-    def _decode(
-        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float
-    ) -> list[list[Response]]:
+    @contextmanager
+    def _sampling(self, max_new_tokens: int, temperature: float, seed: int) -> Iterator[None]:
+        """Plain sampling from a seed; the model and the global generator come back as they were.
+
+        The model's own generation_config may ask for top_k, top_p, penalties, ...; `generate` mixes it into whatever it
+        is passed, so it is replaced as a whole.
+        """
+        model: Any = self._model
+        training, config = model.training, model.generation_config
+        devices = [model.device] if model.device.type == "cuda" else []
+        model.eval()
+        model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None, top_k=0,
+            top_p=1.0, eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id, use_cache=True,
+        )  # fmt: skip
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            model.generation_config = config
+            model.train(training)
+
+    def _decode(self, prompts: list[list[int]], count: int) -> list[list[Response]]:
         """`count` responses to each prompt, all in one batch."""
         padded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
         ids, attention = (padded[key].to(self._model.device) for key in ("input_ids", "attention_mask"))
-        # top_k and top_p are named because generation_config.json may set them, and training needs plain samples
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        generated = self._model.generate(
+        policy: Any = self._model
+        generated = policy.generate(
             input_ids=ids.repeat_interleave(count, 0), attention_mask=attention.repeat_interleave(count, 0),
-            past_key_values=self._prefill(ids, attention, count), max_new_tokens=max_new_tokens, use_cache=True,
-            eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id, top_k=0, top_p=1.0,
-            repetition_penalty=1.0, **sampling,
+            past_key_values=self._prefill(ids, attention, count),
         )  # fmt: skip
         rows = [self._response(row) for row in generated[:, ids.shape[1] :].tolist()]
         return [rows[i * count : (i + 1) * count] for i in range(len(prompts))]
