@@ -1,4 +1,8 @@
-"""Trajectories as padded tensors, in micro-batches that fit a budget of tokens."""
+"""Trajectories as padded tensors, in micro-batches that fit a budget of tokens.
+
+The responses to one prompt share its tokens: a batch holds each distinct prompt once, and the transformer computes it
+once (`models.last_hidden`).
+"""
 
 from __future__ import annotations
 
@@ -13,44 +17,70 @@ from .replay import Trajectory
 
 
 class Batch(NamedTuple):
-    """B trajectories of at most T + 1 tokens. State t is the one before token t + 1, so tensors of actions have T."""
+    """B trajectories of P distinct prompts. Column h of the [B, T] tensors is the h-th state from s_1 on."""
 
-    token_ids: Tensor
-    """int64 [B, T + 1], padded on the right with 0."""
-    attention_mask: Tensor
-    """int64 [B, T + 1], 1 for tokens."""
+    prefixes: Tensor
+    """int64 [P, S]: the prompts without their last token, padded on the left with 0."""
+    prefix_mask: Tensor
+    """int64 [P, S], 1 for tokens."""
+    prefix_of: Tensor
+    """int64 [B]: which prompt each trajectory follows."""
+    states: Tensor
+    """int64 [B, T]: the last token of each state (the prompt's last one first), padded on the right with 0."""
+    state_mask: Tensor
+    """int64 [B, T], 1 for tokens."""
     actions: Tensor
     """int64 [B, T]: the token that follows each state."""
     mask: Tensor
-    """bool [B, T]: whether that token is the model's own."""
+    """bool [B, T]: whether that token is the model's own. Always true in column 0."""
     rewards: Tensor
     """float32 [B]"""
-
-    def first_states(self) -> tuple[Tensor, Tensor]:
-        """Indices of s_1, the state of the first action: rows [B] and columns [B]."""
-        return torch.arange(len(self.mask), device=self.mask.device), self.mask.int().argmax(dim=1)
 
 
 def collate(trajectories: list[Trajectory], device: torch.device) -> Batch:
     """One padded batch."""
-    shape = (len(trajectories), max(len(t) for t in trajectories))
-    ids, attention, own = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
-    for row, t in enumerate(trajectories):
-        ids[row, : len(t)], attention[row, : len(t)], own[row, : len(t)] = t.token_ids, 1, t.action_mask
-    token_ids = torch.from_numpy(ids).to(device)
-    rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float32, device=device)
-    return Batch(
-        token_ids, torch.from_numpy(attention).to(device), token_ids[:, 1:], torch.from_numpy(own[:, 1:]).to(device),
-        rewards,
-    )  # fmt: skip
+    numbers: dict[bytes, int] = {}
+    prefix_of = [numbers.setdefault(t.prefix.tobytes(), len(numbers)) for t in trajectories]
+    prompts = [np.frombuffer(key, np.int32) for key in numbers]
+    prefixes, prefix_mask = _pad(prompts, left=True)
+    starts = [len(t.prefix) for t in trajectories]
+    states, state_mask = _pad([t.token_ids[n:-1] for t, n in zip(trajectories, starts, strict=True)])
+    actions, _ = _pad([t.token_ids[n + 1 :] for t, n in zip(trajectories, starts, strict=True)])
+    mask, _ = _pad([t.action_mask[n + 1 :] for t, n in zip(trajectories, starts, strict=True)])
+    rewards = np.array([t.reward for t in trajectories], np.float32)
+    arrays = (prefixes, prefix_mask, np.array(prefix_of), states, state_mask, actions, mask.astype(bool), rewards)
+    return Batch._make(torch.from_numpy(x).to(device) for x in arrays)
 
 
 def micro_batches(trajectories: list[Trajectory], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of the trajectories that go together: alike in length, at most `max_tokens` with padding (one alone may
-    have more)."""
-    order = sorted(range(len(trajectories)), key=lambda i: -len(trajectories[i]))
-    start = 0
-    while start < len(order):
-        size = max(1, max_tokens // len(trajectories[order[start]]))
-        yield order[start : start + size]
-        start += size
+    """Indices of the trajectories that go together: responses to one prompt first of all, prompts alike in length, at
+    most `max_tokens` with padding (one trajectory alone may have more)."""
+    order = sorted(
+        range(len(trajectories)),
+        key=lambda i: (-len(trajectories[i].prefix), trajectories[i].prefix.tobytes(), -len(trajectories[i])),
+    )
+    held: list[int] = []
+    for i in order:
+        if held and _tokens([trajectories[j] for j in (*held, i)]) > max_tokens:
+            yield held
+            held = []
+        held.append(i)
+    if held:
+        yield held
+
+
+def _tokens(trajectories: list[Trajectory]) -> int:
+    """Tokens that a batch of these computes, padding included."""
+    prompts = {t.prefix.tobytes() for t in trajectories}
+    longest = max(len(t.prefix) for t in trajectories)
+    return len(prompts) * longest + len(trajectories) * max(len(t) - len(t.prefix) for t in trajectories)
+
+
+def _pad(rows: list[np.ndarray], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The rows as one int64 array, and which of its entries are theirs."""
+    width = max(len(row) for row in rows)
+    padded, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        padded[i, place], mask[i, place] = row, 1
+    return padded, mask

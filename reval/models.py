@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -72,12 +73,34 @@ def load_model(config: ModelConfig, seed: int = 0) -> tuple[PreTrainedModel, Pre
 
 
 def last_hidden(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
-    """Hidden states [B, T, D] of every state that a token follows, in the type the transformer computes in."""
+    """Hidden states [B, T, D] of the batch's states, in the type the transformer computes in.
+
+    A prompt that several trajectories share is computed once: its keys and values are repeated for them, and gradients
+    flow back through them.
+    """
     bf16 = config.compute_dtype == "bfloat16" and config.dtype != "bfloat16"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    body: Any = model.base_model
+    prefixes, prefix_mask, of = batch.prefixes, batch.prefix_mask, batch.prefix_of
+    attention = torch.cat([prefix_mask[of], batch.state_mask], 1)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    # transformers keeps no cache while it checkpoints activations
+    checkpointing = model.is_gradient_checkpointing and torch.is_grad_enabled()
     with cast:
-        out = model.base_model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return out.last_hidden_state[:, :-1]
+        if prefixes.shape[1] and len(prefixes) < len(of) and not checkpointing:
+            cache = body(
+                input_ids=prefixes, attention_mask=prefix_mask, use_cache=True,
+                position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
+            ).past_key_values  # fmt: skip
+            if type(cache) is DynamicCache:
+                cache.batch_select_indices(of)
+                return body(
+                    input_ids=batch.states, attention_mask=attention, position_ids=positions[:, prefixes.shape[1] :],
+                    past_key_values=cache, use_cache=True,
+                ).last_hidden_state  # fmt: skip
+        whole = torch.cat([prefixes[of], batch.states], 1)
+        out = body(input_ids=whole, attention_mask=attention, position_ids=positions, use_cache=False)
+    return out.last_hidden_state[:, prefixes.shape[1] :]
 
 
 def device_of(name: str) -> torch.device:

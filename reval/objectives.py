@@ -78,10 +78,7 @@ def residual_parts(
     The fused loss returns no token values. V(s_1) is one state a trajectory, so it is computed apart, and D follows
     from the residual.
     """
-    rows, columns = batch.first_states()
-    v = linear_token_values(
-        hidden[rows, columns], head.weight, batch.actions[rows, columns], **head.options()
-    ).v  # fmt: skip
+    v = linear_token_values(hidden[:, 0], head.weight, batch.actions[:, 0], **head.options()).v
     baseline = {"reval": v - reference.v, "tbrm": v, "regression": torch.zeros_like(v)}[config.name]
     return {
         "residual": residual,

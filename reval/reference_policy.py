@@ -47,13 +47,12 @@ class ReferencePolicy:
         batch = collate(trajectories, self.model.device)
         hidden, head = last_hidden(self.model, batch, self._config.model), head_of(self.model)
         values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
-        v = values.v[batch.first_states()].cpu()
-        log_prob = values.log_prob.sum(1).cpu()
-        per_token = torch.stack(values[:3], -1).cpu().numpy()
+        v, log_prob = values.v[:, 0].cpu(), values.log_prob.sum(1).cpu()
+        per_token, mask = torch.stack(values[:3], -1).cpu().numpy(), batch.mask.cpu().numpy()
         for row, t in enumerate(trajectories):
             t.reference = {"version": self.version, "v": v[row].item(), "log_prob": log_prob[row].item()}
             if self._config.objective.level != "trajectory":
-                t.reference["values"] = per_token[row, : len(t) - 1][t.action_mask[1:]]  # [H, 3]: q, v, log_prob
+                t.reference["values"] = per_token[row][mask[row]]  # [H, 3]: q, v, log_prob
 
 
 def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:

@@ -52,6 +52,11 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def prefix(self) -> np.ndarray:
+        """The tokens before s_1's last one: what all responses to one prompt share. May be empty."""
+        return self.token_ids[: int(self.action_mask.argmax()) - 1]
+
 
 class ReplayBuffer:
     """The newest `capacity` trajectories. Randomness is passed in; `check` verifies the buffer itself."""

@@ -1,4 +1,4 @@
-"""Trajectories in and out of padded tensors."""
+"""Trajectories in and out of padded tensors; each distinct prompt once, in the batch and in the transformer."""
 
 from __future__ import annotations
 
@@ -7,27 +7,75 @@ import pytest
 import torch
 
 from reval.batching import collate, micro_batches
+from reval.config import ModelConfig
+from reval.models import last_hidden
+from reval.replay import Trajectory
+
+CPU = torch.device("cpu")
+
+
+def groups(prompts: int, responses: int, seed: int = 0) -> list[Trajectory]:
+    """Several responses to each prompt, of unequal lengths, in mixed order; one prompt is a single token."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for p in range(prompts):
+        prompt = rng.integers(6, 100, 1 if p == 0 else rng.integers(2, 9))
+        for _ in range(responses):
+            ids = np.concatenate([prompt, rng.integers(6, 100, rng.integers(1, 8))])
+            mask = np.arange(len(ids)) >= len(prompt)
+            out.append(Trajectory(token_ids=ids, action_mask=mask, reward=float(rng.normal()), score=0.0, iteration=1))
+    return [out[i] for i in rng.permutation(len(out))]
 
 
 def test_states_line_up_with_the_token_that_follows(trajectories):
-    members = trajectories(6, turns=2)
-    batch = collate(members, torch.device("cpu"))
-    for row, t in enumerate(members):
-        n = len(t)
-        assert batch.token_ids[row, :n].tolist() == t.token_ids.tolist()
-        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.token_ids.shape[1] - n)
-        taken = batch.actions[row][batch.mask[row]].tolist()
-        assert taken == t.token_ids[t.action_mask].tolist()
-    rows, columns = batch.first_states()
-    assert columns.tolist() == [int(np.argmax(t.action_mask)) - 1 for t in members]
-    assert batch.mask[rows, columns].all()
-    assert batch.rewards.tolist() == pytest.approx([t.reward for t in members])
+    for members in (trajectories(6, turns=2), groups(3, 4)):
+        batch = collate(members, CPU)
+        assert batch.mask[:, 0].all()
+        for row, t in enumerate(members):
+            prefix = batch.prefixes[batch.prefix_of[row]][batch.prefix_mask[batch.prefix_of[row]].bool()]
+            states = batch.states[row][batch.state_mask[row].bool()]
+            assert prefix.tolist() + states.tolist() == t.token_ids[:-1].tolist()
+            assert batch.actions[row][batch.mask[row]].tolist() == t.token_ids[t.action_mask].tolist()
+        assert batch.rewards.tolist() == pytest.approx([t.reward for t in members])
+    assert len(batch.prefixes) == 3
 
 
 @pytest.mark.parametrize("budget", [1, 17, 40, 10_000])
-def test_micro_batches_cover_all_once_and_keep_the_budget(trajectories, budget):
-    members = trajectories(23)
+def test_micro_batches_cover_all_once_and_keep_the_budget(budget):
+    members = groups(5, 4)
     parts = list(micro_batches(members, budget))
-    assert sorted(i for part in parts for i in part) == list(range(23))
+    assert sorted(i for part in parts for i in part) == list(range(20))
     for part in parts:
-        assert len(part) == 1 or len(part) * max(len(members[i]) for i in part) <= budget
+        batch = collate([members[i] for i in part], CPU)
+        assert len(part) == 1 or batch.prefixes.numel() + batch.states.numel() <= budget
+
+
+def test_micro_batches_keep_the_responses_to_a_prompt_together():
+    members = groups(5, 4)
+    split = [{members[i].prefix.tobytes() for i in part} for part in micro_batches(members, 60)]
+    assert len(split) > 1 and sum(map(len, split)) < 5 + len(split)
+
+
+def test_a_shared_prompt_is_computed_once_and_changes_nothing(tiny):
+    """Values and gradients against every trajectory alone; the hook counts the tokens that pass the transformer."""
+    model, _ = tiny
+    members = [t for t in groups(4, 5) if len(t.prefix)]
+    counted = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    batch = collate(members, CPU)
+    weights = torch.randn(*batch.mask.shape, 64)
+    together = last_hidden(model, batch, ModelConfig())
+    hook.remove()
+    assert counted == [batch.prefixes.numel(), batch.states.numel()] and len(batch.prefixes) == 3
+    (together * weights * batch.mask[..., None]).sum().backward()
+    shared = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for row, t in enumerate(members):
+        alone = last_hidden(model, collate([t], CPU), ModelConfig())[0]
+        n = alone.shape[0]
+        torch.testing.assert_close(together[row, :n], alone, rtol=1e-4, atol=1e-5)
+        (alone * weights[row, :n] * batch.mask[row, :n, None]).sum().backward()
+    for name, p in model.named_parameters():
+        assert (shared[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name

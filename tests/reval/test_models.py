@@ -32,9 +32,13 @@ def make(config):
 def test_values_of_the_head_are_those_of_the_models_own_logits(name, trajectories):
     model = make(MODELS[name])
     check_head(model)
-    head, batch = head_of(model), collate(trajectories(5, vocabulary=50), model.device)
+    members = trajectories(5, vocabulary=50)
+    head, batch = head_of(model), collate(members, model.device)
     with torch.no_grad():
-        own = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        own = torch.zeros(*batch.mask.shape, 50)
+        for row, t in enumerate(members):  # each alone, without padding
+            ids = torch.from_numpy(t.token_ids).long()[None]
+            own[row, : len(t) - 1 - len(t.prefix)] = model(input_ids=ids).logits[0, len(t.prefix) : -1]
         expected = token_values(own, batch.actions, mask=batch.mask)
         hidden = last_hidden(model, batch, ModelConfig())
         got = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())

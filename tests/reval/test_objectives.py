@@ -25,26 +25,26 @@ def case(tiny, tiny_config, trajectories):
     members = trajectories(5, turns=2)
     reference.annotate(members)
     batch = collate(members, model.device)
-    return model, reference.model, batch, reference_of(members, batch)
+    return model, reference.model, batch, reference_of(members, batch), members
 
 
 @torch.no_grad()
-def by_hand(model, batch, row):
-    """q, v and log pi of one trajectory's actions in float64, from the model's logits."""
-    logits = model.double()(input_ids=batch.token_ids, attention_mask=batch.attention_mask).logits[row, :-1]
+def by_hand(model, t):
+    """q, v and log pi of one trajectory's actions in float64, from the model's logits for it alone."""
+    ids, mask = torch.from_numpy(t.token_ids).long(), torch.from_numpy(t.action_mask)[1:]
+    logits = model.double()(input_ids=ids[None]).logits[0, :-1][mask]
     model.float()
-    logits = logits[batch.mask[row]]
-    q = logits.gather(-1, batch.actions[row][batch.mask[row]][:, None])[:, 0]
+    q = logits.gather(-1, ids[1:][mask][:, None])[:, 0]
     v = logits.logsumexp(-1)
     return q, v, q - v
 
 
 def expected(name, level, case):
-    model, reference, batch, _ = case
+    model, reference, _, _, members = case
     terms = []
-    for row in range(len(batch.rewards)):
-        (q, v, log_pi), (q_ref, v_ref, log_ref) = by_hand(model, batch, row), by_hand(reference, batch, row)
-        outcome = batch.rewards[row].double() / BETA
+    for t in members:
+        (q, v, log_pi), (q_ref, v_ref, log_ref) = by_hand(model, t), by_hand(reference, t)
+        outcome = t.reward / BETA
         d = (log_pi - log_ref).sum()
         if name == "regression":
             terms.append((d - outcome) ** 2)
@@ -71,7 +71,7 @@ def expected(name, level, case):
      ("regression", "trajectory")],
 )  # fmt: skip
 def test_loss_is_the_formula(case, tiny_config, name, level):
-    model, _, batch, reference = case
+    model, _, batch, reference, _ = case
     config = ObjectiveConfig(name=name, level=level, beta=BETA)
     hidden = last_hidden(model, batch, tiny_config.model)
     out = OBJECTIVES[name](hidden, head_of(model), batch, reference, config, 7)
@@ -83,13 +83,13 @@ def test_loss_is_the_formula(case, tiny_config, name, level):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_residual_parts_add_up(case, tiny_config, name):
-    model, reference_model, batch, reference = case
+    model, reference_model, batch, reference, members = case
     config = ObjectiveConfig(name=name, beta=BETA)
     hidden = last_hidden(model, batch, tiny_config.model)
     residual = OBJECTIVES[name](hidden, head_of(model), batch, reference, config, 7).residual
     parts = residual_parts(hidden, head_of(model), batch, reference, config, residual)
-    for row in range(len(batch.rewards)):
-        (_, v, log_pi), (_, v_ref, log_ref) = by_hand(model, batch, row), by_hand(reference_model, batch, row)
+    for row, t in enumerate(members):
+        (_, v, log_pi), (_, v_ref, log_ref) = by_hand(model, t), by_hand(reference_model, t)
         assert parts["v_policy"][row].item() == pytest.approx(v[0].item(), rel=1e-5)
         assert parts["v_reference"][row].item() == pytest.approx(v_ref[0].item(), rel=1e-5)
         assert parts["log_ratio"][row].item() == pytest.approx((log_pi - log_ref).sum().item(), abs=1e-4)

@@ -52,7 +52,7 @@ def test_token_values_are_kept_where_the_level_needs_them(tiny, tiny_config, tra
     reference = reference_of(members, batch)
     assert [t.reference["values"].shape for t in members] == [(int(t.action_mask.sum()), 3) for t in members]
     torch.testing.assert_close(reference.values.log_prob.sum(1), reference.log_prob)
-    torch.testing.assert_close(reference.values.v[batch.first_states()], reference.v)
+    torch.testing.assert_close(reference.values.v[:, 0], reference.v)
     assert reference.values.q[~batch.mask].abs().max() == 0
     other = trajectories(5)
     ReferencePolicy(tiny[0], tiny_config).annotate(other)
