@@ -50,11 +50,10 @@ def td_targets(
         raise TypeError(f"reference must be TokenValues (returns are not enough), got {type(reference).__name__}")
     _check_values(values)
     checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
-    return TDTargets(
-        *library.td_targets(
-            values.q, values.v, list(reference[:2]), rewards, mask, cu_seqlens, float(beta), float(gamma), backend
-        )
+    target, error, endogenous = library.td_targets(
+        values.q, values.v, list(reference[:2]), rewards, mask, cu_seqlens, float(beta), float(gamma), backend
     )
+    return TDTargets(target, error, endogenous.detach())  # a constant: an op's outputs all carry its gradient
 
 
 def bellman_loss(
@@ -79,7 +78,8 @@ def bellman_loss(
         level "subtrajectory":  loss = sum over trajectories and h of (sum_{k>=h} d_k)^2 / normalizer
 
     The policy's and the reference's values are subtracted from each other first, so a policy equal to its reference
-    with r = 0 has loss and gradient exactly 0. TBRM (arXiv 2505.15311) is `reference` = sum_h log pi_ref, without V_ref.
+    with r = 0 has loss and gradient exactly 0. TBRM (arXiv 2505.15311) is `reference` = sum_h log pi_ref, without
+    V_ref.
 
     Args:
         values: the policy's TokenValues, [B, T] padded or [N] packed, differentiable.
@@ -103,7 +103,7 @@ def bellman_loss(
     checks.level(level, reference, semi_gradient, normalizer)
     loss, residual, *_ = library.bellman_loss(
         *values[:3], reference_tensors(reference), rewards, mask, cu_seqlens, float(beta), level, semi_gradient,
-        divisor(normalizer, rewards), backend,
+        None if normalizer is None else float(normalizer), backend,
     )  # fmt: skip
     return BellmanLoss(loss, residual)
 
@@ -113,12 +113,9 @@ def reference_tensors(reference: TokenValues | Tensor) -> list[Tensor]:
     return [reference] if isinstance(reference, Tensor) else list(reference[:3])
 
 
-def divisor(normalizer: float | None, rewards: Tensor) -> float:
-    return float(max(rewards.shape[0], 1) if normalizer is None else normalizer)
-
-
 def _check_values(values: TokenValues) -> None:
     if not isinstance(values, TokenValues):
         raise TypeError(f"values must be TokenValues, got {type(values).__name__}")
-    for name in ("q", "v", "log_prob"):
+    checks.tensor("values.q", values.q, checks.WIDE, None, None)
+    for name in ("v", "log_prob"):
         checks.tensor(f"values.{name}", getattr(values, name), (values.q.dtype,), values.q.shape, values.q.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .types import TokenValues
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDE = (torch.float32, torch.float64)
 LEVELS = ("trajectory", "token", "subtrajectory")
 
 
@@ -25,17 +27,29 @@ def unknown(name: str, given: object, allowed: Sequence[str]) -> str:
     return f"{name} must be one of {', '.join(map(repr, allowed))}; got {given!r}{hint}"
 
 
-def tensor(name: str, x: object, dtypes: Sequence[torch.dtype], shape: Sequence[int | str], device: object) -> None:
-    """Check one tensor. A letter in `shape` stands for any size; `device` None for any device."""
+def tensor(
+    name: str, x: object, dtypes: Sequence[torch.dtype], shape: Sequence[int | str] | None, device: object
+) -> None:
+    """Check one tensor. A letter in `shape` stands for any size, None for any shape; `device` None for any device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {allowed}, got {str(x.dtype).removeprefix('torch.')}")
+    if shape is None:
+        return
     if x.dim() != len(shape) or any(isinstance(n, int) and m != n for m, n in zip(x.shape, shape, strict=True)):
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def number(name: str, x: Any, otherwise: str = "") -> None:
+    """Check a positive number; `otherwise` says what else the argument may be."""
+    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):  # a symbolic number cannot be asked
+        raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
+    if not x > 0:
+        raise ValueError(f"{name} must be positive{otherwise}, got {x}")
 
 
 def token_arguments(
@@ -48,14 +62,14 @@ def token_arguments(
         tensor("mask", mask, (torch.bool,), shape, device)
     if isinstance(temperature, Tensor):
         tensor("temperature", temperature, FLOATS, shape, device)
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    else:
+        number("temperature", temperature)
+    if softcap is not None:
+        number("softcap", softcap, " or None")
 
 
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if not isinstance(hidden, Tensor) or hidden.dim() < 1:
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError(f"hidden must be a tensor of shape [..., D], got {getattr(hidden, 'shape', type(hidden))}")
     tensor("hidden", hidden, FLOATS, hidden.shape, None)
     tensor("weight", weight, FLOATS, ["V", hidden.shape[-1]], hidden.device)
@@ -87,13 +101,14 @@ def bellman_arguments(
     if mask is not None:
         tensor("mask", mask, (torch.bool,), shape, device)
     tensor("rewards", rewards, FLOATS, [trajectories], device)
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    number("beta", beta)
     if isinstance(reference, TokenValues):
         for name in ("q", "v", "log_prob"):
             tensor(f"reference.{name}", getattr(reference, name), FLOATS, shape, device)
-    else:
+    elif isinstance(reference, Tensor):
         tensor("reference", reference, FLOATS, [trajectories], device)
+    else:
+        raise TypeError(f"reference must be TokenValues or a tensor of returns [B], got {type(reference).__name__}")
 
 
 def level(name: str, reference: TokenValues | Tensor, semi_gradient: bool, normalizer: float | None) -> None:
@@ -103,5 +118,5 @@ def level(name: str, reference: TokenValues | Tensor, semi_gradient: bool, norma
         raise ValueError(f"level {name!r} needs the reference's TokenValues, got its returns (a tensor)")
     if semi_gradient and name != "token":
         raise ValueError(f"semi_gradient stops the gradient at the TD target of level 'token', got level {name!r}")
-    if normalizer is not None and not normalizer > 0:
-        raise ValueError(f"normalizer must be positive or None, got {normalizer}")
+    if normalizer is not None:
+        number("normalizer", normalizer, " or None")

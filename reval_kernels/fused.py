@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
-from .bellman import bellman_loss, divisor, reference_tensors
+from .bellman import bellman_loss, reference_tensors
 from .types import BellmanLoss, TokenValues
 from .values import _temperature, token_values
 
@@ -100,7 +100,7 @@ def linear_reval_loss(
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, residual, *_ = library.linear_reval_loss(
         hidden, weight, bias, actions, mask, cu_seqlens, *_temperature(temperature), softcap,
-        reference_tensors(reference), rewards, float(beta), level, semi_gradient, divisor(normalizer, rewards), needs,
-        backend,
+        reference_tensors(reference), rewards, float(beta), level, semi_gradient,
+        None if normalizer is None else float(normalizer), needs, backend,
     )  # fmt: skip
     return BellmanLoss(loss, residual.detach())

@@ -36,6 +36,11 @@ def _fake_values(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     return new[0], new[1], new[2], new[3], new[4], new[5]
 
 
+def _trajectories(rewards: Tensor) -> float:
+    """The default normalizer. Counted inside the op: outside, torch.compile would compile anew for each batch size."""
+    return float(max(rewards.shape[0], 1))
+
+
 # --- token values from logits ---------------------------------------------------------------------------------------
 
 
@@ -214,9 +219,11 @@ td_targets.register_autograd(_td_targets_gradient, setup_context=_save_td_target
 @_op("bellman_loss")
 def bellman_loss(
     q: Tensor, v: Tensor, log_prob: Tensor, reference: Sequence[Tensor], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float, backend: str | None,
+    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, v, log_prob [...] -> loss [], residual [B], and the loss's cotangents dq, dv, dlog_prob [...]."""
+    normalizer = _trajectories(rewards) if normalizer is None else normalizer
     args = (q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer)
     return _run("bellman_loss", q, backend, *args)
 
@@ -262,13 +269,13 @@ bellman_loss.register_autograd(_bellman_loss_gradient, setup_context=_save_bellm
 def linear_reval_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float | None,
-    reference: Sequence[Tensor], rewards: Tensor, beta: float, level: str, semi_gradient: bool, normalizer: float,
-    needs: Sequence[bool], backend: str | None,
+    reference: Sequence[Tensor], rewards: Tensor, beta: float, level: str, semi_gradient: bool,
+    normalizer: float | None, needs: Sequence[bool], backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> loss [], residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed)."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     args = (hidden, weight, bias, actions, mask, cu_seqlens, transform, reference, rewards, beta, level,
-            semi_gradient, normalizer, needs)  # fmt: skip
+            semi_gradient, _trajectories(rewards) if normalizer is None else normalizer, needs)  # fmt: skip
     return _run("linear_reval_loss", hidden, backend, *args)
 
 
@@ -285,6 +292,7 @@ def _(hidden, weight, bias, actions, mask, cu_seqlens, temperature, temperatures
 
 def _save_linear_reval_loss(ctx, inputs, output):
     ctx.no_gradient = [None] * len(inputs[9])
+    ctx.set_materialize_grads(False)  # zeros for the outputs that hold the gradients would be another V x D
     ctx.save_for_backward(*output[2:])
 
 

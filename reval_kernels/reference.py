@@ -33,7 +33,8 @@ def token_values(
     taken = actions[mask].long()[:, None]
     log_pi = torch.log_softmax(z, dim=-1)
     q, v, log_prob = z.gather(-1, taken)[:, 0], torch.logsumexp(z, dim=-1), log_pi.gather(-1, taken)[:, 0]
-    entropy = torch.special.entr(log_pi.exp()).sum(-1) if with_entropy else None
+    # a word at -inf contributes 0, not 0 * -inf
+    entropy = -(log_pi.exp() * log_pi.masked_fill(log_pi == -torch.inf, 0)).sum(-1) if with_entropy else None
 
     def scatter(x: Tensor) -> Tensor:
         return x.new_zeros(mask.shape).masked_scatter(mask, x)
@@ -53,10 +54,8 @@ def linear_token_values(
     with_entropy: bool = False,
 ) -> TokenValues:
     """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V]."""
-    logits = _head(hidden, weight, bias)
-    return token_values(
-        logits, actions, mask=mask, temperature=temperature, softcap=softcap, with_entropy=with_entropy
-    )
+    logits = _head(hidden, weight, bias, mask)
+    return token_values(logits, actions, mask=mask, temperature=temperature, softcap=softcap, with_entropy=with_entropy)
 
 
 def td_targets(
@@ -71,7 +70,7 @@ def td_targets(
 ) -> TDTargets:
     """TD targets, TD errors and endogenous rewards of every action (METHOD.md section 2)."""
     q, v, shape = values.q.flatten(), values.v.flatten(), values.q.shape
-    q_ref, v_ref = reference.q.detach().flatten(), reference.v.detach().flatten()
+    q_ref, v_ref = (_constant(x, q.dtype).flatten() for x in (reference.q, reference.v))
     target, error, endogenous = (torch.zeros_like(q) for _ in range(3))
     for b, steps in enumerate(_trajectories(values.q, mask, cu_seqlens)):
         outcome = torch.zeros_like(q[steps])
@@ -112,11 +111,11 @@ def bellman_loss(
             continue
         outcome = rewards[b].to(v.dtype) / beta
         if isinstance(reference, TokenValues):
-            dv = v[steps] - reference.v.detach().flatten()[steps]
-            dlog = log_prob[steps] - reference.log_prob.detach().flatten()[steps]
+            dv = v[steps] - _constant(reference.v, v.dtype).flatten()[steps]
+            dlog = log_prob[steps] - _constant(reference.log_prob, v.dtype).flatten()[steps]
             residual = dv[0] + dlog.sum() - outcome
         else:
-            residual = v[steps][0] + log_prob[steps].sum() - reference[b].detach() - outcome
+            residual = v[steps][0] + log_prob[steps].sum() - _constant(reference[b], v.dtype) - outcome
         residuals.append(residual)
         if level == "trajectory":
             total = total + residual**2
@@ -171,15 +170,21 @@ def linear_reval_loss(
 ) -> BellmanLoss:
     """`reval_loss` of logits = hidden @ weight.T + bias."""
     return reval_loss(
-        _head(hidden, weight, bias), actions, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta,
+        _head(hidden, weight, bias, mask), actions, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta,
         level=level, semi_gradient=semi_gradient, normalizer=normalizer, temperature=temperature, softcap=softcap,
     )  # fmt: skip
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    if mask is not None:  # whatever the masked positions hold must not reach the weight's gradient
+        hidden = hidden.where(mask[..., None], 0)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
+
+
+def _constant(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype)
 
 
 def _trajectories(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Token values when each rank holds a slice of the vocabulary: the ranks' row maxima and sums, merged.
 
-Every rank runs the ordinary op on its slice. The parts (max, sum, q - max) are merged by all_reduce, three numbers a
-token. With the merged max and sum as its statistics, the ordinary backward op gives exactly the slice's part of the
-gradient.
+Every rank runs the ordinary op on its slice. Its parts (max, sum, q - max, entropy) are merged by all_reduce, five
+numbers a token. With the merged max and sum as its statistics, the ordinary backward op gives exactly the slice's part
+of the gradient.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ class _Sharded(torch.autograd.Function):
         dist.all_reduce(row_max, dist.ReduceOp.MAX, group)
         row_max = row_max.where(row_max > -torch.inf, 0)
         share = torch.exp(own_max - row_max + own_sum)
+        # As in one row, the largest weight, 1, stays out of the sum; `top` counts the slices that have it.
+        top = (own_max == row_max) & (own_sum > -torch.inf)
+        others = torch.where(top, own_sum.expm1(), share)
         spread = torch.where(share > 0, share * ((own_sum - own_entropy) + (own_max - row_max)), 0)
-        parts = torch.stack([share, torch.where(owned, q - row_max, 0), spread])
+        parts = torch.stack([others, top.to(share.dtype), torch.where(owned, q - row_max, 0), spread])
         dist.all_reduce(parts, dist.ReduceOp.SUM, group)
-        total, q_shifted, spread = parts
-        log_sum = total.log().where(mask, 0)
-        values = [q_shifted + row_max, row_max + log_sum, q_shifted - log_sum, log_sum - spread / total]
+        others, top, q_shifted, spread = parts
+        others = others + (top - 1)
+        log_sum = others.log1p().where(mask, 0)
+        values = [q_shifted + row_max, row_max + log_sum, q_shifted - log_sum, log_sum - spread / (1 + others)]
         values = [x.where(mask, 0) for x in values]
         ctx.save_for_backward(hidden, weight, bias, local, owned, mask, temperatures, row_max, log_sum, values[3])
         ctx.group, ctx.temperature, ctx.softcap, ctx.backend = group, temperature, softcap, backend
@@ -45,9 +49,10 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dv, dlog_prob, dentropy):
         hidden, weight, bias, local, owned, mask, temperatures, *statistics = ctx.saved_tensors
-        # Where the action lies on another rank, index 0 stands in for it. The op adds dq + dlog_prob there, beyond what
-        # every word gets; dq = -dlog_prob makes that 0.
-        dq = torch.where(owned, dq, -dlog_prob)
+        # Where the action lies on another rank, index 0 stands in for it and must get what every word gets, which is
+        # (dv - dlog_prob) * p: the gradient of v alone.
+        dv = torch.where(owned, dv, dv - dlog_prob)
+        dq, dlog_prob = dq.where(owned, 0), dlog_prob.where(owned, 0)
         needs = list(ctx.needs_input_grad[1:4])
         d_hidden, d_weight, d_bias = library.linear_token_values_backward(
             hidden, weight, bias, local, mask, ctx.temperature, temperatures, ctx.softcap, statistics,
@@ -76,5 +81,6 @@ def _slice(group: dist.ProcessGroup, weight: Tensor) -> tuple[int, int]:
 
 
 def _check_actions(actions: Tensor, vocabulary: int) -> None:
-    if ((actions < 0) | (actions >= vocabulary)).any():
-        raise ValueError(f"actions must lie in [0, {vocabulary}) where they are not masked out")
+    outside = actions[(actions < 0) | (actions >= vocabulary)]
+    if len(outside):
+        raise ValueError(f"actions must lie in [0, {vocabulary}) where they are not masked out; got {int(outside[0])}")

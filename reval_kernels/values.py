@@ -41,8 +41,8 @@ def token_values(
         temperature: a positive number, or a tensor [...]; a constant for the gradient.
         softcap: a positive number, or None.
         with_entropy: also return the entropy of softmax(z) in nats.
-        inplace_grad: let the backward overwrite `logits` with its gradient. The logits' version counter is bumped, so a
-            second backward raises. Ignored under torch.compile.
+        inplace_grad: let the backward overwrite `logits` with its gradient (not where they are expanded). The logits'
+            version counter is bumped, so a second backward raises. Ignored under torch.compile.
         backend: a name from `reval_kernels.backends()`; None for the default of the tensors' device.
 
     Returns:
@@ -57,6 +57,10 @@ def token_values(
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have a vocabulary of at least one word, got shape {list(logits.shape)}")
     checks.token_arguments(actions, logits.shape[:-1], logits.device, mask, temperature, softcap)
+    if inplace_grad and not torch.compiler.is_compiling() and any(
+        step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)
+    ):  # fmt: skip
+        raise ValueError(f"inplace_grad needs logits that are not expanded, got strides {list(logits.stride())}")
     out = library.token_values(
         logits, actions, mask, *_temperature(temperature), softcap, with_entropy,
         inplace_grad and not torch.compiler.is_compiling(), backend,

@@ -2,6 +2,10 @@
 
 import os
 
+# Before anything imports triton, transformers included: its kernels run on CPU tensors in the interpreter.
+if os.environ.get("REVAL_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from hypothesis import settings
 

@@ -72,14 +72,20 @@ def linear_token_values_backward(
     statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias (empty where not needed); the logits are computed anew by chunks."""
-    rows, actions = _unmasked(actions, mask, weight.shape[0], transform)
-    gradients = _HeadGradients(hidden, weight, bias, needs)
-    for c, at in _chunks(rows, LINEAR_CHUNK // weight.shape[0]):
-        logits = _logits(hidden[at], weight, bias)
-        gradients.add(at, row_gradient_(
-            logits, actions[c], transform.at(at), [x[at] for x in statistics], [x[at] for x in cotangents]
-        ))  # fmt: skip
-    return gradients.finish()
+    return recompute_gradients(Head(hidden, weight, bias, needs), actions, mask, transform, statistics, cotangents)
+
+
+def recompute_gradients(
+    head: Head, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, actions = _unmasked(actions, mask, len(head.weight), transform)
+    for c, at in _chunks(rows, head.size):
+        logits = head.logits(at)
+        head.add_gradient_(
+            at, logits, actions[c], transform.at(at), [x[at] for x in statistics], [x[at] for x in cotangents]
+        )
+    return head.finish()
 
 
 def linear_reval_loss(
@@ -87,43 +93,54 @@ def linear_reval_loss(
     cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
     level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed).
+    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed)."""
+    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs)
+    return whole_trajectory_loss(
+        head, hidden.shape, actions, mask, cu_seqlens, transform, reference, rewards, beta, level, semi_gradient,
+        normalizer,
+    )
+
+
+def whole_trajectory_loss(
+    head: Head, shape: torch.Size, actions: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+    transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float, level: str,
+    semi_gradient: bool, normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`linear_reval_loss` for hidden states of this shape, which `head` holds as [N, D].
 
     A chunk is made of whole trajectories, so its residuals close and its gradient is known while its logits are still
     there: 6 M V D operations instead of 8. A trajectory longer than a chunk has its logits computed twice.
     """
-    layout = Trajectories(hidden.shape[:-1], hidden.device, mask, cu_seqlens)
-    _, actions = _unmasked(actions, mask, weight.shape[0], transform)
-    hidden_flat, transform = hidden.reshape(-1, hidden.shape[-1]), transform.flattened()
-    gradients = _HeadGradients(hidden_flat, weight, bias, needs)
-    size = max(1, LINEAR_CHUNK // weight.shape[0])
-    loss = _wide(hidden.new_zeros(()))
+    layout = Trajectories(shape[:-1], actions.device, mask, cu_seqlens)
+    _, actions = _unmasked(actions, mask, len(head.weight), transform)
+    transform = transform.flattened()
+    loss = _wide(head.hidden.new_zeros(()))
     residual = loss.new_zeros(len(layout.counts))
 
-    for trajectories, span in _whole_trajectories(layout.counts.tolist(), size):
+    for trajectories, span in _whole_trajectories(layout.counts.tolist(), head.size):
         tokens, taken, lengths = layout.actions[span], actions[span], layout.counts[trajectories]
         logits, values = None, []
-        for c, at in (pieces := list(_chunks((tokens,), size))):
+        for c, at in (pieces := list(_chunks((tokens,), head.size))):
             logits = None  # the last piece's room is free before the next takes its own
-            logits = _logits(hidden_flat[at], weight, bias)
-            values.append(row_values(logits, taken[c], transform.at(at), with_entropy=False))
+            logits, numbers = head.values(at, taken[c], transform.at(at))
+            values.append(numbers)
         q, v, log_prob, *statistics = (torch.cat(x) for x in zip(*values, strict=True))
-        chunk_loss, residual[trajectories], *cotangents = bellman_loss(
+        chunk_loss, residual[trajectories], *cotangents = head.bellman_loss(
             q, v, log_prob, [r[trajectories] if len(reference) == 1 else r.reshape(-1)[tokens] for r in reference],
             rewards[trajectories], None, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), beta, level,
             semi_gradient, normalizer,
         )  # fmt: skip
         loss += chunk_loss
-        for c, at in pieces if any(needs) else ():
+        for c, at in pieces if any(head.needs) else ():
             if len(pieces) > 1:
-                logits = _logits(hidden_flat[at], weight, bias)
+                logits = head.logits(at)
             entropy, row_max, log_sum = (x[c] for x in statistics)
-            gradients.add(at, row_gradient_(
-                logits, taken[c], transform.at(at), (row_max, log_sum, entropy),
+            head.add_gradient_(
+                at, logits, taken[c], transform.at(at), (row_max, log_sum, entropy),
                 (*(x[c] for x in cotangents), torch.zeros_like(entropy)),
-            ))  # fmt: skip
-    d_hidden, d_weight, d_bias = gradients.finish()
-    return loss, residual, d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
+            )  # fmt: skip
+    d_hidden, d_weight, d_bias = head.finish()
+    return loss, residual, d_hidden.view(shape) if head.needs[0] else d_hidden, d_weight, d_bias
 
 
 def td_targets(
@@ -208,20 +225,46 @@ def bellman_loss_backward(
     return layout.tokens(dq), layout.tokens(dv), layout.tokens(dlog + d_residual[:, None])
 
 
+class Head:
+    """logits = hidden @ weight.T + bias by chunks, what is computed on a chunk, and the gradients gathered from them.
 
-class _HeadGradients:
-    """Gradients of logits = hidden @ weight.T + bias, gathered chunk by chunk; the weight's in fp32 (fp64)."""
+    A backend with better kernels replaces the parts it does better. The weight's gradient adds up in fp32 (fp64).
+    """
+
+    bellman_loss = staticmethod(bellman_loss)
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
         self.d_weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=dtype)
         self.d_bias = weight.new_zeros(len(weight) if needs[2] else 0, dtype=dtype)
-        self.needs = needs
 
-    def add(self, at: tuple[Tensor, ...], dlogits: Tensor) -> None:
-        """Take in the gradient [C, V] of the logits of the tokens `at`."""
+    @property
+    def size(self) -> int:
+        """Tokens of one chunk."""
+        return max(1, LINEAR_CHUNK // len(self.weight))
+
+    def logits(self, at: tuple[Tensor, ...]) -> Tensor:
+        """[C, V] in fp32 (fp64) of the tokens `at`."""
+        return _logits(self.hidden[at], self.weight, self.bias)
+
+    def values(
+        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The logits, and the six numbers [C] of each row."""
+        logits = self.logits(at)
+        return logits, row_values(logits, actions, transform, with_entropy=False)
+
+    def add_gradient_(
+        self, at: tuple[Tensor, ...], logits: Tensor, actions: Tensor, transform: Transform,
+        statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
+    ) -> None:  # fmt: skip
+        """Take in the gradient of the tokens `at`, which may overwrite their logits."""
+        self.gather(at, row_gradient_(logits, actions, transform, statistics, cotangents))
+
+    def gather(self, at: tuple[Tensor, ...], dlogits: Tensor) -> None:
+        """Take in the gradient [C, V] of their logits, in fp32 (fp64)."""
         if self.needs[0]:
             d_hidden = dlogits.new_zeros(len(dlogits), self.weight.shape[1])
             for words, tile in _tiles(self.weight, dlogits.dtype):
@@ -234,8 +277,8 @@ class _HeadGradients:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden, d_weight, d_bias in the dtypes of what they are gradients of; empty where not needed."""
-        bias = self.d_bias if self.bias is None else self.d_bias.to(self.bias.dtype)
-        return self.d_hidden, self.d_weight.to(self.weight.dtype), bias
+        bias = self.weight if self.bias is None else self.bias
+        return self.d_hidden, self.d_weight.to(self.weight.dtype), self.d_bias.to(bias.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -272,7 +315,7 @@ def _whole_trajectories(counts: list[int], size: int) -> Iterator[tuple[slice, s
     """Runs of trajectories with at most `size` actions together (one alone may have more), and their actions."""
     first, start, held = 0, 0, 0
     for b, count in enumerate(counts):
-        if b > first and held + count > size:
+        if held and held + count > size:
             yield slice(first, b), slice(start, start + held)
             first, start, held = b, start + held, 0
         held += count
@@ -290,7 +333,7 @@ def _per_token(values: list[tuple[Tensor, ...]], rows: tuple[Tensor, ...], like:
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The head's rows in the dtype of the computation; a narrower weight is widened a part at a time."""
-    size = len(weight) if weight.dtype == dtype else max(1, LINEAR_CHUNK // 4 // weight.shape[1])
+    size = len(weight) if weight.dtype == dtype else max(1, LINEAR_CHUNK // 4 // max(1, weight.shape[1]))
     for start in range(0, len(weight), size):
         words = slice(start, min(start + size, len(weight)))
         yield words, weight[words].to(dtype)

@@ -36,7 +36,7 @@ class Transform(NamedTuple):
             tanh = torch.tanh(logits / self.softcap)
             z = tanh * self.softcap
         if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
-            z = z / self.temperature
+            z = z / (self.temperature.to(z.dtype) if isinstance(self.temperature, Tensor) else self.temperature)
         return z, tanh
 
 
@@ -47,17 +47,20 @@ def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entro
     needs.
     """
     z, _ = transform.apply(logits)
-    row_max = z.amax(dim=-1)
-    row_max = torch.where(row_max.isinf(), 0, row_max)  # a row of -inf alone: exp(-inf - 0) is 0, -inf - -inf is NaN
-    shifted = z - row_max[:, None]
-    weights = shifted.exp()
-    total = weights.sum(dim=-1)
-    log_sum = total.log()
+    top, first = z.max(dim=-1, keepdim=True)
+    row_max = torch.where(top.isinf(), 0, top)  # a row of -inf alone: exp(-inf - 0) is 0, -inf - -inf is NaN
+    shifted = z - row_max
+    # The largest weight, 1, stays out of the sum: next to it the rest would lose the digits in which a confident
+    # state's 1 - p is written. log1p keeps them.
+    weights = shifted.exp().scatter_(-1, first, 0)
+    others = weights.sum(dim=-1)
+    top, row_max = top[:, 0], row_max[:, 0]
+    log_sum = torch.where(top.isinf(), top, others.log1p())
     q = z.gather(-1, actions[:, None])[:, 0]
     entropy = torch.zeros_like(q)
     if with_entropy:
         # a word at -inf has weight 0 and would contribute 0 * -inf = NaN
-        entropy = log_sum - (weights * shifted.clamp(min=torch.finfo(z.dtype).min)).sum(dim=-1) / total
+        entropy = log_sum - (weights * shifted.clamp(min=torch.finfo(z.dtype).min)).sum(dim=-1) / (1 + others)
     return q, row_max + log_sum, (q - row_max) - log_sum, entropy, row_max, log_sum
 
 
@@ -80,7 +83,8 @@ def row_gradient_(
     log_pi = torch.sub(z, row_max, out=logits).sub_(log_sum)
     log_pi_action = log_pi.gather(-1, action)
     # What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
-    at_action = (dq + dv) - (dlog - dv) * torch.expm1(log_pi_action)
+    # dv * p stands alone, so that an unlikely action keeps its own.
+    at_action = dq + dv * log_pi_action.exp() - dlog * torch.expm1(log_pi_action)
     if (dentropy != 0).any():
         p = log_pi.exp()
         # p = 0 meets log p = -inf: their product is 0 in the limit

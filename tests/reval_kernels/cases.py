@@ -1,0 +1,198 @@
+"""What the tests here share: the backends, random inputs, evaluation with gradients, and how errors are measured.
+
+Three results per case: the definition (reference.py) in float64, which is the truth; the definition in the dtype of the
+test, which is what plain PyTorch achieves; and ours. Ours may err at most twice as much as plain PyTorch, plus one unit
+in the last place of the quantity's scale.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+import reval_kernels
+from reval_kernels import TokenValues, reference
+
+DEVICE = os.environ.get("REVAL_TEST_DEVICE", "cpu")
+
+
+def chosen_backends() -> list[str]:
+    """Every available backend, or those named in REVAL_TEST_BACKENDS=portable,cpu."""
+    found = reval_kernels.backends()
+    available = [name for name, info in found.items() if info.available]
+    chosen = os.environ.get("REVAL_TEST_BACKENDS", ",".join(available)).split(",")
+    for name in set(chosen) - set(available):  # or every test would be skipped and nobody the wiser
+        raise ValueError(f"REVAL_TEST_BACKENDS: {name!r} cannot run here: {found.get(name)}")
+    return chosen
+
+
+BACKENDS = chosen_backends()
+
+# The most entries of logits that a test gives to a backend too slow for more (triton runs in its interpreter here).
+LARGEST = {"triton": 1 << 14} if DEVICE == "cpu" else {}
+
+Tensors = dict[str, Tensor]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def on_backends(cases: Iterable[tuple[int, ...]], entries: Callable[[tuple[int, ...]], int] = math.prod):
+    """Parametrises `backend` and `shape`: every backend with the shapes that are not too large for it."""
+    pairs = [(b, s) for b in BACKENDS for s in cases if entries(s) <= LARGEST.get(b, math.inf)]
+    return pytest.mark.parametrize(("backend", "shape"), pairs, ids=lambda x: x if isinstance(x, str) else str(list(x)))
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def logits_and_actions(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> tuple[Tensor, Tensor]:
+    """logits [..., V] and actions [...]."""
+    return (torch.randn(shape) * scale).to(dtype), torch.randint(shape[-1], shape[:-1])
+
+
+def head(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [..., D], weight [V, D] and actions [...] for the shape (..., V, D); the logits have deviation 2."""
+    *tokens, vocabulary, width = shape
+    hidden, weight = torch.randn(*tokens, width), torch.randn(vocabulary, width) * 2 / width**0.5
+    return hidden.to(dtype), weight.to(dtype), torch.randint(vocabulary, tokens)
+
+
+def upstream(shape: torch.Size, *names: str, dtype: torch.dtype = torch.float32) -> Tensors:
+    """A random gradient for each output, a third of them 0; one token gets none at all."""
+    out = {}
+    for name in names or ("q", "v", "log_prob", "entropy"):
+        out[name] = torch.randn(shape, dtype=dtype) * (torch.rand(shape) < 2 / 3)
+        if out[name].numel() > 1:
+            out[name].view(-1)[1] = 0
+    return out
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float64, vocabulary: int = 5) -> TokenValues:
+    """Token values that some logits have."""
+    return reference.token_values(*logits_and_actions(*shape, vocabulary, dtype=dtype))
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(function: Callable, inputs: Tensors, upstream: Tensors, **options) -> Tensors:
+    """The named outputs of `function`, and as "d <name>" the gradients of sum(output * upstream) for its inputs."""
+    leaves = {k: x.detach().requires_grad_() if x.is_floating_point() else x for k, x in inputs.items()}
+    out = function(**leaves, **options)
+    results = {name: getattr(out, name) for name in upstream}
+    wrt = {k: x for k, x in leaves.items() if x.requires_grad}
+    cotangents = [g.to(results[name].dtype) for name, g in upstream.items()]
+    gradients = torch.autograd.grad(list(results.values()), list(wrt.values()), cotangents)
+    assert all(g.dtype == x.dtype and g.shape == x.shape for g, x in zip(gradients, wrt.values(), strict=True))
+    return {k: x.detach() for k, x in results.items()} | dict(zip((f"d {k}" for k in wrt), gradients, strict=True))
+
+
+def float64_truth(name: str, inputs: Tensors, upstream: Tensors, **options) -> Tensors:
+    """The definition in float64."""
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+    return evaluate(getattr(reference, name), wide, upstream, **options)
+
+
+def compare(backend: str, name: str, inputs: Tensors, upstream: Tensors, **options) -> Tensors:
+    """Check outputs and gradients of reval_kernels.<name>; returns ours."""
+    ours = evaluate(getattr(reval_kernels, name), inputs, upstream, backend=backend, **options)
+    plain = evaluate(getattr(reference, name), inputs, upstream, **options)
+    truth = float64_truth(name, inputs, upstream, **options)
+    scales = natural_scales(name, inputs, truth, upstream, **options)
+    for what in truth:
+        slack = {"scale": scales.get(what), "floor": logit_error(inputs), "what": what}
+        assert_no_worse_than_torch(ours[what], plain[what], truth[what], **slack)
+    return ours
+
+
+def logit_error(inputs: Tensors) -> float:
+    """What a float32 logit that is a sum of products is off by, and a probability in units of itself."""
+    if "hidden" not in inputs or not inputs["hidden"].numel():
+        return 0.0
+    products = inputs["hidden"].double().nan_to_num().abs() @ inputs["weight"].double().abs().T
+    return float(products.max()) * torch.finfo(torch.float32).eps
+
+
+def natural_scales(name: str, inputs: Tensors, truth: Tensors, upstream: Tensors, **options) -> Tensors:
+    """What errors are measured against, where it is not the largest entry: what was added up to get there.
+
+    Of v, log_prob and entropy, a logit and the logarithm of a sum over the vocabulary; of a row of dlogits, its largest
+    entry; of the gradients of the head's inputs, the sum of the magnitudes of the products.
+    """
+    if "logits" in inputs:
+        vocabulary = inputs["logits"].shape[-1]
+        scales = {"d logits": truth["d logits"].abs().amax(-1, keepdim=True)}
+    else:
+        head = {k: inputs[k].double() for k in ("hidden", "weight", "bias") if k in inputs}
+        rest = {k: x for k, x in inputs.items() if k not in head}
+        logits = reference._head(head["hidden"], head["weight"], head.get("bias"), options.get("mask"))
+        vocabulary, on_logits = logits.shape[-1], {"logits": logits, **rest}
+        on = name.removeprefix("linear_")
+        d_logits = sum(float64_truth(on, on_logits, {k: g}, **options)["d logits"].abs() for k, g in upstream.items())
+        # dv p and dlog_prob p may cancel, and log p + entropy: what was added is about as large as p times the rest
+        size = d_logits.amax(-1) + (upstream["entropy"].abs() * (1 + truth["entropy"]) if "entropy" in upstream else 0)
+        about_values = {k: x for k, x in options.items() if k in ("mask", "temperature", "softcap")}
+        d_logits = d_logits + float64_truth("token_values", on_logits, {"v": size}, **about_values)["d logits"]
+        rows, hidden = (x.flatten(0, -2) for x in (d_logits, head["hidden"].nan_to_num().abs()))
+        scales = {
+            "d hidden": d_logits @ head["weight"].abs(),
+            "d weight": rows.T @ hidden,
+            "d bias": rows.sum(0),
+        }
+    for what in {"v", "log_prob", "entropy"} & truth.keys():
+        scales[what] = truth[what].abs().amax() + math.log(vocabulary) if truth[what].numel() else truth[what]
+    return scales
+
+
+def torch_error(x: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
+    """The largest error in units of `scale` (by default, of the largest entry); must be exact where the scale is 0."""
+    smallest = torch.finfo(x.dtype).smallest_normal  # below it, the last place is worth no less
+    x, truth = x.detach().double(), truth.detach().double()
+    if not x.numel():
+        return 0.0
+    infinite = truth.isinf()
+    if not torch.equal(x[infinite], truth[infinite]):
+        return math.inf
+    error, finite = (x - truth).where(~infinite, 0).abs(), truth.where(~infinite, 0)
+    scale = (finite.abs().max() if scale is None else scale).expand_as(error)
+    scale = scale.clamp(min=smallest).where(scale > 0, 0)
+    error = torch.where(error == 0, 0.0, error / scale)  # NaN and errors at scale 0 stay
+    return math.inf if error.isnan().any() else float(error.max())
+
+
+def assert_no_worse_than_torch(
+    ours: Tensor, plain: Tensor, truth: Tensor, slack: float = 2.0, *, scale: Tensor | None = None, floor: float = 0.0,
+    what: str = "",
+) -> None:  # fmt: skip
+    """Our error is at most `slack` times plain PyTorch's in the same dtype, plus `floor` and one unit in the last
+    place."""
+    assert ours.dtype == plain.dtype, f"{what}: {ours.dtype}, the definition has {plain.dtype}"
+    assert ours.shape == truth.shape, f"{what}: {ours.shape}, the definition has {truth.shape}"
+    mine, theirs = torch_error(ours, truth, scale), torch_error(plain, truth, scale)
+    bound = slack * theirs + floor + torch.finfo(ours.dtype).eps
+    if ours.dtype == torch.float64 and theirs < 1e-12:  # the truth has no more digits than we have
+        bound = 1024 * torch.finfo(ours.dtype).eps
+    assert mine <= bound, f"{what}: error {mine:.3g} of the scale, plain PyTorch {theirs:.3g}, bound {bound:.3g}"
+
+
+def assert_same_bits(a: object, b: object) -> None:
+    """Two results, of tensors in tuples or dicts, are the same to the last bit."""
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{a} != {b}"
+    elif a is None or b is None:
+        assert a is b
+    else:
+        pairs = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
+        for x, y in pairs:
+            assert_same_bits(x, y)
+
+
+def assert_close(ours: Tensor, truth: Tensor, tolerance: float = 1e-12) -> None:
+    """Equal up to rounding, relative to the largest entry: for arithmetic on float64."""
+    error = torch_error(ours, truth)
+    assert error <= tolerance, f"error {error:.3g} of the scale"

@@ -1,0 +1,33 @@
+"""For every test of the kernels: the same seed, deterministic algorithms, and scratch memory full of NaN."""
+
+import os
+
+# Before anything imports triton: its kernels run on CPU tensors in the interpreter.
+if os.environ.get("REVAL_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from cases import BACKENDS, DEVICE
+
+if DEVICE != "cpu":  # REVAL_TEST_DEVICE=cuda runs all of this on a GPU
+    torch.set_default_device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty and its like return NaN (integers: the largest), so that a result read before it is written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request) -> str:
+    """Every backend that can run here."""
+    return request.param

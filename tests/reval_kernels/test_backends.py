@@ -1,0 +1,71 @@
+"""Which backends exist, which one serves a device, and what is said when one is missing or misspelt."""
+
+import pytest
+import torch
+from cases import logits_and_actions
+
+import reval_kernels
+from reval_kernels import token_values
+from reval_kernels.backends import PREFERENCE, backend_for, portable
+
+FUNCTIONS = [
+    "token_values", "token_values_backward", "linear_token_values", "linear_token_values_backward", "td_targets",
+    "td_targets_backward", "bellman_loss", "bellman_loss_backward", "linear_reval_loss", "missing",
+]  # fmt: skip
+
+
+def names() -> str:
+    return ", ".join(map(repr, PREFERENCE))
+
+
+def test_every_backend_is_reported():
+    """One default for each device type, and one for all that no backend claims; a reason wherever one is missing."""
+    found = reval_kernels.backends()
+    assert list(found) == list(PREFERENCE)
+    claimed = [device for info in found.values() for device in info.default_for]
+    assert len(claimed) == len(set(claimed)) and claimed.count("*") == 1
+    for info in found.values():
+        assert info.available == (info.reason is None)
+        assert info.available or info.default_for == ()
+
+
+def test_portable_serves_what_is_left():
+    assert reval_kernels.backends()["portable"] == (True, ("*",), None)
+    assert backend_for(None, "some new device") is portable
+    assert PREFERENCE[-1] == "portable", "it serves every device, so nothing after it would ever be chosen"
+
+
+def test_the_default_is_the_one_that_is_reported():
+    for device in ("cpu", "cuda", "mps"):
+        serving = [name for name, info in reval_kernels.backends().items() if {device, "*"} & set(info.default_for)]
+        assert backend_for(None, device) is backend_for(serving[0], device)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_backend_has_every_function(backend, function):
+    assert callable(getattr(backend_for(backend, "cpu"), function))
+
+
+def test_unknown_name():
+    logits, actions = logits_and_actions(2, 7)
+    with pytest.raises(ValueError) as caught:
+        token_values(logits, actions, backend="portble")
+    assert str(caught.value) == f"backend must be one of {names()}; got 'portble' (did you mean 'portable'?)"
+    with pytest.raises(ValueError) as caught:
+        token_values(logits, actions, backend="xyz")
+    assert str(caught.value) == f"backend must be one of {names()}; got 'xyz'"
+
+
+def test_a_missing_backend(monkeypatch):
+    """It is passed over as a default, and named with the reason when asked for."""
+    first = PREFERENCE[0]
+    module = backend_for("portable", "cpu") if first == "portable" else __import__(
+        f"reval_kernels.backends.{first}", fromlist=[first]
+    )  # fmt: skip
+    monkeypatch.setattr(module, "missing", lambda: "it rains")
+    assert reval_kernels.backends()[first] == (False, (), "it rains")
+    with pytest.raises(ValueError) as caught:
+        token_values(*logits_and_actions(2, 7), backend=first)
+    assert str(caught.value) == f"backend {first!r} cannot run here: it rains"
+    if first != "portable":
+        assert token_values(*logits_and_actions(2, 7)).q.shape == torch.Size([2])

@@ -1,0 +1,219 @@
+"""The torch.library ops: their schemas, fakes and autograd by opcheck, and that torch.compile changes no bit.
+
+Sizes differ in every dimension (T = 5, V = 7, D = 3), so that a fake which mixes two of them up cannot pass. A compiled
+case costs seconds, so each public function has one through inductor, and the variants run through the same tracing
+without code generation ("aot_eager").
+"""
+
+import pytest
+import torch
+from cases import assert_same_bits
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+import reval_kernels
+from reval_kernels import TokenValues, library
+from reval_kernels.backends import portable
+
+B, T, V, D = 2, 5, 7, 3
+
+
+def tensors(dtype=torch.float32, requires_grad=True) -> dict[str, torch.Tensor]:
+    """Everything the ops take, for a batch [B, T]."""
+    torch.manual_seed(0)
+    floats = {"logits": (B, T, V), "hidden": (B, T, D), "weight": (V, D), "bias": (V,)}
+    out = {name: torch.randn(shape).to(dtype).requires_grad_(requires_grad) for name, shape in floats.items()}
+    out |= {name: torch.randn(B, T).requires_grad_(requires_grad) for name in ("q", "v", "log_prob")}
+    out |= {name: torch.randn(B, T) for name in ("q_ref", "v_ref", "log_ref")}
+    out |= {"actions": torch.randint(V, (B, T)), "mask": torch.rand(B, T) < 0.7, "temperatures": torch.rand(B, T) + 0.5}
+    out |= {"rewards": torch.randn(B), "returns": torch.randn(B)}
+    return out
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers with a step of 2 in the last dimension."""
+    return torch.stack([x.detach(), x.detach()], -1).flatten(-2)[..., ::2].requires_grad_(x.requires_grad)
+
+
+def check(op, *args) -> None:
+    assert set(opcheck(op, args).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("dtype", "optional"), [(torch.float64, False), (torch.bfloat16, True)])
+def test_token_values(backend, optional, dtype):
+    """With every optional argument None, and with all of them given and the logits strided."""
+    t = tensors(dtype)
+    logits = strided(t["logits"]) if optional else t["logits"]
+    extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
+    check(library.token_values, logits, t["actions"], *extra, optional, False, backend)
+    statistics, by = [torch.randn(B, T) for _ in range(3)], [torch.randn(B, T) for _ in range(4)]
+    for op in (library.token_values_backward, library.token_values_backward_):
+        check(op, logits.detach(), t["actions"], *extra, statistics, by, backend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optional", "needs"),
+    [
+        (torch.float64, True, (True, True, True)),
+        (torch.bfloat16, True, (True, False, False)),
+        (torch.bfloat16, False, (False, True, False)),
+    ],
+)
+def test_linear_token_values(backend, optional, dtype, needs):
+    t = tensors(dtype, requires_grad=False)
+    for name, need in zip(("hidden", "weight", "bias"), needs, strict=True):
+        t[name].requires_grad_(need)
+    hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
+    extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
+    check(library.linear_token_values, hidden, t["weight"], bias, t["actions"], *extra, optional, backend)
+    statistics, by = [torch.randn(B, T) for _ in range(3)], [torch.randn(B, T) for _ in range(4)]
+    needs = [*needs[:2], needs[2] and bias is not None]
+    rest = (t["actions"], *extra, statistics, by, needs, backend)
+    check(library.linear_token_values_backward, hidden.detach(), t["weight"].detach(),
+          None if bias is None else bias.detach(), *rest)  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_td_targets(backend, packed):
+    t, cu_seqlens = tensors(), None
+    values = [t["q"], t["v"]]
+    reference, mask, by = [t["q_ref"], t["v_ref"]], None, [torch.randn(B, T), torch.randn(B, T)]
+    if packed:
+        cu_seqlens, mask = torch.tensor([0, 4, 10], dtype=torch.int32), t["mask"].flatten()
+        values, reference, by = ([x.flatten() for x in part] for part in (values, reference, by))
+        values = [strided(x) for x in values]
+    check(library.td_targets, *values, reference, t["rewards"], mask, cu_seqlens, 0.5, 0.9, backend)
+    check(library.td_targets_backward, *by, mask, cu_seqlens, 0.9, backend)
+
+
+@pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory", "returns"])
+def test_bellman_loss(backend, level):
+    t, cu_seqlens, mask = tensors(), None, None
+    values = [t["q"], t["v"], t["log_prob"]]
+    reference = [t["returns"]] if level == "returns" else [t["q_ref"], t["v_ref"], t["log_ref"]]
+    if level == "token":
+        cu_seqlens, mask = torch.tensor([0, 4, 10]), t["mask"].flatten()
+        values, reference = ([x.flatten() for x in part] for part in (values, reference))
+    op_level = "trajectory" if level == "returns" else level
+    check(library.bellman_loss, *values, reference, t["rewards"], mask, cu_seqlens, 0.5, op_level, False, 2.0, backend)
+    unit = [torch.randn_like(x) for x in values]
+    check(library.bellman_loss_backward, torch.randn(()), torch.randn(B), unit, mask, cu_seqlens, backend)
+
+
+@pytest.mark.parametrize(("dtype", "optional"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_linear_reval_loss(backend, optional, dtype):
+    t = tensors(dtype)
+    extra = (t["mask"], None, 1.0, t["temperatures"], 5.0) if optional else (None, None, 0.7, None, None)
+    hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
+    reference = [t["q_ref"], t["v_ref"], t["log_ref"]] if optional else [t["returns"]]
+    needs = [True, True, bias is not None]
+    check(library.linear_reval_loss, hidden, t["weight"], bias, t["actions"], *extra, reference, t["rewards"], 0.5,
+          "trajectory", False, 2.0, needs, backend)  # fmt: skip
+
+
+def test_backends_run_without_autocast(monkeypatch):
+    """Inside an op a matmul is what it says; a backend need not think of autocast."""
+    seen = []
+
+    def values(logits, *_):
+        seen.append(torch.is_autocast_enabled(logits.device.type))
+        return tuple(torch.zeros(logits.shape[:-1]) for _ in range(6))
+
+    monkeypatch.setattr(portable, "token_values", values)
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        reval_kernels.token_values(torch.randn(2, V), torch.zeros(2, dtype=torch.long), backend="portable")
+    assert seen == [False]
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+CASES = {
+    "token_values": {"with_entropy": True, "softcap": 5.0},
+    "linear_token_values": {"temperature": 0.7},
+    "td_targets": {"beta": 0.5},
+    "bellman_loss": {"beta": 0.5, "level": "token"},
+    "reval_loss": {"beta": 0.5, "level": "subtrajectory"},
+    "linear_reval_loss": {"beta": 0.5},
+}
+
+
+def call(name: str, t: dict[str, torch.Tensor], backend: str, **options) -> tuple:
+    """The public function in the middle of other computation."""
+    policy = TokenValues(t["q"] * 2, -t["v"], t["log_prob"])
+    anchor = TokenValues(t["q_ref"], t["v_ref"], t["log_ref"])
+    arguments = {
+        "token_values": (t["logits"] * 2, t["actions"]),
+        "linear_token_values": (t["hidden"] * 2, t["weight"], t["actions"]),
+        "td_targets": (policy, anchor, t["rewards"]),
+        "bellman_loss": (policy, anchor, t["rewards"]),
+        "reval_loss": (t["logits"] * 2, t["actions"], anchor, t["rewards"]),
+        "linear_reval_loss": (t["hidden"] * 2, t["weight"], t["actions"], anchor, t["rewards"]),
+    }[name]
+    return tuple(getattr(reval_kernels, name)(*arguments, **options, backend=backend))
+
+
+def results(function, t: dict[str, torch.Tensor]) -> list:
+    """Every output and every gradient."""
+    outputs = [x for x in function(t) if x is not None]
+    leaves = [x for x in t.values() if x.requires_grad]
+    total = sum(x.double().sum() for x in outputs if x.requires_grad)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves, allow_unused=True)]
+
+
+def test_compiled_code_gives_the_same_bits(backend):
+    """All six functions in one graph, through inductor and its C++ compiler, with a mask."""
+    t = tensors()
+
+    def everything(t):
+        return tuple(x for name, options in CASES.items() for x in call(name, t, backend, mask=t["mask"], **options))
+
+    assert_same_bits(results(everything, t), results(torch.compile(everything, fullgraph=True), t))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_function_is_one_graph(backend, name):
+    """Without the optional arguments, and in bf16."""
+    t, options = tensors(torch.bfloat16), {"beta": 0.5} if "beta" in CASES[name] else {}
+
+    def function(t):
+        return call(name, t, backend, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same_bits(results(function, t), results(compiled, t))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dynamic_shapes(backend, fused):
+    """One forward and one backward graph serve batches of any size and length."""
+    weight = tensors(torch.float64)["weight"]
+
+    def loss(hidden, weight, actions, returns, rewards):
+        if fused:
+            return reval_kernels.linear_reval_loss(hidden, weight, actions, returns, rewards, beta=0.5, backend=backend)
+        v = reval_kernels.linear_token_values(hidden, weight, actions, backend=backend)
+        return reval_kernels.bellman_loss(v, returns, rewards, beta=0.5, backend=backend)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for batch, length in ((2, 5), (3, 4), (6, 9)):
+        hidden = torch.randn(batch, length, D, dtype=torch.float64, requires_grad=True)
+        rest = (weight, torch.randint(V, (batch, length)), torch.randn(batch), torch.randn(batch))
+        both = []
+        for function in (loss, compiled):
+            out = function(hidden, *rest)
+            both.append((out.loss.detach(), out.residual.detach(), *torch.autograd.grad(out.loss, (hidden, weight))))
+        assert_same_bits(*both)
+    assert counter.frame_count == 2
+
+
+def test_inplace_gradient_is_ignored_when_compiled(backend):
+    t = tensors()
+    logits = t["logits"].detach().clone().requires_grad_()
+    before = logits.detach().clone()
+    compiled = torch.compile(reval_kernels.token_values, fullgraph=True, backend="aot_eager")
+    out = compiled(logits, t["actions"], inplace_grad=True, backend=backend)
+    out.log_prob.sum().backward()
+    assert_same_bits(logits.detach(), before)
+    eager = reval_kernels.token_values(t["logits"], t["actions"], backend=backend)
+    assert_same_bits(logits.grad, torch.autograd.grad(eager.log_prob.sum(), t["logits"])[0])

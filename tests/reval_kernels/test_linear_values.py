@@ -1,0 +1,211 @@
+"""linear_token_values against its definition.
+
+Vocabularies as in test_values.py. Widths: 1, 31 and 123 end in the middle of any block of a matmul, 576 is that of a
+small model; N, V and D are paired so that every one of them is odd somewhere and the truth stays affordable.
+"""
+
+import math
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    assert_no_worse_than_torch,
+    assert_same_bits,
+    compare,
+    evaluate,
+    float64_truth,
+    head,
+    on_backends,
+    torch_error,
+    upstream,
+)
+
+from reval_kernels import linear_token_values, reference
+
+SHAPES = [
+    (0, 7, 31), (1, 7, 1), (5, 1, 31), (2, 3, 7, 123), (5, 129, 576), (3, 7, 129, 1), (4, 1000, 123), (2, 32001, 31),
+    (1, 151936, 3),
+]  # fmt: skip
+
+
+def inputs_of(*shape, dtype=torch.float32, bias=False):
+    hidden, weight, actions = head(*shape, dtype=dtype)
+    out = {"hidden": hidden, "weight": weight, "actions": actions}
+    return out | {"bias": torch.randn(shape[-2]).to(dtype)} if bias else out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@on_backends(SHAPES, entries=lambda shape: math.prod(shape[:-1]))
+def test_values_and_gradients(backend, shape, dtype):
+    inputs = inputs_of(*shape, dtype=dtype, bias=len(shape) == 4)
+    ours = compare(backend, "linear_token_values", inputs, upstream(shape[:-2]), with_entropy=True)
+    assert ours["q"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("temperature", [0.7, "per token"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_softcap_temperature_and_bias(backend, bias, temperature, softcap, dtype):
+    inputs = inputs_of(2, 4, 129, 31, dtype=dtype, bias=bias)
+    temperature = 0.5 + torch.rand(2, 4) if temperature == "per token" else temperature
+    options = {"softcap": softcap, "temperature": temperature, "with_entropy": True}
+    compare(backend, "linear_token_values", inputs, upstream((2, 4)), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0.6, 0.0])
+def test_masked_tokens_are_never_read(backend, kept, dtype):
+    """Nor do NaN hidden states there reach the weight's gradient."""
+    inputs = inputs_of(3, 6, 129, 31, dtype=dtype, bias=True)
+    mask = torch.rand(3, 6) < kept
+    inputs["hidden"][~mask], inputs["actions"][~mask] = torch.nan, -100
+    by = upstream((3, 6))
+    ours = compare(backend, "linear_token_values", inputs, by, mask=mask, with_entropy=True)
+    assert all((ours[k][~mask] == 0).all() for k in ("q", "v", "log_prob", "entropy", "d hidden"))
+    if not mask.any():
+        assert all((ours[k] == 0).all() for k in ("d weight", "d bias"))
+
+
+@pytest.mark.parametrize(
+    "wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "bias"), ("weight", "bias")]
+)
+def test_only_the_gradients_asked_for(backend, wanted):
+    """A frozen head, frozen hidden states, and every pair: the same bits as with all of them."""
+    inputs, by = inputs_of(4, 129, 31, bias=True), upstream((4,), "q", "v", "log_prob")
+    expected = evaluate(linear_token_values, inputs, by, backend=backend)
+    leaves = {k: x.detach().requires_grad_(k in wanted) for k, x in inputs.items()}
+    out = linear_token_values(**leaves, backend=backend)
+    torch.autograd.backward(out[:3], list(by.values()))
+    for name in ("hidden", "weight", "bias"):
+        assert_same_bits(leaves[name].grad, expected[f"d {name}"] if name in wanted else None)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "bias"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.float64),
+        (torch.float64, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes(backend, hidden, weight, bias):
+    """Each gradient has the dtype of its input; the outputs follow the hidden states."""
+    inputs = inputs_of(5, 129, 31, bias=True)
+    for name, dtype in {"hidden": hidden, "weight": weight, "bias": bias}.items():
+        inputs[name] = inputs[name].to(dtype)
+    ours = compare(backend, "linear_token_values", inputs, upstream((5,)), with_entropy=True)
+    assert ours["v"].dtype == (torch.float64 if hidden == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda h, w: (h[:, ::2, 1::2], w[::2, :24]),
+        lambda h, w: (h.transpose(0, 1)[..., :47], w[:, 1:]),
+        lambda h, w: (h[:1].expand(4, -1, -1), w),
+        lambda h, w: (h[..., :31], torch.randn(31, 129).to(w.dtype).T),
+        lambda h, w: (h.flatten()[1 : 1 + 6 * 31].view(6, 31), w.flatten()[3 : 3 + 100 * 31].view(100, 31)),
+    ],
+    ids=["stepped", "sliced", "expanded", "transposed weight", "unaligned"],
+)
+def test_any_strides(backend, view, dtype):
+    hidden, weight = view(torch.randn(3, 6, 48).to(dtype), (torch.randn(129, 48) / 3).to(dtype))
+    before = hidden.clone(), weight.clone()
+    actions = torch.randint(len(weight), hidden.shape[:-1])
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    compare(backend, "linear_token_values", inputs, upstream(actions.shape), with_entropy=True)
+    assert_same_bits((hidden, weight), before)
+    assert hidden._version == weight._version == 0
+
+
+def test_upstream_gradient_of_any_strides(backend):
+    by = {"q": torch.full((1,), 0.5).expand(3, 4), "v": torch.randn(3, 4, 2)[..., 1], "log_prob": torch.randn(4, 3).T}
+    compare(backend, "linear_token_values", inputs_of(3, 4, 129, 31), by)
+
+
+def test_actions_of_either_width(backend):
+    inputs = inputs_of(3, 4, 129, 31)
+    expected = linear_token_values(**inputs, backend=backend)
+    inputs["actions"] = inputs["actions"].int()
+    assert_same_bits(expected, linear_token_values(**inputs, backend=backend))
+
+
+def test_common_offset_costs_no_precision(backend):
+    """Hidden states, weights and bias on a grid, so that float32 holds every logit exactly, at 1e4 as well."""
+    inputs = inputs_of(6, 1000, 31, bias=True)
+    inputs |= {name: (inputs[name] * 8).round() / 8 for name in ("hidden", "weight", "bias")}
+    by = upstream((6,), "v", "log_prob", "entropy")
+    truth = float64_truth("linear_token_values", inputs, by, with_entropy=True)
+    plain = evaluate(reference.linear_token_values, inputs, by, with_entropy=True)
+    moved = inputs | {"bias": inputs["bias"] + 1e4}
+    ours = evaluate(linear_token_values, moved, by, with_entropy=True, backend=backend)
+    for name in ("log_prob", "entropy", "d hidden", "d weight", "d bias"):
+        assert_no_worse_than_torch(ours[name], plain[name], truth[name], what=name)
+
+
+def test_words_at_minus_infinity(backend):
+    """A bias of -inf, as a padded vocabulary has: over a first block, a middle one, and all but one word."""
+    for finite in (slice(600, None), slice(0, 300), slice(700, 701)):
+        inputs = inputs_of(4, 1000, 31, bias=True)
+        inputs["bias"] = torch.full((1000,), -torch.inf)
+        inputs["bias"][finite] = torch.randn(1000)[finite]
+        inputs["actions"][:] = torch.arange(1000)[finite][-1]
+        ours = compare(backend, "linear_token_values", inputs, upstream((4,)), with_entropy=True)
+        excluded = inputs["bias"] == -torch.inf
+        assert (ours["d weight"][excluded] == 0).all() and (ours["d bias"][excluded] == 0).all()
+
+
+def test_logits_are_never_rounded_to_the_dtype_of_the_hidden_states(backend):
+    """Logits near 20 in bf16 are off by up to 0.06. The outputs have the precision of float32 inputs."""
+    inputs = inputs_of(8, 129, 123, dtype=torch.bfloat16)
+    inputs["hidden"] = inputs["hidden"] * 16
+    truth = float64_truth("linear_token_values", inputs, upstream((8,)), with_entropy=True)
+    ours = linear_token_values(**inputs, with_entropy=True, backend=backend)
+    assert truth["q"].abs().max() > 20
+    for name in ("q", "v", "log_prob", "entropy"):
+        assert torch_error(getattr(ours, name), truth[name]) < 1e-5
+
+
+def test_weight_gradient_accumulates_in_float32(backend):
+    """2,000 tokens that all push the same way: a bf16 sum stops growing at 256 of them."""
+    inputs = inputs_of(2000, 7, 3, dtype=torch.bfloat16, bias=True)
+    inputs["hidden"] = inputs["hidden"].abs() * 0.1
+    inputs["actions"][:] = 3
+    compare(backend, "linear_token_values", inputs, {"log_prob": torch.ones(2000)})
+
+
+def test_two_backwards_with_different_gradients(backend):
+    inputs = inputs_of(4, 129, 31)
+    leaves = [inputs[k].requires_grad_() for k in ("hidden", "weight")]
+    out = linear_token_values(*leaves, inputs["actions"], backend=backend)
+    first, second = torch.randn(4), torch.randn(4)
+    one = torch.autograd.grad(out.log_prob, leaves, first, retain_graph=True)
+    two = torch.autograd.grad(out.v, leaves, second, retain_graph=True)
+    assert_same_bits(one, torch.autograd.grad(out.log_prob, leaves, first))
+    for ours, by in ((one, {"log_prob": first}), (two, {"v": second})):
+        truth = float64_truth("linear_token_values", inputs, by)
+        plain = evaluate(reference.linear_token_values, inputs, by)
+        for x, name in zip(ours, ("d hidden", "d weight"), strict=True):
+            assert_no_worse_than_torch(x, plain[name], truth[name], what=name)
+
+
+def test_same_bits_every_time(backend):
+    inputs, by = inputs_of(40, 129, 31, bias=True), upstream((40,))
+    runs = [evaluate(linear_token_values, inputs, by, with_entropy=True, backend=backend) for _ in range(3)]
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit(backend, dtype):
+    """It would turn the matmuls inside into bf16."""
+    inputs, by = inputs_of(4, 129, 31, dtype=dtype, bias=True), upstream((4,), "q", "v", "log_prob")
+    expected = evaluate(linear_token_values, inputs, by, backend=backend)
+    with torch.autocast(inputs["hidden"].device.type, dtype=torch.bfloat16):
+        assert_same_bits(expected, evaluate(linear_token_values, inputs, by, backend=backend))

@@ -1,0 +1,171 @@
+"""The chunked backend: chunks change nothing but the room that is needed.
+
+V = 129 and D = 31, with chunks of 1 token, of a few, and of a size that leaves a last piece of 1. Trajectories are
+longer and shorter than a chunk, empty ones among them; peak memory is what the allocator saw.
+"""
+
+import importlib
+
+import pytest
+import torch
+from cases import assert_close, assert_same_bits, compare, evaluate, head, logits_and_actions, upstream
+from torch.profiler import ProfilerActivity, profile
+
+import reval_kernels
+from reval_kernels import linear_reval_loss, reference
+from reval_kernels.backends import portable
+
+V, D = 129, 31
+LENGTHS = [0, 3, 0, 11, 1, 0, 0, 8, 2, 5, 0]
+
+
+@pytest.fixture(params=[1, 4, 29])
+def small_chunks(request, monkeypatch):
+    """Chunks of so many tokens."""
+    monkeypatch.setattr(portable, "ROWS_CHUNK", request.param * V)
+    monkeypatch.setattr(portable, "LINEAR_CHUNK", request.param * V)
+
+
+def masked_batch():
+    hidden, weight, actions = head(5, 6, V, D)
+    mask = torch.rand(5, 6) < 0.7
+    hidden[~mask], actions[~mask] = torch.nan, -100
+    return {"hidden": hidden, "weight": weight, "actions": actions, "bias": torch.randn(V)}, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_values_by_chunks(small_chunks, dtype):
+    logits, actions = logits_and_actions(5, 6, V, dtype=dtype)
+    mask, temperature = torch.rand(5, 6) < 0.7, torch.rand(5, 6) + 0.5
+    options = {"mask": mask, "temperature": temperature, "softcap": 20.0, "with_entropy": True}
+    inputs, by = {"logits": logits, "actions": actions}, upstream((5, 6))
+    chunked = compare("portable", "token_values", inputs, by, **options)
+    portable.ROWS_CHUNK = 1 << 21
+    whole = evaluate(reval_kernels.token_values, inputs, by, backend="portable", **options)
+    assert_same_bits(chunked, whole)  # a row is computed alone, whatever its neighbours
+
+
+def test_inplace_gradient_by_chunks(small_chunks):
+    logits, actions = logits_and_actions(5, 6, V)
+    expected = evaluate(reval_kernels.token_values, {"logits": logits, "actions": actions},
+                        {"log_prob": torch.ones(5, 6)}, backend="portable")["d logits"]  # fmt: skip
+    out = reval_kernels.token_values(logits.requires_grad_(), actions, inplace_grad=True, backend="portable")
+    out.log_prob.sum().backward()
+    assert_same_bits(logits.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_token_values_by_chunks(small_chunks, dtype):
+    inputs, mask = masked_batch()
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+    compare("portable", "linear_token_values", inputs, upstream((5, 6)), mask=mask, with_entropy=True)
+
+
+@pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_linear_reval_loss_by_chunks(small_chunks, level, cached):
+    """Trajectories within a chunk, of several chunks, and none: the loss, residuals and gradients of one big chunk."""
+    if cached and level != "trajectory":
+        return
+    n, ends = sum(LENGTHS), torch.tensor([0, *LENGTHS]).cumsum(0)
+    hidden, weight, actions = head(n, V, D, dtype=torch.float64)
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions, "bias": torch.randn(V, dtype=torch.float64)}
+    anchor = reference.token_values(*logits_and_actions(n, V, dtype=torch.float64))
+    options = {"cu_seqlens": ends, "rewards": torch.randn(len(LENGTHS)), "beta": 0.3, "level": level}
+    options |= {"reference": torch.randn(len(LENGTHS)) if cached else anchor, "temperature": torch.rand(n) + 0.5}
+    one = {"loss": torch.ones(())}
+    chunked = compare("portable", "linear_reval_loss", inputs, one, **options)
+    residual = linear_reval_loss(**inputs, **options, backend="portable").residual
+    portable.LINEAR_CHUNK = 1 << 24
+    whole = evaluate(linear_reval_loss, inputs, one, backend="portable", **options)
+    for name, x in whole.items():
+        assert_close(chunked[name], x)
+    assert_close(residual, linear_reval_loss(**inputs, **options, backend="portable").residual)
+
+
+def test_gaps_and_needs_by_chunks(small_chunks):
+    """Padded with gaps, NaN in them, bf16, and the head frozen: each trajectory's tokens are found again."""
+    inputs, mask = masked_batch()
+    inputs = {k: x.bfloat16() if x.is_floating_point() else x for k, x in inputs.items()}
+    options = {"mask": mask, "rewards": torch.randn(5), "reference": torch.randn(5), "beta": 0.3}
+    all_of_them = compare("portable", "linear_reval_loss", inputs, {"loss": torch.ones(())}, **options)
+    hidden = inputs.pop("hidden").requires_grad_()
+    linear_reval_loss(hidden, **inputs, **options, backend="portable").loss.backward()
+    assert_same_bits(hidden.grad, all_of_them["d hidden"])
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 1000])
+def test_a_narrow_head_is_widened_in_parts(monkeypatch, size):
+    """Parts of 1 word, of a few, with a last part, and all at once."""
+    monkeypatch.setattr(portable, "LINEAR_CHUNK", size * 4 * D)
+    hidden, weight, actions = head(6, V, D, dtype=torch.bfloat16)
+    parts = [words for words, _ in portable._tiles(weight, torch.float32)]
+    assert len(parts) == -(-V // size) and parts[0].start == 0 and parts[-1].stop == V
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    compare("portable", "linear_token_values", inputs, upstream((6,)), with_entropy=True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "expected"),
+    [
+        ([3, 4, 5], 12, [(0, 3, 0, 12)]),
+        ([3, 4, 5], 11, [(0, 2, 0, 7), (2, 3, 7, 12)]),
+        ([0, 9, 0], 4, [(0, 2, 0, 9)]),
+        ([9, 0, 9], 4, [(0, 1, 0, 9), (1, 3, 9, 18)]),
+        ([0, 0], 4, []),
+        ([], 4, []),
+    ],
+)
+def test_whole_trajectories(counts, size, expected):
+    runs = [(t.start, t.stop, a.start, a.stop) for t, a in portable._whole_trajectories(counts, size)]
+    assert runs == expected
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(function) -> int:
+    """The most that the allocator held during the call, beyond what it held before."""
+    function()  # anything cached is cached now
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    held = peak = 0
+    for event in events:
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert events, "the profiler saw no allocation"
+    return peak
+
+
+TOKENS, WORDS, WIDTH = 512, 4096, 16
+LOGITS_BYTES = TOKENS * WORDS * 4
+"""8 MiB; the head is 256 KiB, the hidden states 32 KiB."""
+
+
+def test_the_measure_sees_the_logits():
+    hidden, weight, actions = head(TOKENS, WORDS, WIDTH)
+    assert peak_bytes(lambda: reference.linear_token_values(hidden, weight, actions)) > LOGITS_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", ["linear_token_values", "linear_reval_loss"])
+@pytest.mark.parametrize("longest", [16, TOKENS])
+def test_the_logits_never_exist_as_a_whole(backend, monkeypatch, function, longest, dtype):
+    """Forward and backward of 512 tokens, in trajectories of 16 and in one of 512, in half of their logits' room."""
+    for module in (portable, importlib.import_module(f"reval_kernels.backends.{backend}")):
+        monkeypatch.setattr(module, "LINEAR_CHUNK", 32 * WORDS, raising=False)
+    hidden, weight, actions = head(TOKENS // longest, longest, WORDS, WIDTH, dtype=dtype)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    count = torch.zeros(len(hidden))
+
+    def run():
+        if function == "linear_token_values":
+            values = reval_kernels.linear_token_values(*leaves, actions, backend=backend)
+            out = values.v.sum() + values.log_prob.sum()
+        else:
+            out = linear_reval_loss(*leaves, actions, count, count, beta=0.5, backend=backend).loss
+        torch.autograd.grad(out, leaves)
+
+    assert peak_bytes(run) < LOGITS_BYTES / 2

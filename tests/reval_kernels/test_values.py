@@ -1,0 +1,306 @@
+"""token_values against its definition.
+
+Vocabularies: 1 and 7 fit into less than any block, 129 and 1000 end in the middle of one, 32,001 needs several blocks
+and is odd, 151,936 is Qwen's and no multiple of 256. Tokens: none, one, a few, and [B, T]. Most tests use V = 129,
+where the last block holds a single word.
+"""
+
+import math
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    assert_no_worse_than_torch,
+    assert_same_bits,
+    compare,
+    evaluate,
+    float64_truth,
+    logits_and_actions,
+    on_backends,
+    torch_error,
+    upstream,
+)
+
+import reval_kernels
+from reval_kernels import reference, token_values
+
+SHAPES = [(5, 1), (0, 7), (1, 7), (2, 3, 7), (6, 129), (3, 5, 129), (4, 1000), (3, 32001), (1, 151936)]
+
+
+def gradient(logits, actions, output="log_prob", by=None, **options):
+    """The gradient of one output's sum, or of its product with `by`."""
+    leaf = logits.detach().requires_grad_()
+    out = getattr(token_values(leaf, actions, **options), output)
+    return torch.autograd.grad(out, leaf, torch.ones_like(out) if by is None else by)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@on_backends(SHAPES)
+def test_values_and_gradients(backend, shape, dtype):
+    logits, actions = logits_and_actions(*shape, dtype=dtype)
+    inputs = {"logits": logits, "actions": actions}
+    ours = compare(backend, "token_values", inputs, upstream(actions.shape), with_entropy=True)
+    assert ours["q"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 1.0, 5.0, 30.0])
+def test_softcap_and_temperature(backend, softcap, temperature):
+    """The temperature is a number, or a tensor of one per token of this dtype."""
+    logits, actions = logits_and_actions(2, 4, 129, scale=6.0)
+    if isinstance(temperature, torch.dtype):
+        temperature = (0.5 + torch.rand(2, 4)).to(temperature)
+    options = {"softcap": softcap, "temperature": temperature, "with_entropy": True}
+    compare(backend, "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape), **options)
+
+
+@pytest.mark.parametrize("output", ["q", "v", "log_prob", "entropy"])
+def test_one_output_alone(backend, output):
+    """With p near 1e-3, an error that looks small beside the upstream gradient is large beside that of v."""
+    logits, actions = logits_and_actions(6, 1000)
+    compare(backend, "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape, output),
+            with_entropy=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided", "transposed"])
+def test_upstream_gradient_of_any_strides(backend, layout):
+    logits, actions = logits_and_actions(3, 4, 129)
+    by = {
+        "expanded": torch.full((1,), 0.5).expand(3, 4),
+        "strided": torch.randn(3, 4, 2)[..., 1],
+        "transposed": torch.randn(4, 3).T,
+    }[layout]
+    outputs = ("q", "v", "log_prob")
+    compare(backend, "token_values", {"logits": logits, "actions": actions}, dict.fromkeys(outputs, by))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, ::2, 3:-3],
+        lambda x: x[..., ::3],
+        lambda x: x.transpose(0, 1),
+        lambda x: x.permute(1, 2, 0),
+        lambda x: x[:1].expand(5, -1, -1),
+        lambda x: x[:, :, :1].expand(-1, -1, 9),
+        lambda x: x.reshape(-1)[1 : 1 + 4 * 129].view(4, 129),
+    ],
+    ids=["sliced", "stepped", "transposed", "vocabulary first", "expanded", "expanded words", "unaligned"],
+)
+def test_logits_of_any_strides(backend, view, dtype):
+    logits = view((torch.randn(3, 6, 131) * 2).to(dtype))
+    before = logits.clone()
+    actions = torch.randint(logits.shape[-1], logits.shape[:-1])
+    compare(backend, "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape), with_entropy=True)
+    assert torch.equal(logits, before) and logits._version == 0
+
+
+def test_actions_of_either_width_and_any_strides(backend):
+    logits, actions = logits_and_actions(3, 8, 129)
+    expected = token_values(logits, actions, backend=backend)
+    assert_same_bits(expected, token_values(logits, actions.int(), backend=backend))
+    spread = torch.full((8, 3, 2), 999)
+    spread[..., 0] = actions.T
+    assert_same_bits(expected, token_values(logits, spread[..., 0].T, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0.6, 0.0])
+def test_masked_tokens_are_never_read(backend, kept, dtype):
+    logits, actions = logits_and_actions(3, 6, 129, dtype=dtype)
+    mask = torch.rand(3, 6) < kept
+    logits[~mask], actions[~mask] = torch.nan, -100
+    temperature = torch.rand(3, 6).add(0.5).where(mask, torch.nan)
+    inputs, by = {"logits": logits, "actions": actions}, upstream(actions.shape)
+    by["v"][~mask] = torch.inf  # 0 * inf would show
+    ours = evaluate(token_values, inputs, by, mask=mask, with_entropy=True, temperature=temperature, backend=backend)
+    assert all((x[~mask] == 0).all() for x in ours.values())
+    by["v"][~mask] = 0
+    clean = {"logits": logits[mask], "actions": actions[mask]}
+    flat = {k: g[mask] for k, g in by.items()}
+    expected = compare(backend, "token_values", clean, flat, with_entropy=True, temperature=temperature[mask])
+    for name, x in expected.items():
+        assert_no_worse_than_torch(ours[name][mask], ours[name][mask], x, what=name)
+
+
+def test_common_offset_costs_no_precision(backend):
+    """Logits on a grid that float32 still has at 1e4: the offset must change q and v alone. An implementation that
+    keeps v instead of its two parts loses 3 digits here."""
+    logits, actions = logits_and_actions(8, 1000)
+    logits = (logits * 256).round() / 256
+    by = upstream(actions.shape, "log_prob", "v", "entropy")
+    inputs = {"logits": logits, "actions": actions}
+    truth = float64_truth("token_values", inputs, by, with_entropy=True)
+    plain = evaluate(reference.token_values, inputs, by, with_entropy=True)
+    moved = inputs | {"logits": logits + 1e4}
+    ours = evaluate(token_values, moved, by, with_entropy=True, backend=backend)
+    for name in ("log_prob", "entropy", "d logits"):
+        assert_no_worse_than_torch(ours[name], plain[name], truth[name], what=name)
+    assert_no_worse_than_torch(ours["v"], ours["v"], truth["v"] + 1e4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("finite", [slice(600, None), slice(0, 300), slice(700, 701)], ids=["end", "start", "one"])
+def test_words_at_minus_infinity(backend, finite, dtype):
+    """A first block that is all -inf, a last one, and all words but one; a block in the middle of row 0."""
+    logits, actions = logits_and_actions(4, 1000, dtype=dtype)
+    logits[1:] = torch.full_like(logits[1:], -torch.inf).index_copy(
+        1, torch.arange(1000)[finite], logits[1:, finite]
+    )  # fmt: skip
+    logits[0, 200:800] = -torch.inf
+    actions[:] = torch.arange(1000)[finite][-1]
+    actions[0] = 900
+    inputs = {"logits": logits, "actions": actions}
+    ours = compare(backend, "token_values", inputs, upstream(actions.shape), with_entropy=True)
+    assert (ours["d logits"][logits == -torch.inf] == 0).all()
+
+
+def test_action_at_minus_infinity(backend):
+    """It has probability 0; its log_prob says so, and the gradient stays finite."""
+    logits, actions = logits_and_actions(3, 129)
+    logits[torch.arange(3), actions] = -torch.inf
+    inputs = {"logits": logits, "actions": actions}
+    ours = compare(backend, "token_values", inputs, upstream(actions.shape, "v", "log_prob"))
+    assert (ours["log_prob"] == -torch.inf).all()
+
+
+def test_a_state_without_any_word(backend):
+    """All at -inf: its value is -inf, not NaN, and the rows around it are as they were."""
+    logits, actions = logits_and_actions(3, 129)
+    before = token_values(logits, actions, backend=backend)
+    logits[1] = -torch.inf
+    out = token_values(logits, actions, backend=backend)
+    assert out.q[1] == out.v[1] == -torch.inf
+    for x, y in zip(before[:3], out[:3], strict=True):
+        assert_same_bits(x[[0, 2]], y[[0, 2]])
+
+
+@pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 1 - 1e-6])
+def test_confident_action_keeps_its_gradient(backend, p):
+    """d log_prob is 1 - p at the action. It has 24 bits of its own, also where p as a float32 has none left for it;
+    so has log_prob itself. (Plain PyTorch is off by 17% at the last p.)"""
+    logits, _ = logits_and_actions(8, 1000)
+    actions = torch.tensor([0, 1, 127, 128, 500, 777, 998, 999])
+    others = logits.double().scatter(1, actions[:, None], -torch.inf).logsumexp(1)
+    logits[torch.arange(8), actions] = (others + math.log(p / (1 - p))).float()
+    truth = float64_truth("token_values", {"logits": logits, "actions": actions}, {"log_prob": torch.ones(8)})
+    ours = gradient(logits, actions, backend=backend)
+    each = truth["d logits"].abs()
+    assert torch_error(ours, truth["d logits"], each) < 1e-5
+    log_prob = token_values(logits, actions, backend=backend).log_prob
+    assert torch_error(log_prob, truth["log_prob"], truth["log_prob"].abs()) < 1e-5
+
+
+@pytest.mark.parametrize("output", ["v", "log_prob", "entropy"])
+def test_unlikely_action_keeps_its_gradient(backend, output):
+    """p = 1e-6 to 1e-9 at the action: every entry is right by its own scale, not by the largest one's."""
+    logits, actions = logits_and_actions(4, 129)
+    logits[torch.arange(4), actions] = -torch.tensor([9.0, 11.0, 13.0, 15.0])
+    by = upstream(actions.shape, output)
+    truth = float64_truth("token_values", {"logits": logits, "actions": actions}, by, with_entropy=True)["d logits"]
+    ours = gradient(logits, actions, output, by[output], with_entropy=True, backend=backend)
+    assert torch_error(ours, truth, truth.abs()) < 1e-5
+
+
+def test_two_backwards_with_different_gradients(backend):
+    logits, actions = logits_and_actions(4, 129)
+    logits.requires_grad_()
+    out = token_values(logits, actions, backend=backend)
+    first, second = torch.randn(4), torch.randn(4)
+    (one,) = torch.autograd.grad(out.log_prob, logits, first, retain_graph=True)
+    (two,) = torch.autograd.grad([out.v, out.log_prob], logits, [first, second], retain_graph=True)
+    (again,) = torch.autograd.grad(out.log_prob, logits, first)
+    assert_same_bits(one, again)
+    assert_same_bits(one, gradient(logits, actions, by=first, backend=backend))
+    both = {"v": first, "log_prob": second}
+    truth = float64_truth("token_values", {"logits": logits, "actions": actions}, both)["d logits"]
+    plain = evaluate(reference.token_values, {"logits": logits, "actions": actions}, both)["d logits"]
+    assert_no_worse_than_torch(two, plain, truth)
+
+
+@on_backends([(40, 1000), (8, 129)])
+def test_same_bits_every_time(backend, shape):
+    logits, actions = logits_and_actions(*shape)
+    inputs, by = {"logits": logits, "actions": actions}, upstream(actions.shape)
+    runs = [evaluate(token_values, inputs, by, with_entropy=True, backend=backend) for _ in range(3)]
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_dtype_costs_one_rounding(backend, dtype):
+    """Everything is float32 inside: outputs have the bits of float32 logits, the gradient is theirs, rounded."""
+    logits, actions = logits_and_actions(6, 129, dtype=dtype)
+    by = upstream(actions.shape)
+    narrow, wide = (
+        evaluate(token_values, {"logits": x, "actions": actions}, by, with_entropy=True, backend=backend)
+        for x in (logits, logits.float())
+    )
+    wide["d logits"] = wide["d logits"].to(dtype)
+    assert_same_bits(narrow, wide)
+
+
+def test_autocast_changes_no_bit(backend):
+    logits, actions = logits_and_actions(4, 129)
+    inputs, by = {"logits": logits, "actions": actions}, upstream(actions.shape, "q", "v", "log_prob")
+    expected = evaluate(token_values, inputs, by, backend=backend)
+    with torch.autocast(logits.device.type, dtype=torch.bfloat16):
+        assert_same_bits(expected, evaluate(token_values, inputs, by, backend=backend))
+
+
+def test_without_gradient(backend):
+    """Nothing is recorded where nothing asks for it; entropy comes only where it was asked for."""
+    logits, actions = logits_and_actions(2, 3, 7)
+    expected = token_values(logits, actions, backend=backend)
+    assert expected.entropy is None and not expected.v.requires_grad
+    with torch.inference_mode():
+        assert_same_bits(expected, token_values(logits, actions, backend=backend))
+    assert (token_values(logits, actions, with_entropy=True, backend=backend).entropy > 0).all()
+
+
+# --- inplace_grad ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_inplace_gradient_overwrites_the_logits(backend, masked, dtype):
+    source, actions = logits_and_actions(3, 4, 129, dtype=dtype)
+    mask = torch.rand(3, 4) < 0.5 if masked else None
+    expected = gradient(source, actions, mask=mask, backend=backend)
+
+    logits = source.clone().requires_grad_() * 1  # as a model's output is: not a leaf
+    logits.retain_grad()
+    out = token_values(logits, actions, mask=mask, inplace_grad=True, backend=backend)
+    assert torch.equal(logits, source), "the forward must not write"
+    out.log_prob.sum().backward(retain_graph=True)
+    assert_same_bits(logits.grad, expected)
+    assert_same_bits(logits.detach(), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.log_prob.sum().backward()
+
+
+def test_inplace_gradient_of_strided_logits_leaves_their_neighbours(backend):
+    whole, actions = logits_and_actions(4, 3, 140)
+    source = whole.clone()
+    view = whole[:, 1, 5:134]
+    actions = actions[:, 1] % 129
+    expected = gradient(view, actions, backend=backend)
+    out = token_values(view.detach().requires_grad_(), actions, inplace_grad=True, backend=backend)
+    out.log_prob.sum().backward()
+    assert_same_bits(view, expected)
+    source[:, 1, 5:134] = expected
+    assert torch.equal(whole, source)
+
+
+def test_inplace_gradient_refuses_memory_shared_between_tokens(backend):
+    logits = torch.randn(1, 7).expand(3, 7)
+    with pytest.raises(ValueError, match=r"inplace_grad needs logits that are not expanded, got strides \[0, 1\]"):
+        token_values(logits, torch.zeros(3, dtype=torch.long), inplace_grad=True, backend=backend)
+
+
+def test_the_default_backend_is_one_of_them():
+    logits, actions = logits_and_actions(2, 7)
+    named = next(n for n, info in reval_kernels.backends().items() if {"*", logits.device.type} & {*info.default_for})
+    assert_same_bits(token_values(logits, actions), token_values(logits, actions, backend=named))
