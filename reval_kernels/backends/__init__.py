@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..checks import unknown
 
-PREFERENCE = ("portable",)
+PREFERENCE = ("triton", "cpu", "portable")
 
 
 class BackendInfo(NamedTuple):

@@ -1,0 +1,305 @@
+"""TD targets and Bellman losses: a few numbers a token, one program a trajectory, one launch.
+
+A program first lists where its trajectory's actions lie (environment tokens and padding have no place in it), so that
+the next action is always the next in the list, then walks over the list. Reads and writes every number at most twice;
+sums run in a fixed order and only within the trajectory, so the result never varies and segments cannot leak. They run
+in fp64: a few numbers a token cost nothing, and a residual is a small difference of sums over thousands of tokens.
+
+Letters: N tokens, B trajectories, H actions of one of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import portable
+from .common import launch
+
+BLOCK = 1024
+LEVELS = {"trajectory": 0, "token": 1, "subtrajectory": 2}
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK: tl.constexpr):
+    """This program's trajectory: its first place in the list, the actions in it; `where` [N] is the list if masked."""
+    b = tl.program_id(0).to(tl.int64)
+    start, end = b * length, (b + 1) * length
+    if cu_seqlens is not None:
+        # a wrong cu_seqlens must not reach outside the tensors, whoever reports it
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b).to(tl.int64), 0), tokens)
+        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64), tokens)
+    count = tl.maximum(end - start, 0)
+    if mask is not None:
+        count = count * 0
+        for at in range(start, end, BLOCK):
+            token = at + tl.arange(0, BLOCK)
+            taken = tl.load(mask + token, mask=token < end, other=0).to(tl.int32)
+            rank = tl.cumsum(taken, 0) - taken
+            tl.store(where + start + count + rank, token, mask=taken != 0)
+            count += tl.sum(taken, 0)
+        tl.debug_barrier()  # the list is read by other threads than those that wrote it
+    return start, count
+
+
+@triton.jit
+def _action(where, start, step, count, MASKED: tl.constexpr):
+    """Which token the step-th action is."""
+    if MASKED:
+        return tl.load(where + start + step, mask=step < count, other=0)
+    return start + step
+
+
+@triton.jit
+def td_kernel(
+    q, v, q_ref, v_ref, outcomes, mask, cu_seqlens, where, target, error, endogenous,
+    tokens, length, gamma,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """METHOD.md section 2, for every action of trajectory b."""
+    start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
+    outcome = tl.load(outcomes + tl.program_id(0))
+    for at in range(0, count, BLOCK):
+        step = at + tl.arange(0, BLOCK)
+        inside, more = step < count, step + 1 < count
+        here = _action(where, start, step, count, mask is not None)
+        after = _action(where, start, step + 1, count, mask is not None)
+        v_next = tl.load(v + after, mask=more, other=0.0).to(tl.float64)
+        v_ref_next = tl.load(v_ref + after, mask=more, other=0.0).to(tl.float64)
+        q_here = tl.load(q + here, mask=inside, other=0.0).to(tl.float64)
+        q_ref_here = tl.load(q_ref + here, mask=inside, other=0.0).to(tl.float64)
+        earned = tl.where(step + 1 == count, outcome, 0.0)
+        reward = q_ref_here - gamma * v_ref_next
+        tl.store(endogenous + here, reward, mask=inside)
+        tl.store(target + here, reward + earned + gamma * v_next, mask=inside)
+        # policy minus reference before anything else: exactly 0 where they agree
+        tl.store(error + here, (q_here - q_ref_here) - gamma * (v_next - v_ref_next) - earned, mask=inside)
+
+
+@triton.jit
+def td_backward_kernel(
+    d_target, d_error, mask, cu_seqlens, where, dq, dv,
+    tokens, length, gamma,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dq of every action; dv of the one after it."""
+    start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
+    for at in range(0, count, BLOCK):
+        step = at + tl.arange(0, BLOCK)
+        inside, more = step < count, step + 1 < count
+        here = _action(where, start, step, count, mask is not None)
+        after = _action(where, start, step + 1, count, mask is not None)
+        of_target = tl.load(d_target + here, mask=inside, other=0.0)
+        of_error = tl.load(d_error + here, mask=inside, other=0.0)
+        tl.store(dq + here, of_error, mask=inside)
+        tl.store(dv + after, gamma * (of_target - of_error), mask=more)  # dv of the first is 0 from the start
+
+
+@triton.jit
+def _minus(x, reference, token, inside, PER_TOKEN: tl.constexpr):
+    """x - reference before anything else: exactly 0 where they agree."""
+    difference = tl.load(x + token, mask=inside, other=0.0).to(tl.float64)
+    if PER_TOKEN:
+        difference -= tl.load(reference + token, mask=inside, other=0.0).to(tl.float64)
+    return difference
+
+
+@triton.jit
+def loss_kernel(
+    q, v, log_prob, q_ref, v_ref, log_prob_ref, returns, outcomes, mask, cu_seqlens, where,
+    loss, residual, dq, dv, dlog_prob,
+    tokens, length, scale,
+    PER_TOKEN: tl.constexpr, LEVEL: tl.constexpr, SEMI_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """METHOD.md sections 3 and 4 for trajectory b: its sum of squares, its residual, and the cotangents of its actions.
+
+    LEVEL 0 is the trajectory, 1 the token, 2 the sub-trajectory; `scale` is 2 / normalizer.
+    """
+    b = tl.program_id(0)
+    start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
+    outcome = tl.load(outcomes + b)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for at in range(0, count, BLOCK):
+        step = at + tl.arange(0, BLOCK)
+        token = _action(where, start, step, count, mask is not None)
+        sums += _minus(log_prob, log_prob_ref, token, step < count, PER_TOKEN)
+    first = _action(where, start, count * 0, count, mask is not None)
+    total = _minus(v, v_ref, first, count > 0, PER_TOKEN) + tl.sum(sums, 0)
+    if not PER_TOKEN:
+        total -= tl.load(returns + b).to(tl.float64)
+    total = tl.where(count > 0, total - outcome, 0.0)
+    tl.store(residual + b, total)
+
+    squares = tl.zeros([BLOCK], tl.float64)
+    if LEVEL == 0:
+        for at in range(0, count, BLOCK):
+            step = at + tl.arange(0, BLOCK)
+            token = _action(where, start, step, count, mask is not None)
+            tl.store(dlog_prob + token, tl.full([BLOCK], 0.0, tl.float64) + total * scale, mask=step < count)
+        tl.store(dv + first, total * scale, mask=count > 0)
+        tl.store(loss + b, total * total)
+    elif LEVEL == 1:
+        for at in range(0, count, BLOCK):
+            step = at + tl.arange(0, BLOCK)
+            inside, more = step < count, step + 1 < count
+            here = _action(where, start, step, count, mask is not None)
+            after = _action(where, start, step + 1, count, mask is not None)
+            term = _minus(q, q_ref, here, inside, PER_TOKEN) - _minus(v, v_ref, after, more, PER_TOKEN)
+            term = tl.where(inside, term - tl.where(step + 1 == count, outcome, 0.0), 0.0)
+            squares += term * term
+            tl.store(dq + here, scale * term, mask=inside)
+            if not SEMI_GRADIENT:
+                tl.store(dv + after, -scale * term, mask=more)
+        tl.store(loss + b, tl.sum(squares, 0))
+    else:
+        # c_h = sum over k >= h of d_k, from the end; dlog_prob_h = sum over k <= h of dv_k, from the beginning
+        to_go = total * 0
+        blocks = tl.cdiv(count, BLOCK)
+        for i in range(0, blocks):
+            step = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+            inside = step < count
+            token = _action(where, start, step, count, mask is not None)
+            dlog = _minus(log_prob, log_prob_ref, token, inside, PER_TOKEN)
+            term = _minus(v, v_ref, token, inside, PER_TOKEN) + (tl.cumsum(dlog, 0, reverse=True) + to_go) - outcome
+            term = tl.where(inside, term, 0.0)
+            to_go += tl.sum(dlog, 0)
+            squares += term * term
+            tl.store(dv + token, scale * term, mask=inside)
+        tl.store(loss + b, tl.sum(squares, 0))
+        tl.debug_barrier()
+        so_far = total * 0
+        for at in range(0, count, BLOCK):
+            step = at + tl.arange(0, BLOCK)
+            inside = step < count
+            token = _action(where, start, step, count, mask is not None)
+            term = tl.load(dv + token, mask=inside, other=0.0).to(tl.float64)
+            tl.store(dlog_prob + token, tl.cumsum(term, 0) + so_far, mask=inside)
+            so_far += tl.sum(term, 0)
+
+
+@triton.jit
+def loss_backward_kernel(
+    d_loss, d_residual, unit_q, unit_v, unit_log_prob, mask, cu_seqlens, where, dq, dv, dlog_prob,
+    tokens, length,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss's cotangents times its upstream gradient, plus what comes through the residual."""
+    start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
+    of_loss = tl.load(d_loss)
+    of_residual = tl.load(d_residual + tl.program_id(0))
+    for at in range(0, count, BLOCK):
+        step = at + tl.arange(0, BLOCK)
+        inside = step < count
+        token = _action(where, start, step, count, mask is not None)
+        tl.store(dq + token, of_loss * tl.load(unit_q + token, mask=inside, other=0.0), mask=inside)
+        first = tl.where(step == 0, of_residual, 0.0)
+        tl.store(dv + token, of_loss * tl.load(unit_v + token, mask=inside, other=0.0) + first, mask=inside)
+        log_prob = of_loss * tl.load(unit_log_prob + token, mask=inside, other=0.0) + of_residual
+        tl.store(dlog_prob + token, log_prob, mask=inside)
+
+
+# --- launchers ------------------------------------------------------------------------------------------------------
+
+
+class _Layout:
+    """Where trajectories lie, as the kernels take it."""
+
+    def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
+        self.tokens = like.numel()
+        self.trajectories = like.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        self.length = like.shape[-1]
+        self.where = None if mask is None else like.new_empty(self.tokens, dtype=torch.int64)
+        self.arguments = (
+            None if mask is None else mask.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            self.where,
+        )
+        if cu_seqlens is not None:
+            self._check(cu_seqlens)
+
+    def _check(self, cu_seqlens: Tensor) -> None:
+        if cu_seqlens.device.type == "cuda":  # as with actions: nobody waits for the answer
+            ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == self.tokens)
+            torch._assert_async(ends & (cu_seqlens.diff() >= 0).all(), "cu_seqlens must be 0, ..., N and never fall")
+        else:
+            portable.Trajectories(torch.Size([self.tokens]), cu_seqlens.device, None, cu_seqlens)
+
+    def launch(self, kernel, *args, **constants) -> None:
+        if self.trajectories:
+            launch(kernel, (self.trajectories,), *args, BLOCK=BLOCK, num_warps=4, **constants)
+
+
+def td_targets(
+    q: Tensor, v: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, beta: float, gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Targets, errors and endogenous rewards per token (METHOD.md section 2)."""
+    if q.dtype == torch.float64:
+        return portable.td_targets(q, v, reference, rewards, mask, cu_seqlens, beta, gamma)
+    layout = _Layout(q, mask, cu_seqlens)
+    target, error, endogenous = (q.new_zeros(q.shape) for _ in range(3))
+    layout.launch(
+        td_kernel, q.contiguous(), v.contiguous(), *(x.contiguous() for x in reference[:2]), rewards.double() / beta,
+        *layout.arguments, target, error, endogenous, layout.tokens, layout.length, gamma,
+    )  # fmt: skip
+    return target, error, endogenous
+
+
+def td_targets_backward(
+    d_target: Tensor, d_error: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """dq and dv per token."""
+    if d_error.dtype == torch.float64:
+        return portable.td_targets_backward(d_target, d_error, mask, cu_seqlens, gamma)
+    layout = _Layout(d_error, mask, cu_seqlens)
+    dq, dv = (d_error.new_zeros(d_error.shape) for _ in range(2))
+    layout.launch(
+        td_backward_kernel, d_target.contiguous(), d_error.contiguous(), *layout.arguments, dq, dv,
+        layout.tokens, layout.length, gamma,
+    )  # fmt: skip
+    return dq, dv
+
+
+def bellman_loss(
+    q: Tensor, v: Tensor, log_prob: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, residual [B] and the loss's cotangents dq, dv, dlog_prob per token (METHOD.md sections 3 and 4)."""
+    if q.dtype == torch.float64:
+        return portable.bellman_loss(
+            q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
+        )
+    layout = _Layout(q, mask, cu_seqlens)
+    per_token = len(reference) == 3
+    reference = [x.contiguous() for x in reference]
+    residual = q.new_empty(layout.trajectories)
+    squares = residual.new_empty(layout.trajectories, dtype=torch.float64)
+    dq, dv, dlog_prob = (q.new_zeros(q.shape) for _ in range(3))
+    layout.launch(
+        loss_kernel, q.contiguous(), v.contiguous(), log_prob.contiguous(),
+        *(reference if per_token else (None, None, None)), None if per_token else reference[0], rewards.double() / beta,
+        *layout.arguments, squares, residual, dq, dv, dlog_prob, layout.tokens, layout.length, 2 / normalizer,
+        PER_TOKEN=per_token, LEVEL=LEVELS[level], SEMI_GRADIENT=semi_gradient,
+    )  # fmt: skip
+    return (squares.sum() / normalizer).to(q.dtype), residual, dq, dv, dlog_prob
+
+
+def bellman_loss_backward(
+    d_loss: Tensor, d_residual: Tensor, unit: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dv, dlog_prob per token, from the cotangents at d_loss = 1 and the upstream gradients."""
+    if unit[0].dtype == torch.float64:
+        return portable.bellman_loss_backward(d_loss, d_residual, unit, mask, cu_seqlens)
+    layout = _Layout(unit[0], mask, cu_seqlens)
+    dq, dv, dlog_prob = (x.new_zeros(x.shape) for x in unit)
+    layout.launch(
+        loss_backward_kernel, d_loss.contiguous(), d_residual.contiguous(), *(x.contiguous() for x in unit),
+        *layout.arguments, dq, dv, dlog_prob, layout.tokens, layout.length,
+    )  # fmt: skip
+    return dq, dv, dlog_prob

@@ -1,0 +1,210 @@
+"""What the kernel files share: launching, checks of values, and the arithmetic of one row's (max, sum) parts.
+
+Letters: N tokens, V vocabulary, D width. A row's entries x, still before the temperature T, travel as parts: their
+maximum m, s = sum of exp((x - m) / T) over all entries but one at the maximum, and t = sum of exp((x - m) / T) (x - m).
+One top entry stays out of s because next to its 1 the rest would lose the digits in which a confident state's 1 - p is
+written. A part that holds nothing has m = LOWEST rather than -inf, so that m - m is 0 and never NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import portable
+from ..rows import Transform
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels below are decorated, and never again
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+# --- host -----------------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its first argument; on CPU tensors in the interpreter."""
+    device = args[0].device
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"backend 'triton' computes on CUDA tensors, got tensors on {device}. Leave `backend` out there, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
+        )
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))  # without this the launch goes to device 0
+        if INTERPRETED:
+            from .interpreter import faithful
+
+            stack.enter_context(faithful())
+        # Each product rounded by itself, as in the interpreter: x * scale - row_max must be exactly 0 at the top.
+        kernel[grid](*args, enable_fp_fusion=False, **constants)
+
+
+def check_tokens(actions: Tensor, mask: Tensor | None, vocabulary: int, transform: Transform) -> None:
+    """Actions must lie in the vocabulary and temperatures be positive, where unmasked.
+
+    On a GPU nobody waits for the answer: a bad value is a device-side assert, as in torch's own losses, and no kernel
+    reads outside its tensors meanwhile. On the CPU it is the ValueError of the other backends.
+    """
+    good = (actions >= 0) & (actions < vocabulary)
+    if isinstance(transform.temperature, Tensor):
+        good &= transform.temperature > 0
+    if mask is not None:
+        good |= ~mask
+    if good.device.type == "cuda":
+        torch._assert_async(good.all(), f"actions must lie in [0, {vocabulary}), temperatures be positive")
+    elif not good.all():
+        portable._unmasked(actions, mask, vocabulary, transform)  # raises, naming the value and its place
+
+
+def temperatures(transform: Transform) -> tuple[Tensor | None, float]:
+    """Per-token temperatures [N] or None, and the temperature where it is one number."""
+    if isinstance(transform.temperature, Tensor):
+        return transform.temperature.reshape(-1).contiguous(), 1.0
+    return None, transform.temperature
+
+
+def new_values(like: Tensor, mask: Tensor | None, count: int) -> list[Tensor]:
+    """`count` float32 tensors [...] for the numbers of the tokens of `like` [..., *]; 0 where no kernel will write."""
+    new = torch.empty if mask is None else torch.zeros
+    return [new(like.shape[:-1], dtype=torch.float32, device=like.device) for _ in range(count)]
+
+
+def merge_parts(
+    parts: Tensor, index: Tensor | None, mask: Tensor | None, transform: Transform, with_entropy: bool,
+    out: list[Tensor],
+) -> None:  # fmt: skip
+    """parts [4, M, P] -> the six numbers of each row, written to `out` at index [M] (None: 0..M) but where masked out.
+
+    Temperatures and mask are [M].
+    """
+    rows, count = parts.shape[1:]
+    padded = triton.next_power_of_2(count)
+    together = max(1, min(32, 4096 // padded))
+    per_token, temperature = temperatures(transform)
+    launch(
+        merge, (triton.cdiv(rows, together),), parts, index, mask, per_token, *out, rows, count, temperature,
+        ENTROPY=with_entropy, PADDED=padded, ROWS=together, num_warps=4,
+    )  # fmt: skip
+
+
+# --- device ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to a few ulp; libdevice has one, but not in the interpreter."""
+    # Taylor to the 8th power: off by x^8 / 9! < 1e-8 of the result
+    near = 0.0013888889 + x * (0.0001984127 + x * 2.4801587e-05)
+    near = 0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * near)))
+    return tl.where(tl.abs(x) < 0.5, x + x * x * near, tl.exp2(x * LOG2E) - 1)
+
+
+@triton.jit
+def capped(x, softcap):
+    """softcap * tanh(x / softcap), and its derivative in x, each to a few ulp."""
+    y = tl.abs(x) * (-2 / softcap)
+    e = expm1(y)
+    t = tl.exp2(y * LOG2E)
+    rest = 2 * t / (1 + t)  # 1 - tanh: all that is left of it far out
+    tanh = tl.where(y > -0.8, -e / (2 + e), 1 - rest)
+    slope = tl.where(y > -1, 1 - tanh * tanh, rest * (2 - rest))
+    return tl.where(x < 0, -softcap, softcap) * tanh, slope
+
+
+@triton.jit
+def temperature_at(temperatures, token, inside, temperature):
+    """The temperature of these tokens: loaded, or the one number."""
+    if temperatures is not None:
+        return tl.load(temperatures + token, mask=inside, other=1.0).to(tl.float32)
+    return temperature
+
+
+@triton.jit
+def exponent_of(temperature):
+    """log2(e) / T, so that exp((x - m) / T) = exp2((x - m) * exponent)."""
+    return tl.div_rn(temperature * 0 + LOG2E, temperature)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, to a few ulp."""
+    # 2 atanh(w); for x < 1/2 the series is off by w^10 / 11 < 1e-8 of the result
+    w = x / (2 + x)
+    w2 = w * w
+    near = 2 * w * (1 + w2 * (0.33333334 + w2 * (0.2 + w2 * (0.14285715 + w2 * 0.11111111))))
+    return tl.where(x < 0.5, near, tl.log(1 + x))
+
+
+@triton.jit
+def join(m, s, t, exponent, ROWS: tl.constexpr):
+    """The parts along the last axis as one; `exponent` is log2(e) / T, of each row where there are ROWS."""
+    total_m = tl.max(m, ROWS)
+    if ROWS:
+        apart = m - total_m[:, None]
+        weight = tl.exp2(apart * exponent[:, None])
+        top = m == total_m[:, None]
+    else:
+        apart = m - total_m
+        weight = tl.exp2(apart * exponent)
+        top = m == total_m
+    # Every part's own top has weight 1 beside its s. Of the parts at the very top one stays out, and the others'
+    # weights are counted apart: 1 + 1e-6 would lose the 1e-6.
+    others = tl.sum(tl.where(top, s, (1 + s) * weight), ROWS) + (tl.sum(top.to(tl.float32), ROWS) - 1)
+    t = tl.sum(weight * (t + (1 + s) * tl.maximum(apart, LOWEST)), ROWS)
+    return total_m, tl.where(total_m == LOWEST, tl.sum(s, ROWS), others), t  # parts that hold nothing have no tops
+
+
+@triton.jit
+def numbers(m, s, t, x_action, temperature):
+    """q, v, log_prob, entropy, row_max, log_sum from a whole row's part."""
+    nothing = (m == LOWEST) & (s == s)
+    # at -inf alone v is -inf, with an infinite logit it is infinite, as logsumexp has it
+    row_max = tl.where(nothing | (m == float("inf")), 0.0, m)
+    log_sum = tl.where(nothing, float("-inf"), tl.where(m == float("inf"), m, log1p(s)))
+    log_prob = tl.div_rn(x_action - row_max, temperature) - log_sum
+    entropy = log_sum - t / temperature / (1 + s)
+    v = tl.div_rn(row_max, temperature) + log_sum
+    # row_max is rounded just as the backward rounds x * (1 / temperature), so that their difference is 0 at the top
+    return tl.div_rn(x_action, temperature), v, log_prob, entropy, row_max * (1 / temperature), log_sum
+
+
+@triton.jit
+def merge(
+    parts, index, mask, temperatures, q, v, log_prob, entropy, row_max, log_sum,
+    rows, count, temperature,
+    ENTROPY: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One row's parts [4, M, P] from several programs -> its numbers, in a fixed order: the result never varies."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    if mask is not None:
+        inside = inside & (tl.load(mask + row, mask=inside, other=0) != 0)
+    temperature = temperature_at(temperatures, row, inside, temperature) + tl.zeros([ROWS], tl.float32)
+    part = tl.arange(0, PADDED)
+    at = parts + row.to(tl.int64)[:, None] * count + part[None, :]
+    there = inside[:, None] & (part < count)[None, :]
+    plane = rows.to(tl.int64) * count
+    m = tl.load(at, mask=there, other=LOWEST)  # its weight is 0 beside anything real
+    s = tl.load(at + plane, mask=there, other=0.0)
+    t = tl.zeros([ROWS, PADDED], tl.float32)
+    if ENTROPY:
+        t = tl.load(at + 2 * plane, mask=there, other=0.0)
+    x_action = tl.sum(tl.load(at + 3 * plane, mask=there, other=0.0), 1)
+    m, s, t = join(m, s, t, exponent_of(temperature), 1)
+    token = row.to(tl.int64)
+    if index is not None:
+        token = tl.load(index + row, mask=inside, other=0)
+    a, b, c, d, e, f = numbers(m, s, t, x_action, temperature)
+    tl.store(q + token, a, mask=inside)
+    tl.store(v + token, b, mask=inside)
+    tl.store(log_prob + token, c, mask=inside)
+    tl.store(entropy + token, d if ENTROPY else tl.zeros_like(d), mask=inside)
+    tl.store(row_max + token, e, mask=inside)
+    tl.store(log_sum + token, f, mask=inside)

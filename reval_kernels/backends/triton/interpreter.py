@@ -1,0 +1,123 @@
+"""Triton's interpreter, made faithful in bf16, and a count of the bytes that a kernel moves in it.
+
+The interpreter keeps bf16 as raw uint16. Left alone it adds and multiplies these raw bits, `tl.dot` included, and its
+fp32 -> bf16 cast truncates where a GPU rounds. `faithful` repairs casts and dots for the length of a launch and makes
+any other arithmetic on bf16 an error, so that a kernel which forgets to widen cannot pass a test by luck. The kernels
+themselves hold no line of code for the interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _from_bf16(raw: np.ndarray) -> np.ndarray:
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bf16(x: np.ndarray) -> np.ndarray:
+    """Round to nearest even, as `cvt.rn.bf16.f32` does."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+_BUILDER = interpreter.InterpreterBuilder
+_cast, _dot, _binary = _BUILDER.cast_impl, _BUILDER.create_dot, _BUILDER.binary_op
+
+
+def _faithful_cast(self, src, dst_type):
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source == tl.bfloat16 and target == tl.float32:
+        return interpreter.TensorHandle(_from_bf16(src.data), target)
+    if source == tl.float32 and target == tl.bfloat16:
+        return interpreter.TensorHandle(_to_bf16(src.data), target)
+    return _cast(self, src, dst_type)
+
+
+def _faithful_dot(self, a, b, d, *precision):
+    """Narrow operands widened to fp32: products of bf16 and fp16 are exact there, as in a tensor core."""
+    wide = [_faithful_cast(self, x, tl.float32) for x in (a, b)]
+    return _dot(self, *wide, d, *precision)
+
+
+def _strict_binary(self, lhs, rhs, op):
+    if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+        raise TypeError("arithmetic on bf16 in the interpreter works on raw bits: cast to fp32 after the load")
+    return _binary(self, lhs, rhs, op)
+
+
+@contextlib.contextmanager
+def faithful() -> Iterator[None]:
+    """Within: bf16 casts round, bf16 dots multiply numbers, other bf16 arithmetic raises; numpy keeps quiet."""
+    with (
+        mock.patch.object(_BUILDER, "cast_impl", _faithful_cast),
+        mock.patch.object(_BUILDER, "create_dot", _faithful_dot),
+        mock.patch.object(_BUILDER, "binary_op", _strict_binary),
+        np.errstate(all="ignore"),  # exp2(-inf) and the branch that tl.where does not take
+    ):
+        yield
+
+
+@dataclass
+class Traffic:
+    """Bytes moved between the kernels and each of some tensors."""
+
+    loaded: dict[str, int] = field(default_factory=dict)
+    """By all load instructions together."""
+    distinct: dict[str, int] = field(default_factory=dict)
+    """The same, but what one program loads again counts once: a tile that it finds in its cache."""
+    stored: dict[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def counted(**tensors: torch.Tensor) -> Iterator[Traffic]:
+    """Count what kernels launched within load from and store to the named tensors, and to "other" memory."""
+    traffic = Traffic()
+    spans = {
+        name: (t.untyped_storage().data_ptr(), t.untyped_storage().data_ptr() + t.untyped_storage().nbytes())
+        for name, t in tensors.items()
+    }
+    seen: dict[tuple, list[np.ndarray]] = {}
+    load, store = _BUILDER.create_masked_load, _BUILDER.create_masked_store
+
+    def owner(addresses: np.ndarray) -> str:
+        inside = (name for name, (start, end) in spans.items() if start <= addresses[0] < end)
+        return next(inside, "other")
+
+    def add(book: dict[str, int], name: str, amount: int) -> None:
+        book[name] = book.get(name, 0) + amount
+
+    def counting_load(self, ptrs, mask, *rest):
+        addresses = np.broadcast_to(ptrs.data, np.broadcast(ptrs.data, mask.data).shape)[
+            np.broadcast_to(mask.data, np.broadcast(ptrs.data, mask.data).shape)
+        ]
+        if addresses.size:
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            # addresses repeated within one instruction (a broadcast) are one transaction
+            addresses = np.unique(addresses)
+            add(traffic.loaded, owner(addresses), addresses.size * size)
+            seen.setdefault((owner(addresses), size, tuple(self.grid_idx)), []).append(addresses)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):
+        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+        if addresses.size:
+            add(traffic.stored, owner(addresses), addresses.size * ptrs.get_element_ty().primitive_bitwidth // 8)
+        return store(self, ptrs, value, mask, *rest)
+
+    with (
+        mock.patch.object(_BUILDER, "create_masked_load", counting_load),
+        mock.patch.object(_BUILDER, "create_masked_store", counting_store),
+    ):
+        yield traffic
+    for (name, size, _), pieces in seen.items():
+        add(traffic.distinct, name, np.unique(np.concatenate(pieces)).size * size)

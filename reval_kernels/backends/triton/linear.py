@@ -1,0 +1,302 @@
+"""Token values and losses from hidden states and the head, without logits in memory or in bf16.
+
+One kernel, `linear_forward`: a program computes one tile of logits as an fp32 accumulator of a tensor-core product and
+writes, for each of the tile's tokens, the part (max, sum, ...) of its words; `merge_parts` joins a token's parts in a
+fixed order. Where the gradient will need the logits it writes them down as well, a chunk of tokens at a time. So a
+token's numbers never depend on who asks, nor on how many tokens come with it: a policy equal to its reference has loss
+exactly 0, and a logit computed again is the same to the bit, without which a confident state's gradient would be
+noise.
+
+With gradient: chunks of tokens or whole trajectories through the drivers in portable.py. `row_backward` of rows.py
+turns a chunk's logits into their gradient, and the library's matmuls turn that into those of hidden and weight: 6 N V D
+operations where the loss is known by trajectory (`linear_reval_loss`; 4 N V D where the head is frozen), 8 N V D where
+the upstream gradient comes later. Only unmasked tokens are worked on.
+
+Letters: N tokens, M of them unmasked, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import portable
+from .. import triton as backend
+from ..rows import Transform
+from . import rows
+from .bellman import bellman_loss
+from .common import (
+    LOWEST,
+    capped,
+    check_tokens,
+    exponent_of,
+    launch,
+    merge_parts,
+    new_values,
+    temperature_at,
+    temperatures,
+)  # fmt: skip
+
+GROUP = 16  # blocks of tokens that share one pass over the head
+
+
+@triton.jit
+def linear_forward(
+    hidden, weight, bias, index, actions, temperatures, logits, parts,
+    rows, vocabulary, width,
+    stride_token, stride_hidden, stride_word, stride_weight,
+    temperature, softcap,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile: ROWS unmasked tokens (which ones, `index` says), WORDS words.
+
+    Writes logits [M, V] in fp32 and parts [4, M, tiles], either of which may be None.
+    """
+    # GROUP blocks of tokens go through the vocabulary together: their hidden states stay in the L2 cache, and the head
+    # comes from memory once a group.
+    tiles = tl.cdiv(vocabulary, WORDS)
+    group = tl.program_id(0) // (GROUP * tiles)
+    size = tl.minimum(GROUP, tl.cdiv(rows, ROWS) - group * GROUP)
+    place = tl.program_id(0) - group * GROUP * tiles
+    tile = place // size
+    row = (group * GROUP + place % size) * ROWS + tl.arange(0, ROWS)
+    word = tile * WORDS + tl.arange(0, WORDS)
+    inside, real = row < rows, word < vocabulary
+    token = tl.load(index + row, mask=inside, other=0)
+    # past the end the last word is read again, which costs less than a mask, and is thrown away below
+    there = tl.minimum(word, vocabulary - 1).to(tl.int64)
+
+    depth = tl.arange(0, DEPTH)
+    hidden_at = hidden + token[:, None] * stride_token + depth.to(tl.int64)[None, :] * stride_hidden
+    weight_at = weight + there[None, :] * stride_word + depth.to(tl.int64)[:, None] * stride_weight
+    x = tl.zeros([ROWS, WORDS], tl.float32)
+    for d in range(0, width, DEPTH):
+        step = tl.cast(d, tl.int64)
+        if EVEN:
+            h = tl.load(hidden_at + step * stride_hidden)
+            w = tl.load(weight_at + step * stride_weight)
+        else:
+            h = tl.load(hidden_at + step * stride_hidden, mask=(d + depth < width)[None, :], other=0.0)
+            w = tl.load(weight_at + step * stride_weight, mask=(d + depth < width)[:, None], other=0.0)
+        x = tl.dot(h, w, x, input_precision="ieee")
+    if bias is not None:
+        x += tl.load(bias + there).to(tl.float32)[None, :]
+    if logits is not None:
+        at = logits + row.to(tl.int64)[:, None] * vocabulary + word[None, :]
+        tl.store(at, x, mask=inside[:, None] & real[None, :])
+    if parts is not None:
+        if SOFTCAP:
+            x, _ = capped(x, softcap)
+        x = tl.where(real[None, :], x, float("-inf"))  # only now: softcap makes -inf a finite number
+        action = tl.load(actions + row, mask=inside, other=0)
+        temperature = temperature_at(temperatures, row, inside, temperature) + tl.zeros([ROWS], tl.float32)
+        m = tl.maximum(tl.max(x, 1), LOWEST)
+        below = x - m[:, None]
+        p = tl.exp2(below * exponent_of(temperature)[:, None])
+        top = below == 0
+        count = tl.sum(top.to(tl.float32), 1)
+        at = parts + row.to(tl.int64) * tiles + tile
+        plane = rows.to(tl.int64) * tiles
+        tl.store(at, m, mask=inside)
+        # s leaves one of the top entries out; a tile of -inf alone has none
+        tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + tl.maximum(count - 1, 0), mask=inside)
+        if ENTROPY:
+            tl.store(at + 2 * plane, tl.sum(p * tl.maximum(below, LOWEST), 1), mask=inside)
+        tl.store(at + 3 * plane, tl.sum(tl.where(word[None, :] == action[:, None], x, 0.0), 1), mask=inside)
+
+
+# --- launchers ------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """One program's tile of logits, and how it is compiled."""
+
+    rows: int
+    words: int
+    depth: int
+    warps: int
+    stages: int
+
+    def constants(self, width: int) -> dict[str, Any]:
+        return {
+            "EVEN": width % self.depth == 0, "ROWS": self.rows, "WORDS": self.words, "DEPTH": self.depth,
+            "GROUP": GROUP, "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+def tile(dtype: torch.dtype, shared: int) -> Tile:
+    """The tile for operands of this dtype on a GPU with this much shared memory a block. docs/kernels.md says why."""
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 2)
+    # 256 words a tile would halve the reads of hidden states, but then the epilogue spills
+    return Tile(128, 128, 64, 8, 4 if shared > 160 * 1024 else 3 if shared > 96 * 1024 else 2)
+
+
+def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
+    """The tile, no larger than the head needs. The number of tokens has no say: it must not change a bit."""
+    shape = tile(hidden.dtype, _shared_memory(hidden.device))
+    words, depth = (
+        min(most, max(16, triton.next_power_of_2(size)))  # 16 is the least that tl.dot takes
+        for most, size in zip(shape[1:3], weight.shape, strict=True)
+    )
+    return Tile(shape.rows, words, depth, shape.warps if words >= 64 else 4, shape.stages)
+
+
+def linear_token_values(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
+    with_entropy: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V]."""
+    if not _same_dtype(hidden, weight):
+        return portable.linear_token_values(hidden, weight, bias, actions, mask, transform, with_entropy)
+    check_tokens(actions, mask, len(weight), transform)
+    out = new_values(hidden, mask, 6)
+    index = _unmasked(actions, mask)
+    _forward(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, index, actions.reshape(-1)[index],
+        transform.flattened().at((index,)), with_entropy, None, out,
+    )  # fmt: skip
+    return tuple(out)
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, actions: Tensor, transform: Transform,
+    with_entropy: bool, logits: Tensor | None, out: list[Tensor] | None,
+) -> None:  # fmt: skip
+    """For the tokens index [M] of hidden [N, D], with actions and temperatures [M]: writes logits [M, V] and `out`."""
+    rows, (vocabulary, width) = len(index), weight.shape
+    if rows == 0:
+        return
+    shape = fitted_tile(hidden, weight)
+    blocks, tiles = triton.cdiv(rows, shape.rows), triton.cdiv(vocabulary, shape.words)
+    parts = hidden.new_empty(4, rows, tiles, dtype=torch.float32) if out else None
+    per_token, temperature = temperatures(transform)
+    launch(
+        linear_forward, (blocks * tiles,),
+        hidden, weight, bias, index, actions.contiguous(), per_token, logits, parts,
+        rows, vocabulary, width, *hidden.stride(), *weight.stride(), temperature, transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None, ENTROPY=with_entropy, **shape.constants(width),
+    )  # fmt: skip
+    if out:
+        merge_parts(parts, index, None, transform, with_entropy, out)
+
+
+def linear_token_values_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
+    statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias (empty where not needed); the logits are computed anew by chunks."""
+    head = _head_type(hidden, weight)(hidden, weight, bias, needs)
+    return portable.recompute_gradients(head, actions, mask, transform, statistics, cotangents)
+
+
+def linear_reval_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
+    level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed).
+
+    Trajectories of more than LINEAR_CHUNK // V actions together do not fit one chunk; one alone that does not has its
+    logits computed twice (8 N V D operations).
+    """
+    head = _head_type(hidden, weight)(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs)
+    return portable.whole_trajectory_loss(
+        head, hidden.shape, actions, mask, cu_seqlens, transform, reference, rewards, beta, level, semi_gradient,
+        normalizer,
+    )
+
+
+class Head(portable.Head):
+    """One chunk on the GPU: row kernels between matmuls whose operands stay narrow and whose results are fp32."""
+
+    bellman_loss = staticmethod(bellman_loss)
+
+    @property
+    def size(self) -> int:
+        return max(1, backend.LINEAR_CHUNK // len(self.weight))
+
+    def logits(self, at: tuple[Tensor, ...]) -> Tensor:
+        hidden = self.hidden[at]
+        logits = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
+        everything = torch.arange(len(hidden), device=hidden.device)
+        _forward(hidden, self.weight, self.bias, everything, everything, Transform(), False, logits, None)
+        return logits
+
+    def values(
+        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden = self.hidden[at]
+        logits = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
+        everything = torch.arange(len(hidden), device=hidden.device)
+        out = new_values(hidden, None, 6)
+        _forward(hidden, self.weight, self.bias, everything, actions, transform, False, logits, out)
+        return logits, tuple(out)
+
+    def add_gradient_(
+        self, at: tuple[Tensor, ...], logits: Tensor, actions: Tensor, transform: Transform,
+        statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
+    ) -> None:  # fmt: skip
+        narrow = self.weight.dtype == torch.bfloat16 and not self.needs[2]
+        dlogits = torch.empty_like(logits, dtype=torch.bfloat16) if narrow else logits
+        rows.backward(logits, rows.two_strides(logits), dlogits, actions, None, transform, statistics, cotangents)
+        self.gather(at, dlogits)
+
+    def gather(self, at: tuple[Tensor, ...], dlogits: Tensor) -> None:
+        """bf16 operands stay narrow in the matmuls. A bias wants the sum of what was not rounded; a rare word's p is 0
+        in fp16, so that dtype is widened."""
+        if self.weight.dtype != torch.bfloat16:
+            return super().gather(at, dlogits)
+        if self.needs[2]:
+            self.d_bias += dlogits.sum(0)
+        dlogits = dlogits.bfloat16()
+        if self.needs[0]:
+            self.d_hidden[at] = _product(dlogits, self.weight).bfloat16()
+        if self.needs[1]:
+            _add_product_(self.d_weight, dlogits.T, self.hidden[at])
+
+
+def _head_type(hidden: Tensor, weight: Tensor) -> type[portable.Head]:
+    # AMD builds of torch have no matmul from bf16 to fp32; the portable head widens the weight a part at a time
+    return Head if _same_dtype(hidden, weight) and torch.version.hip is None else portable.Head
+
+
+def _same_dtype(hidden: Tensor, weight: Tensor) -> bool:
+    """What the kernel takes: operands of one dtype, and not float64; at least one of them."""
+    return hidden.dtype == weight.dtype and hidden.dtype != torch.float64 and hidden.shape[-1] > 0
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, which exists nowhere else."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _unmasked(actions: Tensor, mask: Tensor | None) -> Tensor:
+    """Flat indices [M] of the unmasked tokens. With a mask the CPU waits here: the grid depends on M."""
+    if mask is None:
+        return torch.arange(actions.numel(), device=actions.device)
+    return mask.reshape(-1).nonzero()[:, 0]
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one block may take; an H100's where there is no GPU to ask."""
+    if device.type != "cuda":
+        return 227 * 1024
+    if torch.version.hip is not None:
+        return 64 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -1,0 +1,250 @@
+"""Token values and their gradient from logits.
+
+Forward: one program reads a row of logits once, in blocks, and writes six numbers (q, v, log_prob, entropy, row_max,
+log_sum). Several programs share a long row, so that a few rows keep a GPU busy too, and a second kernel merges their
+parts in a fixed order; the cut depends on V alone, so a row's numbers do not depend on the rest of the batch.
+Backward: reads the row once more and writes its gradient in the logits' dtype.
+Neither probabilities nor an fp32 copy of the logits are ever stored; masked-out rows are not read. One exp2 an entry.
+
+Letters: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import portable
+from ..rows import Transform
+from .common import (
+    LOG2E,
+    LOWEST,
+    capped,
+    check_tokens,
+    expm1,
+    exponent_of,
+    join,
+    launch,
+    merge_parts,
+    new_values,
+    numbers,
+    temperature_at,
+    temperatures,
+)  # fmt: skip
+
+
+@triton.jit
+def row_forward(
+    logits, actions, mask, temperatures, parts, q, v, log_prob, entropy, row_max, log_sum,
+    tokens, vocabulary, inner, blocks,
+    stride_outer, stride_inner, stride_v,
+    temperature, softcap,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (n, k) reads `blocks` blocks of row n, the k-th such run. Row n = (n // inner, n % inner)."""
+    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if mask is not None:
+        if tl.load(mask + token) == 0:
+            return
+    row = logits + (token // inner) * stride_outer + (token % inner) * stride_inner
+    temperature = temperature_at(temperatures, token, True, temperature)
+    exponent = exponent_of(temperature)
+    first = split * blocks * BLOCK
+    last = tl.minimum(first + blocks * BLOCK, vocabulary)
+
+    # Every lane keeps its own part, so that nothing crosses lanes before the row's end.
+    lane = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], LOWEST, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    t = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, BLOCK):
+        column = start + lane
+        inside = column < last
+        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
+        if SOFTCAP:
+            x, _ = capped(x, softcap)
+            x = tl.where(inside, x, float("-inf"))  # only now: softcap makes -inf a finite number
+        rise = x - m
+        # either the old entries shrink by this factor or the new one weighs it: one exp2 serves both
+        e = tl.exp2(-tl.abs(rise) * exponent)
+        if ENTROPY:
+            t = tl.where(rise > 0, (t - (1 + s) * rise) * e, t + e * tl.maximum(rise, LOWEST))
+        s = tl.where(rise > 0, s * e, s) + e
+        m = tl.maximum(m, x)
+    m, s, t = join(m, s, t, exponent, 0)
+
+    action = tl.minimum(tl.maximum(tl.load(actions + token).to(tl.int64), 0), vocabulary - 1)
+    mine = (action >= first) & (action < last)
+    x = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        x, _ = capped(x, softcap)
+    if SPLITS > 1:
+        at = parts + token * SPLITS + split
+        plane = tokens.to(tl.int64) * SPLITS
+        tl.store(at, m)
+        tl.store(at + plane, s)
+        tl.store(at + 2 * plane, t)
+        tl.store(at + 3 * plane, x)  # 0 where the action is not mine, and for tanh(0)
+    else:
+        a, b, c, d, e, f = numbers(m, s, t, x, temperature)
+        tl.store(q + token, a)
+        tl.store(v + token, b)
+        tl.store(log_prob + token, c)
+        tl.store(entropy + token, d if ENTROPY else 0.0)
+        tl.store(row_max + token, e)
+        tl.store(log_sum + token, f)
+
+
+@triton.jit
+def row_backward(
+    logits, out, actions, mask, temperatures, row_max, log_sum, entropy, dq, dv, dlog_prob, dentropy,
+    vocabulary, inner, blocks,
+    stride_outer, stride_inner, stride_v, out_stride_outer, out_stride_inner, out_stride_v,
+    temperature, softcap,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (n, k) writes the gradient of `blocks` blocks of row n. `out` may be `logits` itself.
+
+    METHOD.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v; d entropy / dz = -p (log p + H).
+    """
+    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = logits + (token // inner) * stride_outer + (token % inner) * stride_inner
+    out_row = out + (token // inner) * out_stride_outer + (token % inner) * out_stride_inner
+    first = split * blocks * BLOCK
+    last = tl.minimum(first + blocks * BLOCK, vocabulary)
+    lane = tl.arange(0, BLOCK)
+    if mask is not None:
+        if tl.load(mask + token) == 0:
+            for start in range(first, last, BLOCK):
+                column = start + lane
+                tl.store(out_row + column.to(tl.int64) * out_stride_v, tl.zeros([BLOCK], out.dtype.element_ty),
+                         mask=column < last)  # fmt: skip
+            return
+
+    scale = 1 / temperature_at(temperatures, token, True, temperature)
+    top, log_total, h = tl.load(row_max + token), tl.load(log_sum + token), tl.load(entropy + token)
+    d_q, d_v = tl.load(dq + token), tl.load(dv + token)
+    d_log, d_entropy = tl.load(dlog_prob + token), tl.load(dentropy + token)
+    action = tl.load(actions + token).to(tl.int64)
+    mine = (action >= first) & (action < last)
+    x_action = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # in place, another warp may soon write where this one reads
+    if SOFTCAP:
+        x_action, _ = capped(x_action, softcap)
+    log_pi = (x_action * scale - top) - log_total
+    p = tl.exp2(log_pi * LOG2E)
+    # What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
+    # dv * p stands alone, so that an unlikely action keeps its own.
+    at_action = d_q + d_v * p - d_log * expm1(log_pi) - d_entropy * p * (tl.maximum(log_pi, -1000.0) + h)
+    # Below, p = exp(z - max) / sum: the exponent is nearly 0, so nearly exact, where p is largest.
+    share = tl.exp2(-log_total * LOG2E)
+    d_all, d_spread, h = (d_v - d_log) * share, d_entropy * share, h - log_total
+
+    for start in range(first, last, BLOCK):
+        column = start + lane
+        inside = column < last
+        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+        slope = scale
+        if SOFTCAP:
+            x, slope = capped(x, softcap)
+            slope = slope * scale
+        below = x * scale - top
+        # p = 0 meets log p = -inf: their product is 0 in the limit, hence the maximum, where p is 0 already
+        g = tl.exp2(below * LOG2E) * (d_all - d_spread * (tl.maximum(below, -1000.0) + h))
+        g = tl.where(column == action, at_action, g) * slope
+        tl.store(out_row + column.to(tl.int64) * out_stride_v, g.to(out.dtype.element_ty), mask=inside)
+
+
+def token_values(
+    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, with_entropy: bool
+) -> tuple[Tensor, ...]:
+    """Per token [...]: q, v, log_prob, entropy, and the row's max and log_sum that the backward needs."""
+    strides = two_strides(logits)
+    if strides is None or logits.dtype == torch.float64:
+        return portable.token_values(logits, actions, mask, transform, with_entropy)
+    check_tokens(actions, mask, logits.shape[-1], transform)
+    out = new_values(logits, mask, 6)
+    forward(logits, strides, actions, mask, transform, with_entropy, out)
+    return tuple(out)
+
+
+def forward(
+    logits: Tensor, strides: tuple[int, int, int], actions: Tensor, mask: Tensor | None, transform: Transform,
+    with_entropy: bool, out: list[Tensor],
+) -> None:  # fmt: skip
+    """The six numbers of every unmasked row, written to `out`."""
+    tokens, vocabulary = actions.numel(), logits.shape[-1]
+    if tokens == 0:
+        return
+    block, warps, blocks, splits = layout(vocabulary)
+    mask = None if mask is None else mask.contiguous()
+    parts = out[0].new_empty(4, tokens, splits) if splits > 1 else None
+    per_token, temperature = temperatures(transform)
+    launch(
+        row_forward, (tokens, splits),
+        logits, actions.contiguous(), mask, per_token, parts, *out,
+        tokens, vocabulary, strides[0], blocks, *strides[1:], logits.stride(-1), temperature, transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None, ENTROPY=with_entropy, SPLITS=splits, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    if splits > 1:
+        merge_parts(parts, None, mask, transform, with_entropy, out)
+
+
+def token_values_backward(
+    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...], inplace: bool,
+) -> Tensor:  # fmt: skip
+    """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
+    strides = two_strides(logits)
+    if strides is None or logits.dtype == torch.float64:
+        return portable.token_values_backward(logits, actions, mask, transform, statistics, cotangents, inplace)
+    out = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backward(logits, strides, out, actions, mask, transform, statistics, cotangents)
+    return out
+
+
+def backward(
+    logits: Tensor, strides: tuple[int, int, int], out: Tensor, actions: Tensor, mask: Tensor | None,
+    transform: Transform, statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """The gradient of every row, 0 where masked out, written to `out` (of any dtype; it may be the logits)."""
+    tokens, vocabulary = actions.numel(), logits.shape[-1]
+    if tokens == 0:
+        return
+    block, warps, blocks, splits = layout(vocabulary)
+    per_token, temperature = temperatures(transform)
+    out_strides = strides if out is logits else (strides[0], strides[0] * vocabulary, vocabulary)
+    launch(
+        row_backward, (tokens, splits),
+        logits, out, actions.contiguous(), None if mask is None else mask.contiguous(), per_token,
+        *(x.contiguous() for x in (*statistics, *cotangents)),
+        vocabulary, strides[0], blocks, *strides[1:], logits.stride(-1), *out_strides[1:], out.stride(-1),
+        temperature, transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def layout(vocabulary: int) -> tuple[int, int, int, int]:
+    """Block size, warps, blocks a program, programs a row. docs/kernels.md says why."""
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    blocks = triton.cdiv(vocabulary, block)
+    each = triton.cdiv(blocks, triton.cdiv(blocks, 16))
+    return block, max(1, min(8, block // 512)), each, triton.cdiv(blocks, each)
+
+
+def two_strides(logits: Tensor) -> tuple[int, int, int] | None:
+    """[..., V] as rows (n // inner, n % inner): inner and the two strides; None where two are not enough."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return None
+    (_, outer), (inner, step) = [(1, 0)] * (2 - len(dims)) + dims
+    return inner, outer, step

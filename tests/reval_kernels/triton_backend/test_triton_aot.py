@@ -1,0 +1,81 @@
+"""Facts about the machine code of every GPU kernel, on a machine without a GPU. The whole table:
+
+    python -m reval_kernels.aot
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+# The block sizes were chosen with 3.9. Triton 3.6 compiles them all, but leaves two kernels 8 and 40 bytes of stack.
+STRICT = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9)
+KEYS = {
+    "kernel", "target", "config", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "occupancy", "load_bits",
+    "store_bits", "tensor_core", "exp2_per_entry",
+}  # fmt: skip
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def compiled(*arguments: str) -> list[dict]:
+    command = [sys.executable, "-W", "ignore", "-m", "reval_kernels.aot", "--json", *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(reports: list[dict]) -> None:
+    for r in reports:
+        assert set(r) == KEYS
+        assert r["spill_bytes"] == r["stack_bytes"] == 0 or not STRICT, r  # nothing in local memory
+        assert r["occupancy"] > 0, r
+        if r["kernel"].startswith("row_"):
+            assert r["load_bits"] == 128, r
+            assert r["exp2_per_entry"] == (2 if r["config"].get("SOFTCAP") else 1), r
+        if r["kernel"] == "row_backward":
+            assert r["store_bits"] == 128, r
+        if r["kernel"] == "linear_forward":
+            assert r["exp2_per_entry"] == (2 if r["config"].get("SOFTCAP") else 1), r
+            if r["config"]["operands"] == "bf16" and r["target"] in TENSOR_CORE:
+                assert set(r["tensor_core"]) == {TENSOR_CORE[r["target"]]}, r
+
+
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_linear(target):
+    reports = compiled("--target", target, "--kernel", "linear_forward")
+    assert reports
+    check(reports)
+
+
+ROWS = ["row_forward", "row_backward"]
+OTHERS = ["loss_kernel", "td_kernel", "td_backward_kernel", "loss_backward_kernel", "merge"]
+
+
+@pytest.mark.parametrize("kernels", [ROWS, OTHERS], ids=["rows", "others"])
+def test_the_rest_on_an_h100(kernels):
+    reports = compiled("--target", "sm_90", "--kernel", *kernels)
+    assert {r["kernel"] for r in reports} == set(kernels)
+    check(reports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"])
+def test_everything(target):
+    reports = compiled("--target", target)
+    if target == "gfx942":  # its masks cut the widest loads where softcap comes between
+        assert all(r["spill_bytes"] == r["stack_bytes"] == 0 for r in reports)
+    else:
+        check(reports)
+
+
+def test_it_says_that_the_interpreter_is_in_its_way():
+    command = [sys.executable, "-m", "reval_kernels.aot", "--kernel", "merge"]
+    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "TRITON_INTERPRET" in done.stderr

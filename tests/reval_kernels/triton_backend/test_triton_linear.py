@@ -1,0 +1,106 @@
+"""The linear kernel beyond what test_linear_values.py asks of every backend.
+
+Widths: 1, 31 and 123 are no multiples of a tile's depth, 576 is nine times 64. Vocabularies: 1 and 7 fit the least
+tile, 129 and 300 end within one, 50,257 is GPT-2's. 130 and 300 tokens need two and three blocks of 128.
+"""
+
+import pytest
+import torch
+from cases import assert_same_bits, compare, evaluate, head, upstream, values
+
+from reval_kernels import linear_reval_loss, linear_token_values
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 1, 31), (3, 7, 1), (1, 129, 123), (2, 2, 300, 576), (130, 129, 31)])
+def test_shapes(shape, dtype):
+    hidden, weight, actions = head(*shape, dtype=dtype)
+    mask = torch.rand(actions.shape) < 0.8
+    compare("triton", "linear_token_values", {"hidden": hidden, "weight": weight, "actions": actions},
+            upstream(actions.shape), mask=mask, with_entropy=True)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary():
+    hidden, weight, actions = head(2, 50_257, 31, dtype=torch.bfloat16)
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    compare("triton", "linear_token_values", inputs, upstream(actions.shape, "v", "log_prob"), softcap=5.0)
+
+
+@pytest.mark.parametrize("layout", ["transposed weight", "strided hidden", "sliced"])
+def test_strides(layout):
+    hidden, weight, actions = head(5, 40, 24)
+    if layout == "transposed weight":
+        weight = weight.T.contiguous().T
+    elif layout == "strided hidden":
+        hidden = torch.stack([hidden, hidden], dim=-1)[..., 0]
+    else:
+        hidden, weight = hidden[::2, 3:20], weight[:, 3:20]
+        actions = actions[::2]
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    compare("triton", "linear_token_values", inputs, upstream(actions.shape), with_entropy=True)
+
+
+def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch):
+    """300 tokens take three blocks in two groups, token 270 alone one. The cut of the chunks has no say either."""
+    from reval_kernels.backends import triton
+    from reval_kernels.backends.triton import linear
+
+    monkeypatch.setattr(linear, "GROUP", 2)
+    hidden, weight, actions = head(300, 129, 31, dtype=torch.bfloat16)
+    together = linear_token_values(hidden, weight, actions, backend="triton")
+    alone = linear_token_values(hidden[270:271], weight, actions[270:271], backend="triton")
+    assert_same_bits([x[270:271] for x in together[:3]], list(alone[:3]))
+
+    by = {"log_prob": torch.randn(300)}
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    whole = evaluate(linear_token_values, inputs, by, backend="triton")
+    monkeypatch.setattr(triton, "LINEAR_CHUNK", 129 * 97)
+    pieces = evaluate(linear_token_values, inputs, by, backend="triton")
+    assert_same_bits(whole["d hidden"], pieces["d hidden"])
+
+
+@pytest.mark.parametrize("p", [0.999, 1 - 1e-6])
+def test_a_confident_state_keeps_its_gradient_through_the_head(p):
+    """The logits near 20 are off by 2e-6 if computed another way: more than this state's 1 - p."""
+    width, words = 64, 129
+    hidden, weight = torch.randn(1, width), torch.randn(words, width) / 8
+    gap = torch.tensor(p / (1 - p) * (words - 1)).log()
+    weight[5] = weight[6] + hidden[0] * (gap + 15 - (weight @ hidden[0]).max().clamp(min=0)) / hidden[0].square().sum()
+    inputs = {"hidden": hidden, "weight": weight, "actions": torch.tensor([5])}
+    compare("triton", "linear_token_values", inputs, {"log_prob": torch.ones(1)})
+
+
+@pytest.mark.parametrize("chunk", [129 * 3, 129 * 7, 1 << 28])
+@pytest.mark.parametrize("level", ["trajectory", "token"])
+def test_trajectories_longer_than_a_chunk(monkeypatch, chunk, level):
+    from reval_kernels.backends import triton
+
+    monkeypatch.setattr(triton, "LINEAR_CHUNK", chunk)
+    hidden, weight, actions = head(3, 5, 129, 31)
+    behaviour, rewards = values(3, 5, dtype=torch.float32), torch.randn(3)
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    options = {"reference": behaviour, "rewards": rewards, "beta": 0.5, "level": level}
+    compare("triton", "linear_reval_loss", inputs, {"loss": torch.tensor(1.5)}, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_equal_to_its_reference_has_no_loss_whatever_the_chunks(monkeypatch, dtype):
+    """The reference is scored all at once, the policy two trajectories at a time: still exactly 0."""
+    from reval_kernels.backends import triton
+
+    hidden, weight, actions = head(4, 5, 129, 31, dtype=dtype)
+    behaviour = linear_token_values(hidden, weight, actions, backend="triton")
+    monkeypatch.setattr(triton, "LINEAR_CHUNK", 129 * 10)
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    ours = evaluate(linear_reval_loss, inputs, {"loss": torch.tensor(1.0)}, reference=behaviour,
+                    rewards=torch.zeros(4), beta=0.1, backend="triton")  # fmt: skip
+    assert all((ours[k] == 0).all() for k in ("loss", "d hidden", "d weight"))
+
+
+def test_operands_of_two_dtypes_go_to_the_portable_backend():
+    hidden, weight, actions = head(3, 17, 8)
+    inputs = {"hidden": hidden.bfloat16(), "weight": weight, "actions": actions}
+    compare("triton", "linear_token_values", inputs, upstream(actions.shape, "q", "v"))

@@ -1,0 +1,156 @@
+"""The row kernels beyond what test_values.py asks of every backend.
+
+Rows here take several blocks and several programs: with blocks of 16 words, V = 129 ends one word into the ninth, and
+two blocks a program make five programs. The real cut at V = 151,936 (38 blocks, three programs) has a case of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import DEVICE, assert_same_bits, compare, evaluate, logits_and_actions, upstream
+
+from reval_kernels import reference, token_values
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture(params=[1, 2, 9])
+def small_blocks(request, monkeypatch):
+    """Blocks of 16 words, this many a program."""
+    from reval_kernels.backends.triton import rows
+
+    def layout(vocabulary):
+        return 16, 1, request.param, triton.cdiv(triton.cdiv(vocabulary, 16), request.param)
+
+    monkeypatch.setattr(rows, "layout", layout)
+
+
+OPTIONS = [{}, {"softcap": 5.0, "temperature": 0.7}, {"temperature": torch.tensor([0.5, 1, 2])}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_shared_by_programs(small_blocks, dtype, options):
+    logits, actions = logits_and_actions(3, 129, dtype=dtype)
+    mask = torch.tensor([False, True, True])  # upstream() leaves the first token its gradient
+    inputs = {"logits": logits, "actions": actions}
+    compare("triton", "token_values", inputs, upstream(actions.shape), mask=mask, with_entropy=True, **options)
+
+
+def test_words_that_tie_for_the_top(small_blocks):
+    """In one lane, across lanes and across programs: all but one of them count."""
+    logits, actions = torch.zeros(2, 129), torch.tensor([0, 128])
+    logits[1, ::7] = 3.0
+    inputs = {"logits": logits, "actions": actions}
+    compare("triton", "token_values", inputs, upstream(actions.shape), with_entropy=True)
+
+
+@pytest.mark.parametrize("where", ["first block", "middle block", "all but one", "everything"])
+def test_blocks_at_minus_infinity(small_blocks, where):
+    logits, actions = logits_and_actions(2, 129)
+    hidden = {"first block": slice(0, 16), "middle block": slice(48, 96), "all but one": slice(1, None)}
+    logits[:, hidden.get(where, slice(None))] = -torch.inf
+    actions[:] = 0 if where == "all but one" else 110
+    if where == "everything":
+        ours = token_values(logits, actions, backend="triton")
+        assert (ours.v == -torch.inf).all()
+    else:
+        inputs = {"logits": logits, "actions": actions}
+        compare("triton", "token_values", inputs, upstream(actions.shape), with_entropy=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_vocabulary(dtype):
+    """One row, and an action in its last, partial block."""
+    logits, _ = logits_and_actions(1, 151_936, dtype=dtype)
+    inputs = {"logits": logits, "actions": torch.tensor([151_900])}
+    compare("triton", "token_values", inputs, upstream(torch.Size([1])), with_entropy=True)
+
+
+def test_softcap_comes_before_the_padding():
+    """Cut short at V = 50257, the last block's rest must weigh nothing: exp(-softcap) of each would be seen."""
+    logits, actions = logits_and_actions(1, 50_257, scale=0.01)
+    inputs = {"logits": logits, "actions": actions}
+    compare("triton", "token_values", inputs, upstream(actions.shape, "v", "log_prob"), softcap=1.0)
+
+
+def test_a_token_s_numbers_do_not_depend_on_its_company():
+    logits, actions = logits_and_actions(7, 33_000)
+    together = token_values(logits, actions, with_entropy=True, backend="triton")
+    alone = token_values(logits[3:4], actions[3:4], with_entropy=True, backend="triton")
+    assert_same_bits([x[3:4] for x in together], list(alone))
+
+
+def test_labels_at_unaligned_addresses():
+    logits, _ = logits_and_actions(4, 129)
+    for dtype in (torch.int32, torch.int64):
+        actions = torch.randint(129, (5,), dtype=dtype)[1:]
+        assert actions.data_ptr() % 16 != 0
+        compare("triton", "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape, "q", "v"))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 9), (2, 3, 9)])
+def test_more_dimensions_than_a_kernel_addresses(shape):
+    """Three leading dimensions that do not merge go to the portable backend."""
+    logits, _ = logits_and_actions(*shape)
+    logits = logits.transpose(0, -2)
+    actions = torch.randint(shape[-1], logits.shape[:-1])
+    compare("triton", "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape, "q", "v"))
+
+
+def test_in_place_in_pieces(small_blocks):
+    """Every program overwrites its part of the row; none may read the action's logit from another's."""
+    logits, actions = logits_and_actions(2, 129, dtype=torch.bfloat16)
+    wanted = evaluate(token_values, {"logits": logits, "actions": actions}, upstream(actions.shape, "log_prob"),
+                      backend="triton")["d logits"]  # fmt: skip
+    torch.manual_seed(1)
+    leaf = logits.clone().requires_grad_()
+    work = leaf * 1
+    out = token_values(work, actions, inplace_grad=True, backend="triton").log_prob
+    by = torch.randn(2)
+    (gradient,) = torch.autograd.grad(out, work, by)
+    assert gradient.data_ptr() == work.data_ptr()
+    again = token_values(leaf, actions, backend="triton").log_prob
+    assert_same_bits(gradient, torch.autograd.grad(again, leaf, by)[0])
+    assert wanted.shape == gradient.shape
+
+
+WIDE = """
+import mmap, torch
+import reval_kernels
+rows, words, stride = 3, 7, 2**30
+pages = mmap.mmap(-1, 2 * ((rows - 1) * stride + words))  # only those that are touched exist
+memory = torch.frombuffer(pages, dtype=torch.bfloat16)
+logits = memory.as_strided((rows, words), (stride, 1))
+logits.copy_(torch.randn(rows, words))
+actions = torch.tensor([1, 6, 3])
+from reval_kernels.backends.triton import rows as kernels
+from unittest import mock
+# The interpreter copies whole storages back and forth, which would touch every page.
+from triton.runtime.interpreter import GridExecutor
+with mock.patch.object(GridExecutor, "_restore_args_dev", lambda *args: None):
+    leaf = logits.requires_grad_()
+    out = reval_kernels.token_values(leaf, actions, backend="triton")
+    wanted = reval_kernels.token_values(logits.detach().contiguous(), actions, backend="portable")
+    for a, b in zip(out[:3], wanted[:3]):
+        torch.testing.assert_close(a, b)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter")
+def test_offsets_beyond_two_to_the_31():
+    """A row stride of 2^30: the third row starts at 2^31, where a 32-bit offset is negative."""
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_fp64_goes_to_the_portable_backend():
+    logits, actions = logits_and_actions(3, 9, dtype=torch.float64)
+    ours, plain = (f(logits, actions) for f in (lambda *x: token_values(*x, backend="triton"), reference.token_values))
+    assert ours.q.dtype == torch.float64 and torch.allclose(ours.v, plain.v, rtol=1e-14)

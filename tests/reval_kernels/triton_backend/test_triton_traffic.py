@@ -1,0 +1,85 @@
+"""Bytes that the kernels move, as the interpreter sees them, against the least possible: within 2%.
+
+V = 8192 in the row tests, two blocks, so that the few numbers a token besides its logits are below 1% of them. In the
+linear test D is one tile deep and V is large enough (V D against 128 D) that the head is nearly all there is to read.
+"""
+
+import pytest
+import torch
+from cases import DEVICE, head, logits_and_actions
+
+from reval_kernels import bellman_loss, linear_token_values, token_values
+from reval_kernels.types import TokenValues
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="counts in the interpreter")
+
+
+def total(book: dict[str, int]) -> int:
+    return sum(book.values())
+
+
+def within(bytes_moved: int, least: int, share: float = 0.02) -> bool:
+    return least <= bytes_moved <= least * (1 + share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_forward_reads_the_logits_once(dtype):
+    from reval_kernels.backends.triton.interpreter import counted
+
+    logits, actions = logits_and_actions(3, 8192, dtype=dtype)
+    with counted(logits=logits) as traffic:
+        token_values(logits, actions, with_entropy=True, backend="triton")
+    assert within(total(traffic.loaded), logits.nbytes)
+    assert total(traffic.stored) <= 0.02 * logits.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_backward_reads_once_and_writes_once(dtype):
+    from reval_kernels.backends.triton.interpreter import counted
+
+    logits, actions = logits_and_actions(3, 8192, dtype=dtype)
+    out = token_values(logits.requires_grad_(), actions, backend="triton").log_prob
+    with counted(logits=logits) as traffic:
+        torch.autograd.grad(out, logits, torch.randn(3))
+    assert within(total(traffic.loaded), logits.nbytes)
+    assert within(total(traffic.stored), logits.nbytes)
+
+
+def test_masked_rows_are_not_read():
+    from reval_kernels.backends.triton.interpreter import counted
+
+    logits, actions = logits_and_actions(4, 8192)
+    mask = torch.tensor([True, False, False, True])
+    out = token_values(logits.requires_grad_(), actions, mask=mask, backend="triton").v
+    with counted(logits=logits) as traffic:
+        token_values(logits, actions, mask=mask, backend="triton")
+        torch.autograd.grad(out, logits, torch.randn(4))
+    assert within(traffic.loaded["logits"], 2 * logits.nbytes // 2)
+
+
+def test_linear_forward_reads_the_head_once_per_block_of_tokens():
+    """Of the hidden states each tile reads its block again, from the L2 cache: that is counted apart, by program."""
+    from reval_kernels.backends.triton.interpreter import counted
+
+    hidden, weight, actions = head(200, 8192, 64, dtype=torch.bfloat16)
+    with counted(weight=weight, hidden=hidden) as traffic:
+        linear_token_values(hidden, weight, actions, backend="triton")
+    blocks, tiles = 2, 8192 // 128
+    assert within(traffic.loaded["weight"], blocks * weight.nbytes)
+    assert within(traffic.loaded["hidden"], tiles * hidden.nbytes)
+    assert traffic.distinct["hidden"] == traffic.loaded["hidden"]  # no program reads the same twice
+    logits_bytes = 4 * 200 * 8192
+    assert total(traffic.stored) < 0.1 * logits_bytes  # 16 bytes for 128 words
+
+
+def test_bellman_reads_and_writes_each_number_at_most_twice():
+    from reval_kernels.backends.triton.interpreter import counted
+
+    numbers = [torch.randn(2, 600) for _ in range(6)]
+    names = ("q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref")
+    for level in ("trajectory", "token", "subtrajectory"):
+        with counted(**dict(zip(names, numbers, strict=True))) as traffic:
+            bellman_loss(TokenValues(*numbers[:3]), TokenValues(*numbers[3:]), torch.randn(2), beta=1.0, level=level,
+                         backend="triton")  # fmt: skip
+        assert all(traffic.loaded.get(n, 0) <= 2 * numbers[0].nbytes for n in names)

@@ -1,0 +1,261 @@
+"""Do the tests notice? Breaks the kernels of every backend one line at a time, in a copy, and runs the nearest tests.
+
+    python tools/mutate.py [name ...] [--list]
+
+Prints, for each deliberate breakage, the test that went red. Fails if one survives, if the tests are red without any
+breakage, or if a line to break is no longer there. To add one, append to MUTATIONS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("reval_kernels", "tests/reval_kernels", "pyproject.toml", "setup.py", "CMakeLists.txt")
+TESTS = "tests/reval_kernels/"
+TRITON = TESTS + "triton_backend/test_triton_"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    """Below reval_kernels/backends/."""
+    old: str
+    """Occurs exactly once in the file."""
+    new: str
+    tests: str
+    """What to run: files and -k expressions, as pytest takes them."""
+    build: str = ""
+    """A command that makes the copy's extension anew, for compiled backends."""
+
+
+MUTATIONS = [
+    # --- triton: rows -----------------------------------------------------------------------------------------------
+    Mutation(
+        "rows: padding is filled before softcap", "triton/rows.py",
+        '            x = tl.where(inside, x, float("-inf"))  # only now', "            x = x  # only now",
+        TRITON + "rows.py -k softcap_comes_before",
+    ),
+    Mutation(
+        "rows: the sum is not rescaled when the maximum rises", "triton/rows.py",
+        "        s = tl.where(rise > 0, s * e, s) + e", "        s = s + e",
+        TRITON + "rows.py -k shared_by_programs",
+    ),
+    Mutation(
+        "rows: 32-bit offsets", "triton/rows.py",
+        '    """Program (n, k) reads `blocks` blocks of row n, the k-th such run. Row n = (n // inner, n % inner)."""\n'
+        "    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)",
+        "    token, split = tl.program_id(0), tl.program_id(1)",
+        TRITON + "rows.py -k two_to_the_31",
+    ),
+    Mutation(
+        "rows: a program reads one column of the next one's", "triton/rows.py",
+        "        inside = column < last\n"
+        "        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=f",
+        "        inside = column <= last\n"
+        "        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=f",
+        TRITON + "rows.py -k shared_by_programs",
+    ),
+    Mutation(
+        "rows: 1 - p of a confident action by subtraction", "triton/rows.py",
+        "- d_log * expm1(log_pi)", "- d_log * (p - 1)",
+        TESTS + "test_values.py -k confident_action",
+    ),
+    Mutation(
+        "rows: the gradient forgets the slope of softcap and temperature", "triton/rows.py",
+        "        g = tl.where(column == action, at_action, g) * slope",
+        "        g = tl.where(column == action, at_action, g)",
+        TRITON + "rows.py -k shared_by_programs",
+    ),
+    Mutation(
+        "rows: masked rows keep what lay in memory", "triton/rows.py",
+        "        if tl.load(mask + token) == 0:\n            for start",
+        "        if tl.load(mask + token) == 2:\n            for start",
+        TRITON + "rows.py -k shared_by_programs",
+    ),
+    # --- triton: parts and their merge ------------------------------------------------------------------------------
+    Mutation(
+        "merge: all parts at the top stay out of the sum", "triton/common.py",
+        "(tl.sum(top.to(tl.float32), ROWS) - 1)", "0",
+        TRITON + "rows.py -k tie_for_the_top",
+    ),
+    Mutation(
+        "merge: a part that holds nothing has tops", "triton/common.py",
+        "tl.where(total_m == LOWEST, tl.sum(s, ROWS), others)", "others",
+        TRITON + "rows.py -k minus_infinity",
+    ),
+    Mutation(
+        "merge: row_max by division, the backward by multiplication", "triton/common.py",
+        "row_max * (1 / temperature), log_sum", "v - log_sum, log_sum",
+        TESTS + "test_values.py -k confident or common_offset or softcap_and",
+    ),
+    # --- triton: linear ---------------------------------------------------------------------------------------------
+    Mutation(
+        "linear: padding is not removed", "triton/linear.py",
+        '        x = tl.where(real[None, :], x, float("-inf"))', "        x = x",
+        TRITON + "linear.py -k test_shapes",
+    ),
+    Mutation(
+        "linear: the last group is as large as the others", "triton/linear.py",
+        "    size = tl.minimum(GROUP, tl.cdiv(rows, ROWS) - group * GROUP)", "    size = GROUP",
+        TRITON + "linear.py -k company",
+    ),
+    Mutation(
+        "linear: the width's last step is not masked", "triton/linear.py",
+        "mask=(d + depth < width)[:, None]", "mask=(d + depth < width + 1)[:, None]",
+        TRITON + "linear.py -k test_strides",
+    ),
+    Mutation(
+        "linear: logits computed again by another matmul", "triton/linear.py",
+        "        _forward(hidden, self.weight, self.bias, everything, everything, Transform(), False, logits, None)",
+        "        torch.mm(hidden.float(), self.weight.float().T, out=logits)",
+        TRITON + "linear.py -k confident_state or test_shapes",
+    ),
+    # --- triton: bellman --------------------------------------------------------------------------------------------
+    Mutation(
+        "bellman: a segment takes the next one's first token", "triton/bellman.py",
+        "        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64), tokens)",
+        "        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64) + 1, tokens)",
+        TRITON + "bellman.py",
+    ),
+    Mutation(
+        "bellman: sums to go run forwards", "triton/bellman.py",
+        "tl.cumsum(dlog, 0, reverse=True)", "tl.cumsum(dlog, 0)",
+        TRITON + "bellman.py",
+    ),
+    Mutation(
+        "bellman: what later blocks hold is forgotten", "triton/bellman.py",
+        "            to_go += tl.sum(dlog, 0)", "            to_go += 0",
+        TRITON + "bellman.py",
+    ),
+    Mutation(
+        "bellman: environment tokens get a place", "triton/bellman.py",
+        "    if MASKED:\n", "    if MASKED and False:\n",
+        TRITON + "bellman.py",
+    ),
+    Mutation(
+        "bellman: the residual's gradient reaches every state's value", "triton/bellman.py",
+        "        first = tl.where(step == 0, of_residual, 0.0)",
+        "        first = tl.where(step >= 0, of_residual, 0.0)",
+        TRITON + "bellman.py",
+    ),
+    # --- portable ---------------------------------------------------------------------------------------------------
+    Mutation(
+        "portable: the top's weight joins the sum", "rows.py",
+        "    log_sum = torch.where(top.isinf(), top, others.log1p())",
+        "    log_sum = torch.where(top.isinf(), top, (others + 1).log())",
+        TESTS + "test_values.py -k confident_action",
+    ),
+    Mutation(
+        "portable: the gradient forgets tanh", "rows.py",
+        "        gradient.mul_(tanh.square_().neg_().add_(1))", "        pass",
+        TESTS + "test_values.py -k softcap_and",
+    ),
+    Mutation(
+        "portable: the reward comes one step late", "trajectories.py",
+        "        self.last = step == self.counts[:, None] - 1", "        self.last = step == self.counts[:, None]",
+        TESTS + "test_bellman.py -k targets",
+    ),
+    Mutation(
+        "portable: the next state is the one before", "trajectories.py",
+        "    out[:, :-1] = v[:, 1:]", "    out[:, 1:] = v[:, :-1]",
+        TESTS + "test_bellman.py -k targets",
+    ),
+    Mutation(
+        "portable: the first state's value gets no gradient from the residual", "portable.py",
+        "    dv[:, :1] += d_residual[:, None]\n", "",
+        TESTS + "test_bellman.py",
+    ),
+    Mutation(
+        "portable: chunks of the weight's gradient replace each other", "portable.py",
+        "            self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))",
+        "            self.d_weight = torch.mm(dlogits.T, self.hidden[at].to(dlogits.dtype))",
+        TESTS + "test_portable.py -k not the_logits_never",
+    ),
+]  # fmt: skip
+
+
+def backend_of(mutation: Mutation) -> str:
+    folder = mutation.file.split("/")[0]
+    return folder if folder in ("triton", "cpu") else "portable"
+
+
+def run(copy: Path, mutation: Mutation) -> tuple[int, str]:
+    """pytest's exit status and output."""
+    if mutation.build:
+        subprocess.run(mutation.build, shell=True, cwd=copy, check=True)
+    files, _, expression = mutation.tests.partition(" -k ")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files.split()]
+    environment = os.environ | {"PYTHONPATH": str(copy), "REVAL_TEST_BACKENDS": backend_of(mutation)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
+    command += ["-k", expression] if expression else []
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def red_test(output: str) -> str:
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return found[1] if found else output.strip().split("\n")[-1]
+
+
+def check(mutation: Mutation, copy: Path) -> str | None:
+    """Break, run, repair. What is wrong with this mutation, or None if a test went red."""
+    path = copy / "reval_kernels" / "backends" / mutation.file
+    whole = path.read_text()
+    if whole.count(mutation.old) != 1:
+        return f"the line to break occurs {whole.count(mutation.old)} times in {mutation.file}"
+    path.write_text(whole.replace(mutation.old, mutation.new))
+    try:
+        status, output = run(copy, mutation)
+    finally:
+        path.write_text(whole)
+    if status == 0:
+        return "SURVIVED: no test went red"
+    if status != 1:  # 1 means that tests ran and failed; anything else that they never ran
+        return f"pytest ended with {status}: {output[-500:]}"
+    print(f"red    {mutation.name}\n         {red_test(output)}", flush=True)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", nargs="*", help="only mutations whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.name or any(part in m.name for part in options.name)]
+    if options.list:
+        print("\n".join(m.name for m in chosen))
+        return
+    wrong = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, copy / name)
+        for mutation in {(m.tests, backend_of(m)): m for m in chosen}.values():
+            status, output = run(copy, mutation)
+            if status != 0:
+                wrong[mutation.tests] = f"red (or nothing to run) before anything was broken: {output[-1500:]}"
+        for mutation in chosen:
+            if problem := check(mutation, copy):
+                wrong[mutation.name] = problem
+                print(f"WRONG  {mutation.name}\n         {problem}", flush=True)
+    for name, problem in wrong.items():
+        print(f"{name}: {problem}")
+    print(f"{len(chosen) - len(wrong)} of {len(chosen)} breakages noticed")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
