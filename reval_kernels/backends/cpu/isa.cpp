@@ -1,0 +1,52 @@
+// Which instruction set to use: what the processor has, or what REVAL_CPU_ISA asks for.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace reval {
+namespace {
+
+#ifdef REVAL_X86_VARIANTS
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// The best table up to the one asked for: an environment variable must not make the processor die.
+const Kernels& choose() {
+  const char* asked = std::getenv("REVAL_CPU_ISA");
+  bool plain = asked && std::strcmp(asked, "plain") == 0;
+  bool avx2 = asked && std::strcmp(asked, "avx2") == 0;
+  if (!plain && !avx2 && runs_avx512()) return kernels_avx512;
+  if (!plain && runs_avx2()) return kernels_avx2;
+  return kernels_plain;
+}
+
+bool choose_bf16() {
+  const char* asked = std::getenv("REVAL_CPU_ISA");
+  return &kernels() == &kernels_avx512 && !(asked && std::strcmp(asked, "avx512") == 0) &&
+         __builtin_cpu_supports("avx512bf16");
+}
+#else
+const Kernels& choose() { return kernels_plain; }
+bool choose_bf16() { return false; }
+#endif
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+bool has_bf16_matmul() {
+  static const bool chosen = choose_bf16();
+  return chosen;
+}
+
+}  // namespace reval

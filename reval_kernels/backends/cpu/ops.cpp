@@ -1,0 +1,99 @@
+// Registers the kernels with torch's dispatcher as torch.ops.reval_kernels_cpu.
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+namespace reval {
+
+TokenOutputs::TokenOutputs(at::IntArrayRef shape) {
+  for (int i = 0; i < 6; ++i) tensors.push_back(at::zeros(shape, at::kFloat));
+}
+
+void TokenOutputs::set(int64_t token, const Row& row) {
+  const float values[] = {row.q, row.v, row.log_prob, row.entropy, row.row_max, row.log_sum};
+  for (int i = 0; i < 6; ++i) tensors[i].mutable_data_ptr<float>()[token] = values[i];
+}
+
+TokenInputs::TokenInputs(at::TensorList statistics, at::TensorList cotangents) {
+  for (const auto& x : statistics) tensors.push_back(x.to(at::kFloat).contiguous());
+  for (const auto& x : cotangents) tensors.push_back(x.to(at::kFloat).contiguous());
+}
+
+void store_scalar(DType type, void* row, int64_t index, float value) {
+  if (type == kFloat) {
+    static_cast<float*>(row)[index] = value;
+  } else if (type == kBFloat16) {
+    static_cast<at::BFloat16*>(row)[index] = value;
+  } else {
+    static_cast<at::Half*>(row)[index] = value;
+  }
+}
+
+namespace {
+
+std::string isa() { return kernels().name; }
+
+at::Tensor mapped(void (*function)(const float*, int64_t, float*), const at::Tensor& x) {
+  at::Tensor in = x.contiguous(), out = at::empty_like(in);
+  function(in.const_data_ptr<float>(), in.numel(), out.mutable_data_ptr<float>());
+  return out;
+}
+
+at::Tensor exp(const at::Tensor& x) { return mapped(kernels().exp, x); }
+at::Tensor tanh(const at::Tensor& x) { return mapped(kernels().tanh, x); }
+
+// Uninitialised, of this shape and dtype.
+at::Tensor fresh(const at::Tensor& like) { return huge(at::empty(like.sizes(), like.options())); }
+
+}  // namespace
+}  // namespace reval
+
+#define HEAD "Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, "
+#define LAYOUT "Tensor? mask, Tensor? cu_seqlens"
+#define TRANSFORM "Tensor? mask, float temperature, Tensor? temperatures, float? softcap"
+
+TORCH_LIBRARY(reval_kernels_cpu, m) {
+  m.def("isa() -> str", &reval::isa);
+  m.def("exp(Tensor x) -> Tensor", &reval::exp);
+  m.def("tanh(Tensor x) -> Tensor", &reval::tanh);
+  m.def("fresh(Tensor like) -> Tensor", &reval::fresh);
+  m.def(
+      "token_values(Tensor logits, Tensor actions, " TRANSFORM ", bool with_entropy) -> Tensor[]",
+      &reval::token_values);
+  m.def(
+      "token_values_backward(Tensor logits, Tensor actions, " TRANSFORM
+      ", Tensor[] statistics, Tensor[] cotangents, Tensor(a!) out) -> ()",
+      &reval::token_values_backward);
+  m.def(
+      "linear_token_values(" HEAD TRANSFORM ", bool with_entropy, int keep_bytes=0) -> Tensor[]",
+      &reval::linear_token_values);
+  m.def(
+      "linear_token_values_backward(" HEAD TRANSFORM
+      ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias, "
+      "Tensor(a!)? kept=None) -> Tensor[]",
+      &reval::linear_token_values_backward);
+  m.def("linear_expected(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_expected);
+  m.def(
+      "linear_expected_backward(Tensor(a!) expected, " HEAD TRANSFORM
+      ", Tensor[] statistics, Tensor[] cotangents) -> Tensor",
+      &reval::linear_expected_backward);
+  m.def(
+      "td_targets(Tensor q, Tensor v, Tensor[] reference, Tensor rewards, " LAYOUT
+      ", float beta, float gamma) -> Tensor[]",
+      &reval::td_targets);
+  m.def(
+      "td_targets_backward(Tensor d_target, Tensor d_error, " LAYOUT ", float gamma) -> Tensor[]",
+      &reval::td_targets_backward);
+  m.def(
+      "bellman_loss(Tensor q, Tensor v, Tensor log_prob, Tensor[] reference, Tensor rewards, " LAYOUT
+      ", float beta, str level, bool semi_gradient, float normalizer) -> Tensor[]",
+      &reval::bellman_loss);
+  m.def(
+      "bellman_loss_backward(Tensor d_loss, Tensor d_residual, Tensor[] unit, " LAYOUT ") -> Tensor[]",
+      &reval::bellman_loss_backward);
+}

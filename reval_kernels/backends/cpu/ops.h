@@ -1,0 +1,82 @@
+// The functions behind torch.ops.reval_kernels_cpu, and how their per-token arguments are read and written.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "tokens.h"
+
+namespace reval {
+
+// Six new tensors [...] of zeros: q, v, log_prob, entropy, row_max, log_sum.
+struct TokenOutputs {
+  std::vector<at::Tensor> tensors;
+  explicit TokenOutputs(at::IntArrayRef shape);
+  void set(int64_t token, const Row& row);
+};
+
+// statistics: row_max, log_sum, entropy; cotangents: dq, dv, dlog_prob, dentropy; fp32 [...].
+struct TokenInputs {
+  std::vector<at::Tensor> tensors;
+  TokenInputs(at::TensorList statistics, at::TensorList cotangents);
+  float get(int which, int64_t token) const { return tensors[which].const_data_ptr<float>()[token]; }
+  Cotangents cotangents(int64_t t) const { return {get(3, t), get(4, t), get(5, t), get(6, t)}; }
+  RowGradient gradient(int64_t t) const { return shared_gradient(cotangents(t), get(0, t), get(1, t), get(2, t)); }
+};
+
+void store_scalar(DType type, void* row, int64_t index, float value);
+
+std::vector<at::Tensor> token_values(
+    const at::Tensor& logits, const at::Tensor& actions, const OptionalTensor& mask, double temperature,
+    const OptionalTensor& temperatures, std::optional<double> softcap, bool with_entropy);
+
+void token_values_backward(
+    const at::Tensor& logits, const at::Tensor& actions, const OptionalTensor& mask, double temperature,
+    const OptionalTensor& temperatures, std::optional<double> softcap, at::TensorList statistics,
+    at::TensorList cotangents, const at::Tensor& out);
+
+// With keep_bytes > 0 also as many logits as fit into them, for the backward pass.
+std::vector<at::Tensor> linear_token_values(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
+    bool with_entropy, int64_t keep_bytes);
+
+std::vector<at::Tensor> linear_token_values_backward(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
+    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias,
+    const OptionalTensor& kept);
+
+// The values, and for every unmasked token sum over all words but the action of p * dz/dlogit * weight[word], [M, D]:
+// all of the gradient of its hidden state that does not wait for the cotangents.
+std::vector<at::Tensor> linear_expected(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap);
+
+// d_hidden from it; overwrites `expected`.
+at::Tensor linear_expected_backward(
+    const at::Tensor& expected, const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& actions, const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
+    std::optional<double> softcap, at::TensorList statistics, at::TensorList cotangents);
+
+std::vector<at::Tensor> td_targets(
+    const at::Tensor& q, const at::Tensor& v, at::TensorList reference, const at::Tensor& rewards,
+    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double beta, double gamma);
+
+std::vector<at::Tensor> td_targets_backward(
+    const at::Tensor& d_target, const at::Tensor& d_error, const OptionalTensor& mask,
+    const OptionalTensor& cu_seqlens, double gamma);
+
+std::vector<at::Tensor> bellman_loss(
+    const at::Tensor& q, const at::Tensor& v, const at::Tensor& log_prob, at::TensorList reference,
+    const at::Tensor& rewards, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double beta,
+    c10::string_view level, bool semi_gradient, double normalizer);
+
+std::vector<at::Tensor> bellman_loss_backward(
+    const at::Tensor& d_loss, const at::Tensor& d_residual, at::TensorList unit, const OptionalTensor& mask,
+    const OptionalTensor& cu_seqlens);
+
+}  // namespace reval

@@ -1,0 +1,157 @@
+#include "tokens.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace reval {
+namespace {
+
+// [i, j]: where a token lies among the leading dimensions.
+std::string place(at::IntArrayRef shape, int64_t index) {
+  std::vector<int64_t> where(shape.size());
+  for (auto d = static_cast<int64_t>(shape.size()) - 1; d >= 0; --d) {
+    where[d] = index % shape[d];
+    index /= shape[d];
+  }
+  std::ostringstream text;
+  text << at::IntArrayRef(where);
+  return text.str();
+}
+
+template <typename T>
+void take_actions(const at::Tensor& actions, int64_t vocabulary, Tokens& tokens) {
+  at::Tensor flat = actions.contiguous();
+  const T* from = flat.const_data_ptr<T>();
+  tokens.actions.reserve(tokens.index.size());
+  for (int64_t i : tokens.index) {
+    TORCH_CHECK_VALUE(
+        from[i] >= 0 && from[i] < vocabulary, "actions must lie in [0, ", vocabulary,
+        ") where they are not masked out; got ", static_cast<int64_t>(from[i]), " at ", place(actions.sizes(), i));
+    tokens.actions.push_back(from[i]);
+  }
+}
+
+}  // namespace
+
+Tokens::Tokens(
+    const at::Tensor& actions, const OptionalTensor& mask, int64_t vocabulary, double temperature,
+    const OptionalTensor& temperatures, std::optional<double> softcap_or_none)
+    : all(actions.numel()), softcap(static_cast<float>(softcap_or_none.value_or(0.0))) {
+  at::Tensor flat = mask ? mask->contiguous() : at::Tensor();
+  const bool* taken = mask ? flat.const_data_ptr<bool>() : nullptr;
+  index.reserve(all);
+  for (int64_t i = 0; i < all; ++i) {
+    if (!taken || taken[i]) index.push_back(i);
+  }
+  if (actions.scalar_type() == at::kInt) {
+    take_actions<int32_t>(actions, vocabulary, *this);
+  } else {
+    take_actions<int64_t>(actions, vocabulary, *this);
+  }
+  if (temperatures) {
+    at::Tensor each = temperatures->to(at::kFloat).contiguous();
+    for (int64_t i : index) {
+      float value = each.const_data_ptr<float>()[i];
+      TORCH_CHECK_VALUE(value > 0, "temperature must be positive at every unmasked token");
+      inv_temperature.push_back(1.0f / value);
+    }
+  }
+  if (inv_temperature.empty()) inv_temperature.push_back(static_cast<float>(1.0 / temperature));
+}
+
+std::vector<int64_t> row_offsets(const at::Tensor& x, const std::vector<int64_t>& index) {
+  std::vector<int64_t> offsets;
+  offsets.reserve(index.size());
+  for (int64_t i : index) {
+    int64_t offset = 0;
+    for (int64_t d = x.dim() - 2; d >= 0; --d) {
+      offset += i % x.size(d) * x.stride(d);
+      i /= x.size(d);
+    }
+    offsets.push_back(offset);
+  }
+  return offsets;
+}
+
+DType dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return kFloat;
+    case at::kBFloat16: return kBFloat16;
+    case at::kHalf: return kHalf;
+    default: TORCH_INTERNAL_ASSERT(false, "the cpu kernels take float32, bfloat16 and float16");
+  }
+}
+
+at::Tensor huge(at::Tensor x) {
+#ifdef __linux__
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  uintptr_t first = (begin + page - 1) / page * page, last = (begin + x.nbytes()) / page * page;
+  if (last > first + page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return x;
+}
+
+void Sums::add(const Partial& part, float inv_temperature) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  factor = 1.0;
+  if (part.maximum == kLowest) return;  // nothing but -inf
+  if (maximum == kLowest) {
+    *this = {part.maximum, part.others, part.spread, 0.0};
+    return;
+  }
+  const bool ahead = part.maximum > maximum;
+  const double difference = ahead ? static_cast<double>(maximum * inv_temperature) - part.maximum * inv_temperature
+                                  : static_cast<double>(part.maximum * inv_temperature) - maximum * inv_temperature;
+  const double scale = part.maximum == maximum ? 1.0 : std::exp(difference);
+  const double shift = scale > 0 && difference > -infinity ? difference : 0.0;
+  if (ahead) {
+    spread = part.spread + scale * (spread + shift * (1.0 + others));
+    others = part.others + scale * (1.0 + others);
+    maximum = part.maximum;
+    factor = scale;
+  } else {
+    spread += scale * (part.spread + shift * (1.0 + part.others));
+    others += scale * (1.0 + part.others);
+  }
+}
+
+Row Sums::finish(Transform transform, float action_logit, bool with_entropy) const {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  // As in row_values: a row of -inf alone, or one with +inf, is measured from 0.
+  const bool infinite = maximum == kLowest || maximum == infinity;
+  const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
+  const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));
+  float derivative;
+  const float capped = kernels().capped(action_logit, transform, &derivative);
+  const float q = capped * transform.inv_temperature;
+  const float log_prob = kernels().shifted(capped, transform.inv_temperature, row_max) - log_sum;
+  const double entropy = infinite ? log_sum : std::log1p(others) - spread / (1.0 + others);
+  return {q, row_max + log_sum, log_prob, with_entropy ? static_cast<float>(entropy) : 0.0f, row_max, log_sum};
+}
+
+RowGradient shared_gradient(Cotangents d, float row_max, float log_sum, float entropy) {
+  return {row_max, log_sum, entropy, d.dv - d.dlog_prob, d.dentropy};
+}
+
+float action_gradient(Cotangents d, const RowGradient& row, float action_logit, Transform transform) {
+  float derivative;
+  const float capped = kernels().capped(action_logit, transform, &derivative);
+  const float log_p = kernels().shifted(capped, transform.inv_temperature, row.row_max) - row.log_sum;
+  const float p = std::exp(log_p);
+  // What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
+  // dv * p stands alone, so that an unlikely action keeps its own.
+  float gradient = d.dq + d.dv * p - d.dlog_prob * std::expm1(log_p);
+  if (d.dentropy != 0 && p > 0) gradient -= d.dentropy * p * (log_p + row.entropy);
+  return gradient * derivative;
+}
+
+}  // namespace reval

@@ -1,0 +1,69 @@
+"""Builds the C++ kernels with CMake beside their sources; pyproject.toml says everything else.
+
+torch comes from the environment: pip install --no-build-isolation -e . Without torch, CMake or a compiler the package
+installs all the same, and `reval_kernels.backends()["cpu"].reason` says what was missing.
+REVAL_BUILD_CPU=0 skips the build, =1 makes its failure an error.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+LIBRARY, NOTE = "libreval_kernels_cpu.so", "not_built.txt"
+
+
+class CMakeBuild(build_ext):
+    """`build_ext` that leaves everything to CMakeLists.txt."""
+
+    def run(self) -> None:
+        package = Path(self.get_ext_fullpath("reval_kernels.backends.cpu._")).parent
+        package.mkdir(parents=True, exist_ok=True)
+        (package / NOTE).unlink(missing_ok=True)
+        reason = self.build_library(package)
+        if reason is None:
+            return
+        if os.environ.get("REVAL_BUILD_CPU") == "1":
+            raise RuntimeError(reason)
+        self.announce(f"The C++ kernels were not built: {reason}", level=3)
+        (package / NOTE).write_text(f"its C++ library was not built when the package was installed: {reason}\n")
+
+    def build_library(self, package: Path) -> str | None:
+        """Why it could not be done, or None."""
+        if os.environ.get("REVAL_BUILD_CPU") == "0":
+            return "REVAL_BUILD_CPU=0 was set"
+        try:
+            import torch
+        except ImportError:
+            return "torch was not there to build against (is --no-build-isolation missing?)"
+        if shutil.which("cmake") is None:
+            return "cmake was not found"
+        build = ROOT / "build" / f"cpu-torch{torch.__version__}"
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        # A cached folder made by another generator, or elsewhere, is an error to CMake.
+        configure = [
+            "cmake", "--fresh", *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+            f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DOUTPUT_DIR={package}",
+            f"-DTORCH_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ]  # fmt: skip
+        for command in (configure, ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            if done.returncode:
+                self.announce(done.stdout, level=3)
+                lines = [line for line in done.stdout.splitlines() if "rror" in line] or done.stdout.splitlines()
+                return f"{' '.join(command[:2])} failed: {lines[0].strip() if lines else 'no output'}"
+        return None
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.get_ext_fullpath("reval_kernels.backends.cpu._")).parent
+        return [str(package / name) for name in (LIBRARY, NOTE) if (package / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(ext_modules=[Extension("reval_kernels.backends.cpu._", sources=[])], cmdclass={"build_ext": CMakeBuild})

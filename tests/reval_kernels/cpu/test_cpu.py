@@ -1,0 +1,222 @@
+"""What only the C++ backend promises; that it computes the right numbers, the shared tests show for every backend.
+
+Every instruction set it can use here (each in a process of its own: the choice is made once), the accuracy of its exp,
+results that do not depend on the number of threads, memory, and what is said when it could not be built.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import assert_same_bits, head, logits_and_actions
+
+import reval_kernels
+from reval_kernels import linear_reval_loss, linear_token_values, token_values
+from reval_kernels.backends import cpu
+
+ROOT = Path(cpu.__file__).parents[3]
+built = pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ backend: {cpu.missing()}")
+
+# Prints the instruction set, the largest errors of exp and tanh in units in the last place, and the largest errors of
+# token values and gradients beside float64, relative to the largest entry.
+REPORT = """
+import json, torch
+from reval_kernels import backends, linear_token_values, reference, token_values
+assert backends()["cpu"].available
+ops, report = torch.ops.reval_kernels_cpu, {}
+torch.manual_seed(0)
+
+def ulps(function, x):
+    truth = getattr(torch, function)(x.double())
+    place = truth.abs().float()
+    place = torch.nextafter(place, torch.tensor(torch.inf)).double() - place.double()
+    return ((getattr(ops, function)(x).double() - truth).abs() / place).max().item()
+
+def error(x, truth):
+    return ((x.double() - truth).abs().max() / truth.abs().max()).item()
+
+report["isa"] = ops.isa()
+report["exp"] = ulps("exp", torch.cat([torch.linspace(-87.33, 0, 1_000_001), torch.linspace(0, 88, 300_001),
+                                       -torch.rand(300_000) * 1e-3]))
+report["tanh"] = ulps("tanh", torch.cat([torch.linspace(-20, 20, 1_000_001), torch.randn(300_000) * 1e-3]))
+report["exp of -inf"] = ops.exp(torch.tensor([-150.0])).item()
+report["exp of nan"] = ops.exp(torch.tensor([torch.nan])).isnan().item()
+
+def gradients(function, leaves, actions, **options):
+    out = function(*leaves, actions, with_entropy=True, softcap=20.0, **options)
+    return *out, *torch.autograd.grad(sum(x.sum() for x in out), leaves)
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    worst = 0.0
+    for vocabulary in (1, 3, 16, 37, 130, 1000):
+        logits, actions = (torch.randn(5, vocabulary + 1) * 4).to(dtype)[:, 1:], torch.randint(vocabulary, (5,))
+        hidden, weight = torch.randn(5, 6).to(dtype), torch.randn(vocabulary, 6).to(dtype)
+        for function, wide, leaves in (
+            (token_values, reference.token_values, (logits,)),
+            (linear_token_values, reference.linear_token_values, (hidden, weight)),
+        ):
+            ours = gradients(function, [x.detach().requires_grad_() for x in leaves], actions, backend="cpu")
+            truth = gradients(wide, [x.double().requires_grad_() for x in leaves], actions)
+            worst = max([worst, *(error(x, y) for x, y in zip(ours, truth, strict=True) if y.abs().max() > 1e-2)])
+    report[str(dtype)] = worst
+print(json.dumps(report))
+"""
+
+
+@built
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", None])
+def test_every_instruction_set(isa):
+    env = {**os.environ, "REVAL_CPU_ISA": isa or "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", REPORT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    if isa in ("plain", "avx2"):  # every processor runs the first; those that lack the second fall back to it
+        assert report["isa"] in ("plain", isa)
+    assert report["exp"] <= 2 and report["tanh"] <= 4
+    assert report["exp of -inf"] == 0 and report["exp of nan"]
+    assert report["torch.float32"] < 1e-5 and report["torch.float16"] < 2e-3 and report["torch.bfloat16"] < 2e-2
+
+
+def with_threads(number, function):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.parametrize("shape", [(1, 200_003), (3, 70_001), (129, 515)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_the_number_of_threads(shape, dtype):
+    """Few long rows are cut into segments; the cuts are the same for any number of threads."""
+    logits, actions = logits_and_actions(*shape, dtype=dtype)
+
+    def run():
+        leaf = logits.detach().requires_grad_()
+        out = token_values(leaf, actions, with_entropy=True, backend="cpu")
+        return tuple(out), torch.autograd.grad(sum(x.sum() for x in out), leaf)
+
+    expected = with_threads(1, run)
+    for threads in (2, 3):
+        assert_same_bits(with_threads(threads, run), expected)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_does_not_depend_on_the_number_of_threads(dtype, frozen):
+    """More tokens than a block, more words than a tile, neither a multiple of anything."""
+    hidden, weight, actions = head(3, 359, 517, 34, dtype=dtype)
+    returns, rewards = torch.randn(3), torch.randn(3)
+
+    def run():
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)]
+        loss, residual = linear_reval_loss(*leaves, actions, returns, rewards, beta=0.5, backend="cpu")
+        return loss.detach(), residual, torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])
+
+    expected = with_threads(1, run)
+    for threads in (2, 3):
+        assert_same_bits(with_threads(threads, run), expected)
+
+
+MEMORY = """
+import sys, torch
+from reval_kernels.backends import cpu
+from reval_kernels.backends.rows import Transform
+assert cpu.missing() is None
+dtype, frozen = getattr(torch, sys.argv[1]), sys.argv[2] == "True"
+tokens, vocabulary, width = 1024, 40_000, 64
+hidden, weight = torch.randn(4, tokens // 4, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
+actions, returns, rewards = torch.randint(vocabulary, (4, tokens // 4)), torch.randn(4), torch.randn(4)
+
+def now(what):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(what)) / 1024
+
+def run(words):
+    needs = (True, not frozen, False)
+    args = (None, actions % words, None, None, Transform(), (returns,), rewards, 0.5, "trajectory", False, 4.0, needs)
+    return cpu.linear_reval_loss(hidden, weight[:words], *args)
+
+run(600)  # threads, kernels made at run time
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak so far, from the imports, would hide ours
+before = now("VmRSS")
+out = run(vocabulary)
+print(now("VmHWM") - before - sum(x.nbytes for x in out) / 2**20)
+"""
+
+
+@built
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resets the peak in /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_beyond_outputs(dtype, frozen):
+    """A few MiB where the logits alone would take 156."""
+    command = [sys.executable, "-c", MEMORY, dtype, str(frozen)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 6
+
+
+@built
+def test_mixed_dtypes_and_strides_of_the_head():
+    """Widened a tile at a time, whatever lies between the entries."""
+    hidden, weight, actions = head(7, 300, 20)
+    expected = linear_token_values(hidden.half(), weight.bfloat16(), actions, backend="portable")
+    apart = torch.randn(20, 600)[:, ::2].copy_(weight.T).T.bfloat16().T.contiguous().T
+    ours = linear_token_values(hidden.half().T.contiguous().T, apart, actions, backend="cpu")
+    for x, y in zip(ours[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_said_when_it_is_not_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "library.so")
+    cpu.missing.cache_clear()
+    try:
+        assert cpu.missing().startswith("its C++ library has not been built; build it with: pip install")
+        cpu.missing.cache_clear()
+        (tmp_path / "not_built.txt").write_text("cmake was not found\n")
+        assert reval_kernels.backends()["cpu"].reason.startswith("cmake was not found; build it with: pip install")
+        cpu.missing.cache_clear()
+        (tmp_path / "library.so").write_text("no library")
+        assert "does not load with torch" in cpu.missing()
+        logits, actions = logits_and_actions(2, 7)
+        assert token_values(logits, actions).q.shape == torch.Size([2])  # the portable backend serves
+    finally:
+        cpu.missing.cache_clear()
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
+@pytest.mark.parametrize("missing", ["cmake", "compiler"])
+def test_the_package_installs_without_a_compiler(missing, tmp_path):
+    """setup.py leaves a note instead of a library, and does not fail."""
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(
+        ROOT / "reval_kernels/backends/cpu", tmp_path / "reval_kernels/backends/cpu",
+        ignore=shutil.ignore_patterns("*.so", "*.txt"),
+    )  # fmt: skip
+    (tmp_path / "reval").mkdir()
+    (tmp_path / "reval/__init__.py").write_text('__version__ = "0"\n')
+    (tmp_path / "README.md").write_text("")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if missing == "compiler":
+        if not shutil.which("cmake"):
+            pytest.skip("no cmake")
+        (tools / "cmake").symlink_to(shutil.which("cmake"))
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    env = {**os.environ, "PATH": str(tools), "CXX": "", "CC": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    note = (tmp_path / "reval_kernels/backends/cpu/not_built.txt").read_text()
+    assert ("cmake was not found" if missing == "cmake" else "failed:") in note
