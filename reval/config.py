@@ -211,7 +211,9 @@ class OptimConfig(_Section):
     """AdamW"""
 
     lr: float = 1e-6
-    """Learning rate, constant after the warmup."""
+    """Learning rate after the warmup."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """What the learning rate does after the warmup: stay, or fall to 0 over the run's updates."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay per update of the running means of the gradient and of its square."""
     eps: float = 1e-8
@@ -332,6 +334,11 @@ class Config:
     def trajectories_per_iteration(self) -> int:
         """Responses that one iteration generates; also the size of its fresh batch."""
         return self.rollout.prompts * self.rollout.responses
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.run.iterations * self.replay.updates_per_iteration
 
     @property
     def replay_batch_size(self) -> int:

@@ -38,6 +38,15 @@ class Engine:
             model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
 
+    def _schedule(self) -> float:
+        """The share of optim.lr that the next update takes."""
+        optim, total = self._config.optim, self._config.updates
+        if self.updates < optim.warmup:
+            return (self.updates + 1) / optim.warmup
+        if optim.schedule == "constant":
+            return 1.0
+        return max(0.0, (total - self.updates) / max(total - optim.warmup, 1))
+
     def update(self, trajectories: list[Trajectory]) -> dict[str, Any]:
         """One step on annotated trajectories; the result does not depend on the micro-batches.
 
@@ -63,7 +72,7 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"the loss is {loss} and the gradient norm {norm}", trajectories)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * min(1.0, (self.updates + 1) / max(config.optim.warmup, 1))
+            group["lr"] = config.optim.lr * self._schedule()
         self.optimizer.step()
         self.updates += 1
         for t in trajectories:

@@ -27,7 +27,8 @@ data.template
 evaluation.every evaluation.greedy evaluation.samples evaluation.temperature
 model.attn_implementation model.compute_dtype model.device model.dtype model.gradient_checkpointing model.name
 objective.beta objective.level objective.name objective.semi_gradient
-optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.warmup optim.weight_decay
+optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.schedule optim.warmup
+optim.weight_decay
 reference.reset_every
 replay.batch_size replay.capacity replay.updates_per_iteration
 reward.function reward.shaping reward.timeout reward.workers
@@ -77,7 +78,7 @@ def test_every_setting_has_one_help_line_and_a_type_that_can_be_described(sectio
 
 def test_help_shows_name_default_type_and_meaning():
     text = help_text(width=100)
-    assert "  optim.lr=1e-06   (a number)\n      Learning rate, constant after the warmup.\n" in text
+    assert "  optim.lr=1e-06   (a number)\n      Learning rate after the warmup.\n" in text
     assert "  replay.batch_size=null   (a whole number, or null)\n" in text
     assert "  objective.level=trajectory   (one of trajectory, token, subtrajectory)\n" in text
     assert "  optim.betas=[0.9, 0.95]   (a list [a number, a number])\n" in text
@@ -366,7 +367,7 @@ def test_empty_files_and_sections_are_the_defaults(text, tmp_path):
         ("optim:\n\tlr: 1\n", "x.yaml, line 2: found character '\\t' that cannot start any token"),
         ("a: !!python/object:os.system 1\n", "x.yaml, line 1: could not determine a constructor for the tag "),
         ("- 1\n", "x.yaml must hold sections (model, data, rollout, "),
-        ("optim: 3\n", "x.yaml: 'optim' is a section, with the settings lr, betas, "),
+        ("optim: 3\n", "x.yaml: 'optim' is a section, with the settings lr, schedule, betas, "),
         ("optim.lr: 3\n", "x.yaml: 'optim.lr' must be nested in a file: `optim: {lr: ...}`"),
         ("lr: 3\n", "x.yaml: unknown setting 'lr'; did you mean 'optim.lr'?"),
         ("1: 3\n", "x.yaml: unknown setting '1'; the sections are "),
