@@ -181,7 +181,11 @@ def test_what_cannot_be_scored_stays_out_and_exceptions_are_shown(tmp_path):
 def test_ctrl_c_saves_a_checkpoint(tmp_path):
     folder = tmp_path / "run"
     command = [*TINY, f"run.dir={folder}", "run.iterations=100000", "data.held_out=0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a test run in the background ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 2
