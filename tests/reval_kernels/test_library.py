@@ -128,6 +128,12 @@ def test_backends_run_without_autocast(monkeypatch):
 # --- torch.compile --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """torch.compile keeps at most 8 graphs of one function, and here a function is compiled for every backend."""
+    torch.compiler.reset()
+
+
 CASES = {
     "token_values": {"with_entropy": True, "softcap": 5.0},
     "linear_token_values": {"temperature": 0.7},
