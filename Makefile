@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint sanitize mutate clean
+.PHONY: setup demo test bench lint sanitize mutate clean
 
 setup: $(READY)
 
@@ -26,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(READY)
+	$(BIN)/python benchmarks/token_values.py --dtype float32
+	$(BIN)/python benchmarks/token_values.py --dtype bfloat16
 
 lint: $(READY)
 	$(BIN)/ruff check .
