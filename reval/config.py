@@ -66,6 +66,8 @@ class ModelConfig(_Section):
     """Attention as transformers names it: sdpa, eager, flash_attention_2, ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the transformer's layers: slow to start, faster afterwards."""
 
     def _check(self) -> None:
         for name in ("name", "device", "attn_implementation"):
@@ -165,6 +167,8 @@ class ReplayConfig(_Section):
     """K: one update on the fresh batch, K - 1 on batches drawn from the buffer; 1 is on-policy."""
     batch_size: int | None = None
     """Trajectories drawn per replayed update; null: as many as an iteration generates."""
+    preload: str | None = None
+    """JSONL file of logged rollouts to start from: `prompt_ids`, `response_ids` and `reward` each, no log-probs."""
 
     def _check(self) -> None:
         self._at_least(1, "capacity", "updates_per_iteration")
@@ -201,6 +205,8 @@ class ReferenceConfig(_Section):
 
     reset_every: int = 0
     """Iterations between resets of the reference to the current policy; 0: never, it stays the initial model."""
+    offload: bool = False
+    """Keep the reference in the CPU's memory and bring it to the GPU only to compute what is missing or stale."""
 
     def _check(self) -> None:
         self._at_least(0, "reset_every")
@@ -226,6 +232,9 @@ class OptimConfig(_Section):
     """Updates over which the learning rate rises from 0."""
     micro_batch_tokens: int = 16384
     """Tokens (padding included) per forward and backward: memory against speed; the result does not depend on it."""
+    packing: bool = False
+    """Join the trajectories of a micro-batch to one sequence without padding. Pays on a GPU with
+    model.attn_implementation=flash_attention_2; prompts are then computed once for each of their responses."""
 
     def _check(self) -> None:
         self._positive("lr", "eps")
@@ -234,6 +243,34 @@ class OptimConfig(_Section):
         self._need(self.max_grad_norm > 0, "max_grad_norm", "greater than 0")
         self._at_least(0, "warmup")
         self._at_least(1, "micro_batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig(_Section):
+    """low-rank adapters (peft) instead of the whole model, which then is the reference"""
+
+    rank: int = 0
+    """Rank of the adapters; 0: train the whole model."""
+    alpha: float = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    targets: str = "all-linear"
+    """Which layers get one: all-linear (the head excepted), or names such as 'q_proj,v_proj'."""
+
+    def _check(self) -> None:
+        self._at_least(0, "rank")
+        self._positive("alpha")
+        self._need(bool(self.targets), "targets", "all-linear or names of layers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig(_Section):
+    """processes started by torchrun, over which FSDP2 shards the model"""
+
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it stops with an error."""
+
+    def _check(self) -> None:
+        self._positive("timeout")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,6 +304,12 @@ class RunConfig(_Section):
     """Seed of the sampling, the draws from the buffer and the random weights of model.name=tiny."""
     save_every: int = 50
     """Iterations between checkpoints; 0: only at the end."""
+    save_total_limit: int = 1
+    """Checkpoints kept: the newest ones (and the best one, see best_metric)."""
+    best_metric: str | None = None
+    """Also keep the checkpoint with the largest value of this metric (such as eval/accuracy), linked as `best`."""
+    resume: str = "false"
+    """auto: go on from the newest checkpoint in run.dir if there is one; a checkpoint's folder; false: start anew."""
     overwrite: bool = False
     """Replace a run folder that already has results."""
     display: Literal["auto", "rich", "plain"] = "auto"
@@ -278,8 +321,9 @@ class RunConfig(_Section):
 
     def _check(self) -> None:
         self._need(bool(self.dir), "dir", "a folder")
-        self._at_least(1, "iterations")
+        self._at_least(1, "iterations", "save_total_limit")
         self._at_least(0, "seed", "save_every", "threads", "table")
+        self._need(bool(self.resume), "resume", "auto, a checkpoint's folder, or false")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,10 +332,19 @@ class TrackingConfig(_Section):
 
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events."""
+    wandb: bool = False
+    """Also send the metrics and samples to Weights & Biases; WANDB_MODE=offline keeps them in the run folder."""
+    trackio: bool = False
+    """Also record the metrics and samples with trackio."""
+    project: str = "reval"
+    """The project in wandb and trackio."""
+    name: str | None = None
+    """The run's name there; null: that of the folder run.dir."""
     samples: int = 8
     """Completions saved per iteration."""
 
     def _check(self) -> None:
+        self._need(bool(self.project), "project", "a name")
         self._at_least(0, "samples")
 
 
@@ -307,6 +360,8 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -24,18 +24,21 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SETTINGS = """
 data.held_out data.held_out_path data.name data.options data.path data.seed data.size data.source data.system_prompt
 data.template
+distributed.timeout
 evaluation.every evaluation.greedy evaluation.samples evaluation.temperature
-model.attn_implementation model.compute_dtype model.device model.dtype model.gradient_checkpointing model.name
+lora.alpha lora.rank lora.targets
+model.attn_implementation model.compile model.compute_dtype model.device model.dtype model.gradient_checkpointing model.name
 objective.beta objective.level objective.name objective.semi_gradient
-optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.schedule optim.warmup
+optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.packing optim.schedule optim.warmup
 optim.weight_decay
-reference.reset_every
-replay.batch_size replay.capacity replay.updates_per_iteration
+reference.offload reference.reset_every
+replay.batch_size replay.capacity replay.preload replay.updates_per_iteration
 reward.function reward.shaping reward.timeout reward.workers
 rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.prompts rollout.responses
 rollout.temperature
-run.dir run.display run.iterations run.overwrite run.save_every run.seed run.table run.threads
-tracking.samples tracking.tensorboard
+run.best_metric run.dir run.display run.iterations run.overwrite run.resume run.save_every run.save_total_limit run.seed
+run.table run.threads
+tracking.name tracking.project tracking.samples tracking.tensorboard tracking.trackio tracking.wandb
 """.split()
 
 
@@ -313,7 +316,7 @@ def test_an_unknown_name_gets_the_nearest_one(name, near, tmp_path):
 
 def test_names_with_nothing_near():
     assert error_of("replay.xyz=1") == (
-        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, batch_size"
+        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, batch_size, preload"
     )
     assert error_of("zzz.xyz=1").startswith("unknown setting 'zzz.xyz'; the sections are model, data, rollout, ")
     assert error_of("zzz.xyz=1").endswith("; --help lists every setting")
