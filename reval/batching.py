@@ -1,7 +1,7 @@
 """Trajectories as padded tensors, in micro-batches that fit a budget of tokens.
 
 The responses to one prompt share its tokens: a batch holds each distinct prompt once, and the transformer computes it
-once (`models.last_hidden`).
+once (`models.last_hidden`). Each process gets its part of the batch; all of them take the same number of steps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .config import OptimConfig
+from .distributed import World
 from .replay import Trajectory
 
 
@@ -35,10 +37,53 @@ class Batch(NamedTuple):
     """bool [B, T]: whether that token is the model's own. Always true in column 0."""
     rewards: Tensor
     """float32 [B]"""
+    share: bool
+    """Compute each distinct prompt once."""
+    packed: bool
+    """Join the true tokens to one sequence instead."""
 
 
-def collate(trajectories: list[Trajectory], device: torch.device) -> Batch:
-    """One padded batch."""
+class MicroBatch(NamedTuple):
+    """Trajectories that go through the transformer together."""
+
+    indices: list[int]
+    """Which ones of the whole batch. None in a stand-in, which only keeps this process in step with the others."""
+    trajectories: list[Trajectory]
+    batch: Batch
+
+
+def plan(trajectories: list[Trajectory], world: World, device: torch.device, config: OptimConfig) -> list[MicroBatch]:
+    """This process's micro-batches of a batch that all processes hold: as many on each, or they would wait forever."""
+    own = _partition(trajectories, world.size)[world.rank]
+    parts = [[own[i] for i in part] for part in micro_batches([trajectories[i] for i in own], config)]
+    parts += [[]] * (max(world.gather(len(parts))) - len(parts))
+    # FSDP frees a layer's weights after its backward, and a shared prompt's keys would need them again
+    share = world.size == 1 and not config.packing
+    members = [[trajectories[i] for i in part or [0]] for part in parts]
+    return [
+        MicroBatch(part, these, collate(these, device, share=share, packed=config.packing))
+        for part, these in zip(parts, members, strict=True)
+    ]
+
+
+def _partition(trajectories: list[Trajectory], parts: int) -> list[list[int]]:
+    """Indices, in so many parts of about as many tokens; responses to one prompt stay together."""
+    groups: dict[bytes, list[int]] = {}
+    for i, t in enumerate(trajectories):
+        groups.setdefault(t.prefix.tobytes(), []).append(i)
+    out: list[list[int]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for group in sorted(groups.values(), key=lambda g: -sum(len(trajectories[i]) for i in g)):
+        lightest = load.index(min(load))
+        out[lightest] += group
+        load[lightest] += sum(len(trajectories[i]) for i in group)
+    return out
+
+
+def collate(
+    trajectories: list[Trajectory], device: torch.device, *, share: bool = True, packed: bool = False
+) -> Batch:
+    """One padded batch. `share` is taken back where it would save nothing."""
     numbers: dict[bytes, int] = {}
     prefix_of = [numbers.setdefault(t.prefix.tobytes(), len(numbers)) for t in trajectories]
     prompts = [np.frombuffer(key, np.int32) for key in numbers]
@@ -49,19 +94,20 @@ def collate(trajectories: list[Trajectory], device: torch.device) -> Batch:
     mask, _ = _pad([t.action_mask[n + 1 :] for t, n in zip(trajectories, starts, strict=True)])
     rewards = np.array([t.reward for t in trajectories], np.float32)
     arrays = (prefixes, prefix_mask, np.array(prefix_of), states, state_mask, actions, mask.astype(bool), rewards)
-    return Batch._make(torch.from_numpy(x).to(device) for x in arrays)
+    share = share and prefixes.shape[1] > 0 and len(prompts) < len(trajectories)
+    return Batch._make([*(torch.from_numpy(x).to(device) for x in arrays), share, packed])
 
 
-def micro_batches(trajectories: list[Trajectory], max_tokens: int) -> Iterator[list[int]]:
+def micro_batches(trajectories: list[Trajectory], config: OptimConfig) -> Iterator[list[int]]:
     """Indices of the trajectories that go together: responses to one prompt first of all, prompts alike in length, at
-    most `max_tokens` with padding (one trajectory alone may have more)."""
+    most `optim.micro_batch_tokens` with padding (one trajectory alone may have more)."""
     order = sorted(
         range(len(trajectories)),
         key=lambda i: (-len(trajectories[i].prefix), trajectories[i].prefix.tobytes(), -len(trajectories[i])),
     )
     held: list[int] = []
     for i in order:
-        if held and _tokens([trajectories[j] for j in (*held, i)]) > max_tokens:
+        if held and _tokens([trajectories[j] for j in (*held, i)], config.packing) > config.micro_batch_tokens:
             yield held
             held = []
         held.append(i)
@@ -69,8 +115,10 @@ def micro_batches(trajectories: list[Trajectory], max_tokens: int) -> Iterator[l
         yield held
 
 
-def _tokens(trajectories: list[Trajectory]) -> int:
+def _tokens(trajectories: list[Trajectory], packed: bool) -> int:
     """Tokens that a batch of these computes, padding included."""
+    if packed:
+        return sum(map(len, trajectories))
     prompts = {t.prefix.tobytes() for t in trajectories}
     longest = max(len(t.prefix) for t in trajectories)
     return len(prompts) * longest + len(trajectories) * max(len(t) - len(t.prefix) for t in trajectories)

@@ -1,4 +1,8 @@
-"""The run folder: what it may hold before a run, and the checkpoints in it."""
+"""The run folder: what it may hold before a run, and the checkpoints in it.
+
+A checkpoint is a folder that from_pretrained loads, with all that a run needs to go on in `training/`
+(training_state.py). It is written under another name and renamed when whole.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,57 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel
 
 from .config import Config, ConfigError
+from .distributed import World
+from .models import whole_weights
 from .replay import Trajectory
 
 WRITTEN = (
-    "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations", "tensorboard", "curves.png", "checkpoint",
+    "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations", "tensorboard", "curves.png", "checkpoint", "best",
     "checkpoints", "reward_errors.txt",
 )  # fmt: skip
 """What a run writes. Overwriting removes these and leaves the rest of the folder alone."""
+STATE = "training/state.json"
 
 
-def prepare_folder(config: Config) -> Path:
-    """The run's folder, with the resolved settings in it. Raises ConfigError where an earlier run's results lie."""
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that run.resume asks to go on from; None: start anew. Raises ConfigError where there is none."""
+    if config.run.resume == "false":
+        return None
+    folder = Path(config.run.dir if config.run.resume == "auto" else config.run.resume)
+    if (folder / STATE).is_file():
+        return folder.resolve()
+    whole = [path for path in checkpoints_in(folder) if (path / STATE).is_file()]
+    if whole:
+        return whole[-1].resolve()
+    if config.run.resume == "auto":
+        return None
+    raise ConfigError(
+        f"run.resume must be auto, false, or the folder of a checkpoint or of a run that has one; got {str(folder)!r}"
+    )
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first. All that have their names are whole."""
+    return sorted((folder / "checkpoints").glob("iteration-*"))
+
+
+def prepare_folder(config: Config, resumed: bool) -> Path:
+    """The run's folder, with the resolved settings in it. Raises ConfigError where an earlier run's results lie, unless
+    the run goes on from a checkpoint or they may be overwritten."""
     folder = Path(config.run.dir)
     found = [name for name in WRITTEN if os.path.lexists(folder / name)]
-    if found and not config.run.overwrite:
+    if resumed:
+        found = []
+    elif found and not (config.run.overwrite or config.run.resume == "auto"):
         raise ConfigError(
-            f"run.dir {str(folder)!r} already has results ({', '.join(found)}); give another run.dir, or set "
-            "run.overwrite=true to replace them"
+            f"run.dir {str(folder)!r} already has results ({', '.join(found)}); give another run.dir, set "
+            "run.overwrite=true to replace them, or go on from its checkpoint with --resume auto"
         )
     for name in found:
         path = folder / name
@@ -37,30 +71,52 @@ def prepare_folder(config: Config) -> Path:
     return folder
 
 
-def save_checkpoint(folder: Path, iteration: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Save what from_pretrained loads, and point the link `checkpoint` to it.
+def start_checkpoint(folder: Path, world: World) -> Path:
+    """A new folder in which to write a checkpoint, the same on every process."""
+    unfinished = ""
+    if world.main:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        for left in (folder / "checkpoints").glob(".*"):
+            shutil.rmtree(left)  # by a run that was killed while it saved
+        unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=folder / "checkpoints")
+        os.chmod(unfinished, 0o755)
+    return Path(world.broadcast(unfinished))
 
-    Both steps are atomic: a checkpoint that has its final name is whole, and the link never dangles. The checkpoint
-    before it is removed once the link has moved.
-    """
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    target = checkpoints / f"iteration-{iteration:06d}"
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=checkpoints))
-    unfinished.chmod(0o755)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+
+def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Config) -> Path:
+    """Give a whole checkpoint its name, point the link `checkpoint` to it, and remove what need not be kept."""
+    target = folder / "checkpoints" / f"iteration-{iteration:06d}"
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(target.with_name(f".old-{target.name}"))
     unfinished.rename(target)
-    link = folder / ".checkpoint-next"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.relative_to(folder))
-    link.replace(folder / "checkpoint")
-    for old in checkpoints.iterdir():
-        if old != target:
+    _link(folder / "checkpoint", target)
+    best = _best(folder, config.run.best_metric)
+    if best is not None:
+        _link(folder / "best", best)
+    for old in checkpoints_in(folder)[: -config.run.save_total_limit]:
+        if old != best:
             shutil.rmtree(old)
+    for left in (folder / "checkpoints").glob(".old-*"):
+        shutil.rmtree(left)
     return target
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's numbers. Raises ConfigError for a folder that is not one of ours."""
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{checkpoint} is not a checkpoint that a run can go on from: {error}") from None
+
+
+def save_model(model: PreTrainedModel, folder: Path, write: bool) -> None:
+    """Save whole weights, adapters merged, so that from_pretrained loads them. Every process has to call this."""
+    weights = {name: tensor.cpu() for name, tensor in whole_weights(model) if write}
+    if write:
+        with torch.device("meta"):
+            shell = type(model)(model.config)
+        shell.generation_config = model.generation_config
+        shell.save_pretrained(folder, state_dict=weights)
 
 
 def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
@@ -75,3 +131,17 @@ def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
     )  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def _best(folder: Path, metric: str | None) -> Path | None:
+    """The checkpoint with the largest value of the metric, the newest of equals; None where none has it."""
+    values = [(read_state(path)["metrics"].get(metric), path) for path in checkpoints_in(folder)]
+    return max(((v, path) for v, path in values if v is not None), default=(None, None))[1]
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make or move a symbolic link, which at no time dangles or is missing."""
+    new = link.with_name(f".{link.name}-next")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.relative_to(link.parent))
+    new.replace(link)

@@ -1,4 +1,4 @@
-"""The `reval` command: train, evaluate, env.
+"""The `reval` command: train, evaluate, compare, env.
 
 torch and everything that needs it are imported inside the functions that use them, so that `--help`, `--dry-run` and
 a wrong setting answer at once, on any machine.
@@ -16,18 +16,23 @@ from reval import __version__
 from reval.config import Config, ConfigError, help_text, load_config
 from reval.config_io import is_override
 from reval.errors import RunError
+from reval.estimate import report
 
 USAGE = """\
-usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--dry-run]
+usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--resume auto|PATH|false] [--dry-run]
        reval evaluate CHECKPOINT [CONFIG.yaml ...] [section.setting=value ...] [--dry-run]
+       reval compare RUN_A RUN_B [--resamples 10000] [--seed 0]
        reval env
 
   train      train a model; `python -m reval.train` is the same
-  evaluate   answer the held-out problems with a checkpoint, given as its folder or its run's
+  evaluate   answer the held-out problems and benchmarks with a checkpoint, given as its folder or its run's
+  compare    the difference of two evaluations of the same problems, with a bootstrap interval
   env        versions, backends and devices: what a bug report needs
 
   --help, -h   this text; after train or evaluate, every setting too
-  --dry-run    print the resolved settings as YAML, and stop
+  --resume X   the same as run.resume=X: go on from the newest checkpoint (auto) or the one named
+  --dry-run    print the resolved settings as YAML and, as comments, the memory and tokens that a training needs;
+               stop. --gpus N says for how many GPUs (default: WORLD_SIZE, or 1)
   --version    print the version
 
 Later files win over earlier ones, and section.setting=value over files. Values are YAML: optim.betas='[0.9, 0.99]',
@@ -61,14 +66,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    flags, files, overrides = _sort(arguments)
+    flags, files, overrides = _sort(arguments, ("--resume", "--gpus"))
     if "--help" in flags:
         return _print_settings()
     if not arguments:
         raise ConfigError("name a config file, such as configs/demo.yaml (--help lists every setting)")
+    if "--resume" in flags:
+        overrides.append(f"run.resume={flags['--resume']}")
+    if "--gpus" in flags and "--dry-run" not in flags:
+        raise ConfigError("--gpus only goes with --dry-run; torchrun --nproc-per-node says how many GPUs train")
+    gpus = _whole(flags, "--gpus", os.environ.get("WORLD_SIZE", "1"), 1)
     config = load_config(files, overrides)
     if "--dry-run" in flags:
-        return _print_config(config)
+        _print_config(config)
+        print(report(config, gpus), end="")
+        return 0
     from reval.loop import train
 
     train(config)
@@ -95,6 +107,20 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    flags, paths = _flags(arguments, ("--help", "--resamples", "--seed"))
+    if "--help" in flags:
+        print(USAGE)
+        return 0
+    resamples, seed = _whole(flags, "--resamples", "10000", 1), _whole(flags, "--seed", "0", 0)
+    if len(paths) != 2:
+        raise ConfigError(f"name two runs, checkpoints or files of answers; got {len(paths)}")
+    from reval.evaluation.compare import compare
+
+    print(compare(*map(Path, paths), resamples=resamples, seed=seed))
+    return 0
+
+
 def _env(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("--help", "-h"):
         print(USAGE)
@@ -106,16 +132,46 @@ def _env(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "env": _env}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train, "evaluate": _evaluate, "compare": _compare, "env": _env,
+}  # fmt: skip
+FLAG_VALUES = {"--resume": "auto, false or a checkpoint's folder", "--gpus": "N", "--resamples": "N", "--seed": "N"}
 
 
-def _sort(arguments: list[str]) -> tuple[set[str], list[str], list[str]]:
+def _sort(arguments: list[str], valued: tuple[str, ...] = ()) -> tuple[dict[str, str], list[str], list[str]]:
     """Split into flags, files and overrides, each in the order given."""
-    flags = {"--help" if a == "-h" else a for a in arguments if a.startswith("-")}
-    for flag in sorted(flags - {"--help", "--dry-run"}):
-        raise ConfigError(f"unknown flag {flag}; there are --help and --dry-run; settings are section.setting=value")
-    rest = [a for a in arguments if not a.startswith("-")]
+    flags, rest = _flags(arguments, ("--help", "--dry-run", *valued))
     return flags, [a for a in rest if not is_override(a)], [a for a in rest if is_override(a)]
+
+
+def _flags(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The flags with their values, and everything else in order. Those in FLAG_VALUES take a value, as
+    `--flag value` or `--flag=value`."""
+    flags: dict[str, str] = {}
+    rest = []
+    left = iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        if flag in known and flag in FLAG_VALUES:
+            flags[flag] = value if equals else next(left, "")
+            if not flags[flag] or flags[flag].startswith("-"):
+                raise ConfigError(f"{flag} needs a value: {flag} {FLAG_VALUES[flag]}")
+        elif argument == "-h" or argument in known:
+            flags["--help" if argument == "-h" else argument] = ""
+        elif argument.startswith("-"):
+            there = f"{', '.join(known[:-1])} and {known[-1]}"
+            raise ConfigError(f"unknown flag {argument}; there are {there}; settings are section.setting=value")
+        else:
+            rest.append(argument)
+    return flags, rest
+
+
+def _whole(flags: dict[str, str], flag: str, default: str, least: int) -> int:
+    """A flag's value as a whole number."""
+    value = flags.get(flag, default)
+    if not value.isdecimal() or int(value) < least:
+        raise ConfigError(f"{flag} must be a whole number, at least {least}; got {value!r}")
+    return int(value)
 
 
 def _print_settings() -> int:

@@ -17,6 +17,12 @@ from reval.config_io import ConfigError, show
 __all__ = ["Config", "ConfigError", "load_config"]
 
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
+BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
+# arguments of vllm.LLM that decide which policy answers, and how: not the user's to change behind the trainer's back
+VLLM_OURS = {
+    "model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode",
+    "worker_extension_cls", "gpu_memory_utilization", "quantization", "hf_overrides", "max_num_seqs", "tensor_parallel_size",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,14 @@ class _Section:
             raise ConfigError(f"{self._name(name)} must be {allowed}; got {show(getattr(self, name))}")
 
 
+REWARD_NAMES = f"{', '.join(BUILT_IN_REWARDS)}, module:function or file.py:function"
+
+
+def _names_reward(spec: str) -> bool:
+    module, _, function = spec.rpartition(":")
+    return spec in BUILT_IN_REWARDS or bool(module and function)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(_Section):
     """the policy: a causal language model whose logits are the Q-values"""
@@ -78,16 +92,23 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """the problems"""
 
-    source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
-    """Where problems come from: a reasoning_gym generator or a file."""
+    source: Literal["reasoning_gym", "jsonl", "parquet", "hub"] = "reasoning_gym"
+    """Where problems come from: a reasoning_gym generator, a file, or the Hugging Face hub (through `datasets`)."""
     name: str = "basic_arithmetic"
-    """The reasoning_gym data set."""
+    """The reasoning_gym data set, or the hub's: its name there, or a folder that `datasets` can load."""
     options: dict[str, Any] = field(default_factory=dict)
     """The reasoning_gym data set's own settings; data.options.max_digits=2 sets one of them."""
+    subset: str | None = None
+    """The hub data set's configuration; null: its only one."""
+    split: str = "train"
+    """The hub data set's split."""
     path: str | None = None
-    """JSONL file, one problem a line: `prompt` (text or chat messages) and the columns that the reward reads."""
+    """JSONL or parquet file, one problem a row: `prompt` (text or chat messages) and the columns the reward reads."""
     held_out_path: str | None = None
-    """JSONL file of the evaluation problems; null holds out data.held_out problems of data.path."""
+    """JSONL or parquet file (by its ending) of the evaluation problems; null holds out data.held_out problems."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Where a file's or the hub's rows hold what is read here, if not under that name: {prompt: problem, answer:
+    reward_model.ground_truth}; dots lead into nested columns."""
     template: str = "{question}"
     """The user's message; {question} stands for the problem."""
     system_prompt: str | None = None
@@ -103,21 +124,25 @@ class DataConfig(_Section):
         self._at_least(1, "size")
         self._at_least(0, "held_out", "seed")
         self._need("{question}" in self.template, "template", "text that contains {question}")
-        if self.source == "jsonl":
-            self._need(bool(self.path), "path", "a JSONL file because data.source is 'jsonl'")
-            return
-        self._need(bool(self.name), "name", "a reasoning_gym data set")
-        for name in ("path", "held_out_path"):
-            self._need(getattr(self, name) is None, name, "null unless data.source is 'jsonl'")
-        self._need(self.held_out < self.size, "held_out", f"less than data.size ({self.size}), which it is taken from")
+        paths = all(isinstance(value, str) and value for value in self.columns.values())
+        self._need(paths, "columns", "a mapping from names to the columns that hold them")
+        if self.source in ("reasoning_gym", "hub"):
+            self._need(bool(self.name), "name", f"a data set because data.source is {self.source!r}")
+            self._need(self.path is None, "path", "null unless data.source is 'jsonl' or 'parquet'")
+        else:
+            self._need(bool(self.path), "path", f"a file because data.source is {self.source!r}")
+        if self.source == "reasoning_gym":
+            self._need(self.held_out_path is None, "held_out_path", "null with data.source='reasoning_gym'")
+            allowed = f"less than data.size ({self.size}), which it is taken from"
+            self._need(self.held_out < self.size, "held_out", allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig(_Section):
     """generating responses"""
 
-    engine: Literal["hf"] = "hf"
-    """What generates: hf is the policy itself, in this process."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What generates: hf is the policy itself, in this process; vllm is an engine of its own (docs/rollouts.md)."""
     prompts: int = 128
     """Prompts per iteration."""
     responses: int = 8
@@ -128,12 +153,36 @@ class RolloutConfig(_Section):
     """Sampling temperature; 1 samples the policy itself."""
     batch_size: int = 256
     """Sequences decoded at once: memory against speed."""
-    dtype: Literal["same", "bfloat16"] = "same"
-    """Type of the weights that generate: same as model.dtype, or a bfloat16 copy."""
+    dtype: Literal["same", "bfloat16", "float32"] = "same"
+    """Type of the weights that generate; hf shares the policy's own weights where it is model.dtype."""
+    sync_every: int = 1
+    """Iterations between hand-overs of the policy's weights to an engine that has its own."""
+    ahead: int = 0
+    """Iterations that generating runs ahead of training: it then overlaps with it, on older weights."""
+    probe_tokens: int = 32
+    """Tokens whose log-probabilities engine and trainer compare after each hand-over; 0: none."""
+    timeout: float = 1800.0
+    """Seconds that waiting for the engine's process may take, for each start, generation and hand-over."""
+    vllm_mode: Literal["server", "colocated"] = "server"
+    """server: vLLM in a process of its own that this run starts and ends; colocated: vLLM in this process."""
+    vllm_devices: str | None = None
+    """GPUs of the server, numbered as in CUDA_VISIBLE_DEVICES (4,5,6,7), shared out evenly among this machine's training
+    processes; null: each uses the GPU that its process trains on."""
+    vllm_gpu_memory: float = 0.4
+    """Part of a GPU's memory that vLLM takes for weights and cache; without a GPU see VLLM_CPU_KVCACHE_SPACE."""
+    vllm_options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of vllm.LLM; rollout.vllm_options.max_model_len=4096 sets one of them."""
 
     def _check(self) -> None:
-        self._at_least(1, "prompts", "responses", "max_new_tokens", "batch_size")
-        self._positive("temperature")
+        self._at_least(1, "prompts", "responses", "max_new_tokens", "batch_size", "sync_every")
+        self._at_least(0, "ahead", "probe_tokens")
+        self._positive("temperature", "timeout")
+        self._need(0 < self.vllm_gpu_memory <= 1, "vllm_gpu_memory", "greater than 0 and at most 1")
+        ok = self.vllm_devices is None or all(part.isdecimal() for part in self.vllm_devices.split(","))
+        self._need(ok, "vllm_devices", "null, or numbers with commas between them")
+        self._need(self.engine == "vllm" or not self.vllm_options, "vllm_options", "{} unless rollout.engine is 'vllm'")
+        for name in sorted(self.vllm_options.keys() & VLLM_OURS):
+            raise ConfigError(f"rollout.vllm_options must leave out {name!r}: it follows from other settings")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,9 +199,7 @@ class RewardConfig(_Section):
     """Seconds that scoring one response may take."""
 
     def _check(self) -> None:
-        module, _, function = self.function.rpartition(":")
-        allowed = f"{', '.join(BUILT_IN_REWARDS)}, module:function or file.py:function"
-        self._need(self.function in BUILT_IN_REWARDS or bool(module and function), "function", f"one of {allowed}")
+        self._need(_names_reward(self.function), "function", f"one of {REWARD_NAMES}")
         self._at_least(1, "workers")
         self._positive("timeout")
 
@@ -275,7 +322,7 @@ class DistributedConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig(_Section):
-    """answering the held-out problems"""
+    """answering the held-out problems and benchmarks"""
 
     every: int = 10
     """Iterations between evaluations; 0: only before and after training."""
@@ -285,11 +332,37 @@ class EvaluationConfig(_Section):
     """Temperature of the sampled answers."""
     greedy: bool = True
     """Also one answer per problem made of the likeliest tokens."""
+    k: list[int] = field(default_factory=list)
+    """k of pass@k, maj@k and best@k, each at most evaluation.samples; []: evaluation.samples alone."""
+    best_of_n: bool = False
+    """Report best@k too: of k answers, the one with the largest endogenous reward. One forward pass per answer."""
+    problems: int | None = None
+    """Problems answered of each set, always the same ones (data.seed chooses); null: all."""
+    benchmarks: list[str] = field(default_factory=list)
+    """Sets beside the held-out problems: aime24, aime25, amc23, math500, minerva, olympiadbench, gpqa, champ, or JSONL
+    and parquet files with `prompt` and `answer`."""
+    folder: str = "data/benchmarks"
+    """Where <benchmark>.jsonl or <benchmark>.parquet is looked for before the Hugging Face hub is asked."""
+    template: str | None = None
+    """The user's message for benchmarks; {question} stands for the problem; null: data.template."""
+    reward: str = "math"
+    """Reward function of the benchmarks; the held-out problems have reward.function."""
 
     def _check(self) -> None:
         self._at_least(0, "every")
         self._at_least(1, "samples")
         self._positive("temperature")
+        allowed = f"a list of numbers from 1 to evaluation.samples ({self.samples})"
+        self._need(all(1 <= k <= self.samples for k in self.k), "k", allowed)
+        self._need(self.problems is None or self.problems >= 1, "problems", "at least 1, or null")
+        known = all(b in BENCHMARKS or Path(b).suffix in (".jsonl", ".parquet") for b in self.benchmarks)
+        self._need(known, "benchmarks", f"a list of {', '.join(BENCHMARKS)}, or of .jsonl and .parquet files")
+        stems = [Path(b).stem for b in self.benchmarks]
+        self._need(len(set(stems)) == len(stems), "benchmarks", "a list of different names")
+        self._need(bool(self.folder), "folder", "a folder")
+        usable = self.template is None or "{question}" in self.template
+        self._need(usable, "template", "text that contains {question}, or null")
+        self._need(_names_reward(self.reward), "reward", f"one of {REWARD_NAMES}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .config import DataConfig
+from .config import DataConfig, EvaluationConfig
+from .sources import Row, pick, read_file, read_hub, read_jsonl, read_parquet
 
 Prompt = str | list[dict[str, str]]
 
@@ -26,33 +26,45 @@ class Problem:
     """The prompt, encoded once."""
     columns: dict[str, Any]
     """Whatever else the data set says about it (answer, question, metadata, ...): the reward function's columns."""
+    benchmark: str | None = None
+    """The benchmark it belongs to; None for training and held-out problems."""
 
 
 def load_problems(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    longest_prompt: int,
+    evaluation: EvaluationConfig | None = None,
 ) -> tuple[list[Problem], list[Problem]]:
-    """The training problems and the held-out ones, which share no prompt.
+    """The training problems and those of the evaluation (the held-out ones, then each benchmark's), which share no
+    prompt with training.
 
     `longest_prompt` is the number of tokens that the model's context leaves for a prompt. Raises ValueError for an
-    empty set, a broken line, or a prompt that is too long.
+    empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
     """
     chat = tokenizer.chat_template is not None
-    rows = list(_generated(config, chat) if config.source == "reasoning_gym" else _lines(config.path, config, chat))
-    distinct = {json.dumps(prompt, sort_keys=True): (prompt, columns) for prompt, columns in rows}
+    rows = list(_generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat))
+    distinct = {_key(prompt): (prompt, columns) for prompt, columns in rows}
     rows = list(distinct.values())
     random.Random(config.seed).shuffle(rows)
     if config.held_out_path is not None:
-        held_out = list(_lines(config.held_out_path, config, chat))
-        keys = {json.dumps(prompt, sort_keys=True) for prompt, _ in held_out}
-        training = [row for row in rows if json.dumps(row[0], sort_keys=True) not in keys]
+        held_out, training = list(_prompts(read_file(config.held_out_path), config.held_out_path, config, chat)), rows
     else:
         held_out, training = rows[: config.held_out], rows[config.held_out :]
+    sets: dict[str | None, list[tuple[Prompt, Row]]] = {None: held_out}
+    if evaluation is not None:
+        sets |= _benchmarks(config, evaluation, chat)
+    keys = {_key(prompt) for own in sets.values() for prompt, _ in own}
+    if evaluation is not None and evaluation.problems is not None:
+        sets = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in sets.items()}
+    training = [row for row in training if _key(row[0]) not in keys]
     if not training:
         raise ValueError(
             f"no problems are left to train on: {len(rows)} distinct ones came from data.{_origin(config)}, and "
             f"{len(held_out)} are held out (data.held_out)"
         )
-    return _encoded(training, tokenizer, longest_prompt), _encoded(held_out, tokenizer, longest_prompt)
+    answered = [p for name, own in sets.items() for p in _encoded(own, tokenizer, longest_prompt, name)]
+    return _encoded(training, tokenizer, longest_prompt), answered
 
 
 class ProblemSampler:
@@ -99,24 +111,49 @@ def _generated(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, dict[st
         yield _prompt(text, config, chat), dict(entry)
 
 
-def _lines(path: str | None, config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, dict[str, Any]]]:
-    assert path is not None
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path!r} (data.path, data.held_out_path)")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-            prompt = row.pop("prompt", None) if isinstance(row, dict) else None
-            if not isinstance(prompt, str | list) or not prompt:
-                raise ValueError(f"{path}, line {number}: needs `prompt`, a text or a list of chat messages")
-            if isinstance(prompt, str):
-                prompt = _prompt(config.template.replace("{question}", prompt), config, chat)
-            yield prompt, row
+def _read(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
+    if config.source == "hub":
+        yield from _prompts(read_hub(config.name, config.subset, config.split), config.name, config, chat)
+        return
+    assert config.path is not None
+    read = read_parquet if config.source == "parquet" else read_jsonl
+    yield from _prompts(read(config.path), config.path, config, chat)
+
+
+def _benchmarks(config: DataConfig, evaluation: EvaluationConfig, chat: bool) -> dict[str | None, list]:
+    from .evaluation.benchmarks import load_benchmark
+
+    template = evaluation.template or config.template
+    sets: dict[str | None, list] = {}
+    for spec in evaluation.benchmarks:
+        name, rows = load_benchmark(spec, evaluation.folder)
+        sets[name] = list(_prompts(rows, spec, replace(config, template=template, columns={}), chat))
+    return sets
+
+
+def _prompts(rows: Iterable[Row], source: str, config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
+    """Each row's prompt as the model gets it, and its other columns."""
+    for number, row in enumerate(rows, 1):
+        columns = pick(row, config.columns)
+        prompt = columns.pop("prompt", None)
+        if not isinstance(prompt, str | list) or not prompt:
+            raise ValueError(
+                f"{source}, row {number}: needs `prompt`, a text or a list of chat messages; it has "
+                f"{', '.join(row) or 'nothing'} (data.columns='{{prompt: ...}}' names another column)"
+            )
+        if isinstance(prompt, str):
+            prompt = _prompt(config.template.replace("{question}", prompt), config, chat)
+        yield prompt, columns
+
+
+def _sample(rows: list[tuple[Prompt, Row]], count: int, seed: str) -> list[tuple[Prompt, Row]]:
+    """`count` of the rows in their order, the same ones whenever seed and rows are the same."""
+    kept = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    return [rows[i] for i in sorted(kept)]
+
+
+def _key(prompt: Prompt) -> str:
+    return json.dumps(prompt, sort_keys=True)
 
 
 def _prompt(text: str, config: DataConfig, chat: bool) -> Prompt:
@@ -128,9 +165,9 @@ def _prompt(text: str, config: DataConfig, chat: bool) -> Prompt:
 
 
 def _encoded(
-    rows: list[tuple[Prompt, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+    rows: list[tuple[Prompt, Row]], tokenizer: PreTrainedTokenizerBase, longest_prompt: int, name: str | None = None
 ) -> list[Problem]:
-    problems = [Problem(prompt, encode(prompt, tokenizer), columns) for prompt, columns in rows]
+    problems = [Problem(prompt, encode(prompt, tokenizer), columns, name) for prompt, columns in rows]
     for problem in problems:
         if not 0 < len(problem.token_ids) <= longest_prompt:
             raise ValueError(
@@ -141,4 +178,4 @@ def _encoded(
 
 
 def _origin(config: DataConfig) -> str:
-    return f"name={config.name!r}" if config.source == "reasoning_gym" else f"path={config.path!r}"
+    return f"path={config.path!r}" if config.source in ("jsonl", "parquet") else f"name={config.name!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -26,28 +27,34 @@ SHOWN = {
 
 
 class Display:
-    """Progress of a run: rich on a terminal, plain elsewhere (run.display)."""
+    """Progress of a run: rich on a terminal, plain elsewhere (run.display).
 
-    def __init__(self, config: Config):
-        self._config = config
-        rich = config.run.display == "rich" or (config.run.display == "auto" and sys.stdout.isatty())
-        self._console = Console(soft_wrap=True) if rich else Console(soft_wrap=True, no_color=True, highlight=False)
+    `iteration` is the last one done before this process (of the checkpoint that it resumes), `quiet` shows nothing: for
+    all processes of a run but one.
+    """
+
+    def __init__(self, config: Config, iteration: int = 0, quiet: bool = False):
+        self._config, self._first, self._done = config, iteration, iteration
+        rich = not quiet and (config.run.display == "rich" or (config.run.display == "auto" and sys.stdout.isatty()))
+        self._console = Console(soft_wrap=True, no_color=None if rich else True, highlight=rich, quiet=quiet)
         self._started = time.perf_counter()
         self._progress = None
         if rich:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations"),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[now]}"),
-                console=self._console,
+                console=self._console, speed_estimate_period=math.inf,  # its 30 s may be less than one iteration
             )  # fmt: skip
-            self._task = self._progress.add_task("ReVal", total=config.run.iterations, now="starting")
+            self._task = self._progress.add_task(
+                "ReVal", total=config.run.iterations, completed=iteration, now="starting"
+            )
 
     def __enter__(self) -> Display:
         self._console.print(
             f"{self._config.model.name}: {self._config.run.iterations} iterations of "
             f"{self._config.rollout.prompts} prompts x {self._config.rollout.responses} responses, "
             f"{self._config.replay.updates_per_iteration} updates each; results in {self._config.run.dir} "
-            "(settings: config.yaml there)",
+            "(settings: config.yaml there)" + (f"; resumed after iteration {self._first}" if self._first else ""),
             markup=False,
         )
         if self._progress is not None:
@@ -68,7 +75,9 @@ class Display:
             self.note(what)
         yield
         if self._progress is None:
-            self.note(f"  done in {time.perf_counter() - start:.0f} s")
+            self.note(f"  done in {_duration(time.perf_counter() - start)}")
+        if self._done == self._first:
+            self._started = time.perf_counter()  # what comes before the first iteration does not come again
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
         """Show one finished iteration."""
@@ -79,14 +88,15 @@ class Display:
         if "eval/accuracy" in metrics:
             parts.append(f"held-out accuracy {metrics['eval/accuracy']:.2f}")
         text = " | ".join(parts)
+        self._done = iteration
         if self._progress is not None:
             self._progress.console.print(f"[bold]{iteration:4d}[/]  {escape(text)}")
             self._progress.update(self._task, completed=iteration, now="")
             return
-        spent = time.perf_counter() - self._started
-        left = spent / iteration * (self._config.run.iterations - iteration)
         total = self._config.run.iterations
-        self.note(f"{iteration}/{total} | {text} | {metrics['step_time']:.1f} s | {left:.0f} s left")
+        rate = (time.perf_counter() - self._started) / (iteration - self._first)
+        left = _duration(rate * (total - iteration))
+        self.note(f"{iteration}/{total} | {text} | {metrics['step_time']:.1f} s | {left} left")
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -111,6 +121,13 @@ class Display:
                 if key in first:
                     self.note(f"held-out accuracy, {name}: {first[key]:.3f} -> {then[key]:.3f}")
         self.note(f"metrics, samples, curves.png and the checkpoint are in {folder}")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 5.2 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _mark(score: float | None) -> str:

@@ -1,50 +1,115 @@
-"""Held-out accuracy: sampled and greedy answers to problems that training never sees."""
+"""Answering problems that training never sees: the held-out ones and benchmarks (docs/evaluation.md)."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .config import Config
+from .config import Config, ConfigError
 from .data import Problem, Prompt
+from .distributed import World
+from .evaluation.endogenous import Scorer, endogenous_scorer
+from .evaluation.estimators import best, majority, mean, over_blocks, pass_at_k
 from .rewards import RewardPool, Scores
+from .rewards.answers import Extractor, extractor_of
 from .rollout import Response, RolloutEngine
+
+ALONE = World()
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One problem and what the model answered."""
+    """One problem and what the model answered. The lists have one entry per sampled answer."""
 
     prompt: Prompt
     sampled: list[str]
     scores: list[float | None]
-    """Of the sampled answers; None where the reward function could not score."""
+    """None where the reward function could not score."""
     greedy: str | None = None
     greedy_score: float | None = None
+    benchmark: str | None = None
+    """None: a held-out problem."""
+    answer: Any = None
+    """What the data set says is right, where it says so."""
+    extracted: list[str | None] | None = None
+    """The final answers, for maj@k; None where the reward function does not say how to find them."""
+    lengths: list[int] = field(default_factory=list)
+    """In tokens, the end-of-sequence token included."""
+    finished: list[bool] = field(default_factory=list)
+    """False where the length limit cut the answer off."""
+    endogenous: list[float] | None = None
+    """Sums of endogenous rewards, for best@k."""
+
+    @property
+    def score(self) -> float:
+        """Mean score of the sampled answers; one that could not be scored counts as 0."""
+        return mean([s or 0.0 for s in self.scores])
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Answers to all held-out problems."""
+    """Answers to all problems, those of one set together."""
 
     answers: list[Answered]
+    k: tuple[int, ...] = ()
+    """The k of pass@k, maj@k and best@k; empty: as many as there are answers to a problem."""
 
     def metrics(self) -> dict[str, float]:
-        """`eval/accuracy`: mean score of the sampled answers (avg@k); `eval/accuracy_greedy`. An answer that cannot be
-        scored counts as 0."""
-        sampled = [s or 0.0 for a in self.answers for s in a.scores]
-        out = {"eval/accuracy": sum(sampled) / max(len(sampled), 1)}
-        if any(a.greedy is not None for a in self.answers):
-            out["eval/accuracy_greedy"] = sum(a.greedy_score or 0.0 for a in self.answers) / len(self.answers)
-        return out
+        """`eval/accuracy` (avg@k), `eval/accuracy_greedy`, `eval/pass@4` ... of the held-out problems, and
+        `eval/<benchmark>/avg@16`, `eval/<benchmark>/pass@4` ... of each benchmark; `eval/benchmarks/avg@16` is the mean
+        over several. Without held-out problems `eval/accuracy` is that mean."""
+        sets: dict[str | None, list[Answered]] = {}
+        for a in self.answers:
+            sets.setdefault(a.benchmark, []).append(a)
+        out: dict[str, float] = {}
+        means = []
+        for name, answers in sets.items():
+            score, greedy, rest = _metrics(answers, self.k)
+            top = "eval" if name is None else f"eval/{name}"
+            samples = len(answers[0].scores)
+            out[f"{top}/accuracy" if name is None else f"{top}/avg@{samples}"] = score
+            if greedy is not None:
+                out[f"{top}/accuracy_greedy" if name is None else f"{top}/greedy"] = greedy
+            out |= {f"{top}/{key}": value for key, value in rest.items()}
+            means += [] if name is None else [score]
+        if len(means) > 1:
+            out[f"eval/benchmarks/avg@{len(self.answers[0].scores)}"] = mean(means)
+        return {"eval/accuracy": mean(means)} | out
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        """What `save` wrote."""
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return cls([Answered(**{k: v for k, v in row.items() if k != "score"}) for row in rows])
 
     def save(self, path: Path) -> None:
-        """One JSON object a problem."""
+        """One JSON object a problem; `reval compare` reads it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(asdict(a)) + "\n" for a in self.answers), encoding="utf-8")
+        text = "".join(json.dumps(asdict(a) | {"score": a.score}, default=str) + "\n" for a in self.answers)
+        path.write_text(text, encoding="utf-8")
+
+
+def _metrics(answers: list[Answered], k: tuple[int, ...]) -> tuple[float, float | None, dict[str, float]]:
+    """Of one set: mean score, mean greedy score, and the rest by name."""
+    rest: dict[str, float] = {}
+    for n in k or (len(answers[0].scores),):
+        rest[f"pass@{n}"] = mean([pass_at_k(a.scores, n) for a in answers])
+        if all(a.extracted is not None for a in answers):
+            rest[f"maj@{n}"] = mean([over_blocks(majority, n, a.extracted or [], a.scores) for a in answers])
+        if all(a.endogenous is not None for a in answers):
+            rest[f"best@{n}"] = mean([over_blocks(best, n, a.endogenous or [], a.scores) for a in answers])
+    if all(a.lengths for a in answers):
+        rest["mean_length"] = mean([n for a in answers for n in a.lengths])
+        rest["clipped_ratio"] = mean([not done for a in answers for done in a.finished])
+    greedy = mean([a.greedy_score or 0.0 for a in answers]) if any(a.greedy is not None for a in answers) else None
+    return mean([a.score for a in answers]), greedy, rest
 
 
 def evaluate(
@@ -53,26 +118,109 @@ def evaluate(
     pool: RewardPool,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
+    *,
+    world: World = ALONE,
+    scorer: Scorer | None = None,
 ) -> Evaluation:
-    """Answer the held-out problems, always with the same seed."""
+    """Answer the problems, always with the same seed; each process of `world` its share.
+
+    `scorer` gives the endogenous rewards that evaluation.best_of_n asks for (see evaluation/endogenous.py).
+    """
     settings = config.evaluation
-    kinds = [(settings.samples, settings.temperature)] + ([(1, 0.0)] if settings.greedy else [])
-    texts, scores = [], []
-    for count, temperature in kinds:
-        groups = rollout.generate(
-            [p.token_ids for p in problems], responses=count, max_new_tokens=config.rollout.max_new_tokens,
-            temperature=temperature, seed=config.run.seed,
-        )  # fmt: skip
-        flat = [(p, r) for p, group in zip(problems, groups, strict=True) for r in group]
-        text = decode([r for _, r in flat], tokenizer)
-        scored = score([p for p, _ in flat], text, [r.token_ids for _, r in flat], pool)
-        texts.append([text[i : i + count] for i in range(0, len(text), count)])
-        scores.append([scored.rewards[i : i + count] for i in range(0, len(text), count)])
-    answers = [Answered(p.prompt, t, s) for p, t, s in zip(problems, texts[0], scores[0], strict=True)]
-    if settings.greedy:
-        best = zip(answers, texts[1], scores[1], strict=True)
-        answers = [replace(a, greedy=text[0], greedy_score=score[0]) for a, text, score in best]
-    return Evaluation(answers)
+    own = world.share(problems)
+    seed = config.run.seed + world.rank  # noise of their own for the processes, which answer different problems
+    sampled = _responses(rollout, own, config, settings.samples, settings.temperature, seed)
+    greedy = _responses(rollout, own, config, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
+    with _pools(own, pool, config) as pools:
+        texts, scores = _scored(own, sampled, pools, tokenizer, config)
+        greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config)
+    extractors = {function: extractor_of(function) for function in pools}
+    answers = [
+        Answered(
+            p.prompt, texts[i], scores[i], next(iter(greedy_texts[i]), None), next(iter(greedy_scores[i]), None),
+            benchmark=p.benchmark, answer=p.columns.get("answer"),
+            extracted=_extracted(extractors[_function(p, config)], texts[i]),
+            lengths=[len(r.token_ids) for r in sampled[i]], finished=[r.finished for r in sampled[i]],
+        )
+        for i, p in enumerate(own)
+    ]  # fmt: skip
+    joined = world.join(answers)
+    if settings.best_of_n:
+        assert scorer is not None, "evaluation.best_of_n needs a scorer"
+        together = max(1, config.trajectories_per_iteration // (settings.samples * world.size))
+        values = _endogenous(scorer, problems, sampled, together, world)
+        joined = [replace(a, endogenous=v) for a, v in zip(joined, values, strict=True)]
+    return Evaluation(joined, tuple(settings.k))
+
+
+def _responses(
+    rollout: RolloutEngine, problems: list[Problem], config: Config, count: int, temperature: float, seed: int
+) -> list[list[Response]]:
+    if not problems:
+        return []  # more processes than problems
+    return rollout.generate(
+        [p.token_ids for p in problems], responses=count, max_new_tokens=config.rollout.max_new_tokens,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+
+
+def _function(problem: Problem, config: Config) -> str:
+    """The reward function that scores answers to this problem."""
+    return config.reward.function if problem.benchmark is None else config.evaluation.reward
+
+
+@contextmanager
+def _pools(problems: list[Problem], pool: RewardPool, config: Config) -> Iterator[dict[str, RewardPool]]:
+    """The pools for the reward functions of these problems, by function; `pool` is that of reward.function."""
+    needed = {_function(p, config) for p in problems} - {config.reward.function}
+    with ExitStack() as stack:
+        pools = {config.reward.function: pool}
+        for name in needed:
+            own = RewardPool(name, workers=config.reward.workers, timeout=config.reward.timeout)
+            pools[name] = stack.enter_context(own)
+        yield pools
+
+
+def _scored(
+    problems: list[Problem],
+    groups: list[list[Response]],
+    pools: dict[str, RewardPool],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+) -> tuple[list[list[str]], list[list[float | None]]]:
+    """Text and score of each problem's responses."""
+    flat = [(p, r) for p, group in zip(problems, groups, strict=True) for r in group]
+    texts = decode([r for _, r in flat], tokenizer) if flat else []
+    rewards: list[float | None] = [None] * len(flat)
+    for function, pool in pools.items():
+        places = [i for i, (p, _) in enumerate(flat) if _function(p, config) == function]
+        if places:
+            members = [flat[i] for i in places]
+            ids = [r.token_ids for _, r in members]
+            scored = score([p for p, _ in members], [texts[i] for i in places], ids, pool)
+            for i, reward in zip(places, scored.rewards, strict=True):
+                rewards[i] = reward
+    ends = list(accumulate(map(len, groups), initial=0))
+    return [texts[a:b] for a, b in pairwise(ends)], [rewards[a:b] for a, b in pairwise(ends)]
+
+
+def _endogenous(
+    scorer: Scorer, problems: list[Problem], sampled: list[list[Response]], together: int, world: World
+) -> list[list[float]]:
+    """The endogenous rewards of the answers to all problems; `sampled` is this process's share, taken `together` at a
+    time. A forward pass of a model that is spread over the processes needs all of them, whoever generated."""
+    out = []
+    for start in range(0, len(problems), together * world.size):
+        done = start // world.size
+        groups = world.join([[r.token_ids for r in group] for group in sampled[done : done + together]])
+        prompts = [p.token_ids for p in problems[start : start + len(groups)]]
+        values = iter(scorer([(p, r) for p, group in zip(prompts, groups, strict=True) for r in group]))
+        out += [[next(values) for _ in group] for group in groups]
+    return out
+
+
+def _extracted(extractor: Extractor | None, texts: list[str]) -> list[str | None] | None:
+    return None if extractor is None else [extractor(text) for text in texts]
 
 
 def decode(responses: list[Response], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -88,13 +236,21 @@ def score(problems: list[Problem], texts: list[str], token_ids: list[list[int]],
 
 
 def main(config: Config, checkpoint: Path) -> int:
-    """`reval evaluate CHECKPOINT`: answer the held-out problems with a checkpoint and save the answers beside it."""
+    """`reval evaluate CHECKPOINT`: answer the held-out problems and benchmarks with a checkpoint, and save the answers
+    beside it."""
     from .parts import build
 
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint
     config = replace(config, model=replace(config.model, name=str(folder)))
     with build(config) as parts:
-        result = evaluate(parts.rollout, parts.held_out, parts.pool, parts.tokenizer, config)
-    result.save(folder / "evaluation.jsonl")
-    print(json.dumps(result.metrics() | {"problems": len(result.answers), "answers": str(folder / "evaluation.jsonl")}))
+        if not parts.held_out:
+            raise ConfigError("there is nothing to answer: data.held_out is 0 and evaluation.benchmarks is empty")
+        scorer = endogenous_scorer(parts.model, config, parts.world) if config.evaluation.best_of_n else None
+        result = evaluate(
+            parts.rollout, parts.held_out, parts.pool, parts.tokenizer, config, world=parts.world, scorer=scorer
+        )
+        if parts.world.main:
+            path = folder / "evaluation.jsonl"
+            result.save(path)
+            print(json.dumps(result.metrics() | {"problems": len(result.answers), "answers": str(path)}))
     return 0

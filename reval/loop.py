@@ -4,147 +4,147 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from random import Random
 
-import numpy as np
 import torch
 
-from .checkpoint import prepare_folder, save_checkpoint, save_trajectories
+from .checkpoint import find_checkpoint, save_trajectories
 from .config import Config
-from .data import Problem, ProblemSampler
-from .display import Display
-from .engine import Engine, NonFiniteError
+from .engine import NonFiniteError
 from .errors import RunError
-from .evaluate import Evaluation, decode, evaluate, score
+from .evaluate import Evaluation, evaluate
+from .evaluation.endogenous import endogenous_scorer
+from .experience import scored
+from .interrupt import Interruptible
+from .models import log_probs, whole_weights
 from .parts import Parts, build
-from .reference_policy import ReferencePolicy
-from .replay import ReplayBuffer, Trajectory
-from .rewards import RewardError, reward_metrics, shape_rewards
-from .rollout import Response
-from .tracking import Tracker
+from .replay import Trajectory
+from .rewards import RewardError
+from .rollout.probe import choose, mismatch
+from .tracking import check_installed
+from .training_run import TrainingRun, save_checkpoint
 
 
 def train(config: Config) -> dict[str, float]:
     """Train as the settings say, and return the last iteration's metrics.
 
     Writes into `run.dir`: config.yaml, metrics.jsonl, samples.jsonl, evaluations/, tensorboard/, curves.png and
-    checkpoint/, which from_pretrained loads. Ctrl-C saves a checkpoint first.
+    checkpoint/, which from_pretrained loads and `run.resume` goes on from. Ctrl-C ends the run after the iteration it
+    is in, with a checkpoint. Under torchrun every process calls this.
 
     Raises ConfigError for settings that cannot work, before anything is written, and RunError when the loss stops being
     finite (weights untouched, batch saved) or the reward function is broken.
     """
-    with build(config) as parts:
-        folder = prepare_folder(config)
-        with Tracker(folder, config) as tracker, Display(config) as display:
-            try:
-                return _train(config, parts, folder, tracker, display)
-            finally:
-                tracker.plot()
+    check_installed(config)
+    checkpoint = find_checkpoint(config)
+    with build(config, checkpoint) as parts, ExitStack() as stack:
+        run = TrainingRun(config, parts, checkpoint, stack)
+        try:
+            return _train(run, parts)
+        except RewardError as error:
+            where = f"the newest checkpoint is {run.folder / 'checkpoint'}" if run.saved else "nothing was saved yet"
+            raise RunError(f"iteration {run.iteration + 1}: {error}\n{where}") from error
+        except NonFiniteError as error:
+            path = run.folder / f"nonfinite-{run.iteration + 1}.jsonl"
+            if parts.world.main:
+                save_trajectories(path, error.trajectories)
+            raise RunError(
+                f"iteration {run.iteration + 1}: {error}. The weights are as they were and the batch is in {path}. A "
+                "smaller optim.lr or a larger objective.beta usually helps"
+            ) from error
+        finally:
+            run.tracker.plot()
 
 
-def _train(config: Config, parts: Parts, folder: Path, tracker: Tracker, display: Display) -> dict[str, float]:
-    model, rng = parts.model, Random(config.run.seed)
-    problems = ProblemSampler(parts.training, config.run.seed)
-    engine, reference = Engine(model, config), ReferencePolicy(model, config)
-    buffer = ReplayBuffer(config.replay.capacity)
-    before = after = _evaluate(config, parts, display, folder, 0)
-    tracker.evaluated(0, before)
+def _train(run: TrainingRun, parts: Parts) -> dict[str, float]:
+    config, display, tracker = run.config, run.display, run.tracker
+    before, after = _evaluate_first(run, parts), None
     metrics: dict[str, float] = {}
-    iteration = 0
-    try:
-        for iteration in range(1, config.run.iterations + 1):
+    with Interruptible(lambda: display.note("finishing this iteration, then saving; again to stop at once")) as stop:
+        for iteration in range(run.iteration + 1, config.run.iterations + 1):
             clock = Clock()
             with clock("rollout"):
-                prompts = problems.draw(config.rollout.prompts)
-                groups = parts.rollout.generate(
-                    [p.token_ids for p in prompts], responses=config.rollout.responses,
-                    max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature,
-                    seed=(config.run.seed << 32) + iteration,
-                )  # fmt: skip
+                rollouts = run.generation.next(iteration)
             with clock("reward"):
-                fresh, metrics = _scored(config, parts, prompts, groups, iteration, tracker)
-            buffer.add(fresh)
+                fresh, metrics = scored(config, parts, rollouts, iteration, tracker)
+            run.buffer.add(fresh)
             for k in range(config.replay.updates_per_iteration):
-                batch = fresh if k == 0 else buffer.sample(config.replay_batch_size, rng)
+                batch = fresh if k == 0 else run.buffer.sample(config.replay_batch_size, run.rng)
                 if not batch:
                     continue  # no response of this iteration could be scored
                 with clock("reference"):
-                    reference.annotate(batch)
+                    run.reference.annotate(batch)
                 with clock("update"):
-                    tracker.update("reval" if k == 0 else "reval/replay", engine.update(batch))
-            with clock("sync"):
-                parts.rollout.sync(model)
-            if config.reference.reset_every and iteration % config.reference.reset_every == 0:
-                reference.reset(model)
-            metrics |= buffer.metrics(iteration) | {"reference/version": reference.version} | clock.metrics()
+                    tracker.update("reval" if k == 0 else "reval/replay", run.engine.update(batch))
+            if _due(config.reference.reset_every, iteration):
+                run.reference.reset()
+            run.iteration = iteration
+            stopping = any(parts.world.gather(stop.asked))
             last = iteration == config.run.iterations
-            if last or (config.evaluation.every and iteration % config.evaluation.every == 0):
-                after = _evaluate(config, parts, display, folder, iteration)
+            evaluating, saving = _due(config.evaluation.every, iteration) or last, last or stopping
+            saving |= _due(config.run.save_every, iteration)
+            if evaluating or saving or _due(config.rollout.sync_every, iteration):
+                with clock("sync"):
+                    metrics |= _sync(run, parts, fresh)
+            metrics |= run.buffer.metrics(iteration) | {"reference/version": run.reference.version} | clock.metrics()
+            if evaluating:
+                after = _evaluate(run, parts)
                 metrics |= tracker.evaluated(iteration, after)
             metrics = tracker.log(iteration, metrics)
             display.iteration(iteration, metrics)
-            if last or (config.run.save_every and iteration % config.run.save_every == 0):
-                save_checkpoint(folder, iteration, model, parts.tokenizer)
-    except KeyboardInterrupt:
-        save_checkpoint(folder, iteration, model, parts.tokenizer)
-        display.note(f"interrupted in iteration {iteration}; checkpoint saved in {folder / 'checkpoint'}")
-        raise
-    except RewardError as error:
-        save_checkpoint(folder, iteration - 1, model, parts.tokenizer)
-        where = folder / "checkpoint"
-        raise RunError(f"iteration {iteration}: {error}\nThe weights are saved in {where}") from error
-    except NonFiniteError as error:
-        path = save_trajectories(folder / f"nonfinite-{iteration}.jsonl", error.trajectories)
-        raise RunError(
-            f"iteration {iteration}: {error}. The weights are as they were and the batch is in {path}. A smaller "
-            "optim.lr or a larger objective.beta usually helps"
-        ) from error
-    display.results(before, after, folder)
+            if saving:
+                save_checkpoint(run.folder, run, metrics)
+                run.saved = True
+            if stopping and not last:
+                display.note(f"interrupted after iteration {iteration}; go on with --resume auto")
+                raise KeyboardInterrupt
+    display.results(before, after, run.folder)
     return metrics
 
 
-def _scored(
-    config: Config, parts: Parts, prompts: list[Problem], groups: list[list[Response]], iteration: int, tracker: Tracker
-) -> tuple[list[Trajectory], dict[str, float]]:
-    """Trajectories of all responses that could be scored, rewards shaped, and the metrics of the whole."""
-    flat = [(g, p, r) for g, (p, rs) in enumerate(zip(prompts, groups, strict=True)) for r in rs]
-    texts = decode([r for _, _, r in flat], parts.tokenizer)
-    scored = score([p for _, p, _ in flat], texts, [r.token_ids for _, _, r in flat], parts.pool)
-    tracker.samples(iteration, [(p.prompt, t, s) for (_, p, _), t, s in zip(flat, texts, scored.rewards, strict=True)])
-    numbers = [g for g, _, _ in flat]
-    shaped = shape_rewards(scored.rewards, numbers, config.reward.shaping)
-    trajectories = [
-        Trajectory(
-            token_ids=np.array(p.token_ids + r.token_ids),
-            action_mask=np.arange(len(p.token_ids) + len(r.token_ids)) >= len(p.token_ids),
-            reward=reward, score=raw, iteration=iteration, finished=r.finished,
-        )
-        for (_, p, r), reward, raw in zip(flat, shaped, scored.rewards, strict=True)
-        if reward is not None and raw is not None
-    ]  # fmt: skip
-    lengths = [len(r.token_ids) for _, _, r in flat]
-    metrics = reward_metrics(scored.rewards, numbers) | {
-        "reward_timeouts": scored.timeouts,
-        "reward_errors": scored.errors,
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": sum(not r.finished for _, _, r in flat) / len(flat),
-        "num_tokens": sum(lengths),
-    }
-    if scored.first_error:
-        tracker.reward_error(iteration, scored.first_error)
-    return trajectories, metrics
+def _due(every: int, iteration: int) -> bool:
+    return bool(every) and iteration % every == 0
 
 
-def _evaluate(config: Config, parts: Parts, display: Display, folder: Path, iteration: int) -> Evaluation | None:
+def _sync(run: TrainingRun, parts: Parts, fresh: list[Trajectory]) -> dict[str, float]:
+    """Give the rollout engine the policy's weights, and measure whether it then computes what the policy does."""
+    run.generation.sync(whole_weights(parts.model), run.iteration)
+    if parts.rollout.shares_weights or not run.config.rollout.probe_tokens:
+        return {}
+    chosen = choose(
+        [t.token_ids.tolist() for t in fresh], [int(t.action_mask.argmax()) for t in fresh],
+        run.config.rollout.probe_tokens,
+    )  # fmt: skip
+    if not chosen[0]:
+        return {}
+    found = mismatch(parts.rollout, log_probs(parts.model, *chosen, run.config.model), *chosen)
+    worst = parts.world.gather(found)
+    return {name: max(other[name] for other in worst) for name in found}
+
+
+def _evaluate_first(run: TrainingRun, parts: Parts) -> Evaluation | None:
+    """The model's answers before training; a resumed run reads what it answered then."""
+    saved = run.folder / "evaluations" / "iteration-000000.jsonl"
+    if run.iteration and saved.exists():
+        return Evaluation.load(saved)
+    if run.iteration:
+        return None
+    evaluation = _evaluate(run, parts)
+    run.tracker.evaluated(0, evaluation)
+    return evaluation
+
+
+def _evaluate(run: TrainingRun, parts: Parts) -> Evaluation | None:
     if not parts.held_out:
         return None
-    with display.busy("answering the held-out problems"):
-        result = evaluate(parts.rollout, parts.held_out, parts.pool, parts.tokenizer, config)
-    result.save(folder / "evaluations" / f"iteration-{iteration:06d}.jsonl")
+    scorer = endogenous_scorer(parts.model, run.config, parts.world) if run.config.evaluation.best_of_n else None
+    with run.display.busy("answering the held-out problems"):
+        result = evaluate(
+            parts.rollout, parts.held_out, parts.pool, parts.tokenizer, run.config, world=parts.world, scorer=scorer
+        )
+    if parts.world.main:
+        result.save(run.folder / "evaluations" / f"iteration-{run.iteration:06d}.jsonl")
     return result
 
 

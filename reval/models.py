@@ -7,9 +7,11 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -23,8 +25,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .batching import Batch
-from .config import ModelConfig
+from reval_kernels import linear_token_values
+
+from .batching import Batch, collate
+from .config import LoraConfig, ModelConfig
+from .distributed import World
+from .lora import add_adapters, load_adapters, merged
+from .replay import Trajectory
+from .sharding import empty, inside, reshard, shard, whole
+
+Result = TypeVar("Result")
 
 SMOLLM2 = "smollm2-135m-instruct"
 CHAT = (
@@ -49,45 +59,99 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "temperature": self.temperature}
 
 
-def load_model(config: ModelConfig, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    config: ModelConfig, seed: int = 0, lora: LoraConfig | None = None, world: World | None = None,
+    checkpoint: Path | None = None, offload: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
     """The policy, in evaluation mode (no dropout) on its device, and its tokenizer, padding on the left.
+
+    With several processes the main one reads the weights and the others get their slices from it. With a checkpoint the
+    weights are its: all of them, or the adapters'. `offload` keeps what is not being computed with in the CPU's memory.
 
     Raises ValueError when the model's head does something to its logits that ReVal does not know.
     """
-    dtype = getattr(torch, config.dtype)
-    if config.name == "tiny":
-        model, tokenizer = _tiny(seed)
-        model = model.to(dtype)
-    else:
-        path = _smollm2() if config.name == SMOLLM2 else config.name
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=config.attn_implementation)
+    world, lora = world or World(), lora or LoraConfig()
+    name = config.name if checkpoint is None or lora.rank else str(checkpoint)
+    model, tokenizer = _main_first(world, lambda: _load(config, name, seed))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device_of(config.device)).eval()  # type: ignore[arg-type]  # transformers wraps `to` untyped
-    check_head(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # reentrant checkpointing recomputes where FSDP does not see it, with the weights gone
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora.rank:
+        add_adapters(model, lora, seed)
+        if checkpoint is not None:
+            load_adapters(model, checkpoint)
+    device = device_of(config.device)
+    if world.size == 1:
+        model.to("cpu" if offload else device)  # type: ignore[arg-type]  # transformers wraps `to` untyped
+    else:
+        shard(model, world, device, compute_dtype(config), offload=offload)
+    return model.eval(), tokenizer
+
+
+def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = getattr(torch, config.dtype)
+    if name == "tiny":
+        model, tokenizer = _tiny(seed)
+        model = model.to(dtype)
+    else:
+        path = _smollm2() if name == SMOLLM2 else name
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=config.attn_implementation)
+    check_head(model)
     return model, tokenizer
+
+
+def _main_first(
+    world: World, load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load` gives on the main process, and a model of its shape with no weights on the others."""
+    model = tokenizer = error = None
+    if world.main:
+        try:
+            model, tokenizer = load()
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    kind = None if model is None else (type(model), model.config, model.generation_config)
+    error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
+    if kind is None or tokenizer is None:
+        raise ValueError(error)
+    return model or empty(*kind), tokenizer
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """Type that the transformer's layers compute in."""
+    return getattr(torch, config.compute_dtype if config.dtype == "float32" else config.dtype)
+
+
+def with_hidden(
+    model: PreTrainedModel, batch: Batch, config: ModelConfig, function: Callable[[Tensor, Head], Result]
+) -> Result:
+    """function(hidden [B, T, D], head) of the batch's states, where the head's weight is whole."""
+    return inside(model, lambda: function(last_hidden(model, batch, config), head_of(model)))
 
 
 def last_hidden(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
     """Hidden states [B, T, D] of the batch's states, in the type the transformer computes in.
 
-    A prompt that several trajectories share is computed once: its keys and values are repeated for them, and gradients
-    flow back through them.
+    Where batch.share says so, a prompt that several trajectories share is computed once: its keys and values are
+    repeated for them, and gradients flow back through them.
     """
-    bf16 = config.compute_dtype == "bfloat16" and config.dtype != "bfloat16"
+    bf16 = compute_dtype(config) == torch.bfloat16 and config.dtype != "bfloat16"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     body: Any = model.base_model
     prefixes, prefix_mask, of = batch.prefixes, batch.prefix_mask, batch.prefix_of
+    whole = torch.cat([prefixes[of], batch.states], 1)
     attention = torch.cat([prefix_mask[of], batch.state_mask], 1)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    # transformers keeps no cache while it checkpoints activations
-    checkpointing = model.is_gradient_checkpointing and torch.is_grad_enabled()
     with cast:
-        if prefixes.shape[1] and len(prefixes) < len(of) and not checkpointing:
+        if batch.packed:
+            return _packed_hidden(body, whole, attention.bool())[:, prefixes.shape[1] :]
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        # transformers keeps no cache while it checkpoints activations
+        checkpointing = model.is_gradient_checkpointing and torch.is_grad_enabled()
+        if batch.share and not checkpointing:
             cache = body(
                 input_ids=prefixes, attention_mask=prefix_mask, use_cache=True,
                 position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
@@ -98,9 +162,49 @@ def last_hidden(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Te
                     input_ids=batch.states, attention_mask=attention, position_ids=positions[:, prefixes.shape[1] :],
                     past_key_values=cache, use_cache=True,
                 ).last_hidden_state  # fmt: skip
-        whole = torch.cat([prefixes[of], batch.states], 1)
         out = body(input_ids=whole, attention_mask=attention, position_ids=positions, use_cache=False)
     return out.last_hidden_state[:, prefixes.shape[1] :]
+
+
+def _packed_hidden(body: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, S, D] computed on the true tokens alone, joined to one sequence; 0 elsewhere.
+
+    transformers tells the trajectories apart by their positions, which start anew at 0.
+    """
+    positions = (mask.cumsum(1) - 1)[mask]
+    packed = body(input_ids=ids[mask][None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
+    return packed.new_zeros(*mask.shape, packed.shape[-1]).masked_scatter(mask[..., None], packed)
+
+
+@torch.no_grad()
+def log_probs(
+    model: PreTrainedModel, sequences: list[list[int]], starts: list[int], config: ModelConfig
+) -> list[list[float]]:
+    """log pi of each sequence's tokens from its start on, given what precedes them, at temperature 1."""
+    masks = [np.arange(len(ids)) >= start for ids, start in zip(sequences, starts, strict=True)]
+    known = [
+        Trajectory(token_ids=np.array(ids), action_mask=mask, reward=0.0, score=0.0, iteration=0)
+        for ids, mask in zip(sequences, masks, strict=True)
+    ]
+    batch = collate(known, model.device, share=False)
+
+    def values(hidden: Tensor, head: Head) -> Tensor:
+        return linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options()).log_prob
+
+    found = with_hidden(model, batch, config, values)
+    return [row[mask].tolist() for row, mask in zip(found.cpu(), batch.mask.cpu(), strict=True)]
+
+
+def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names as in from_pretrained's files, and whole tensors, one at a time. Every process has to go through them all.
+
+    Tied weights come once, adapters as part of what they adapt.
+    """
+    reshard(model)
+    saved = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in saved and "lora_" not in name:
+            yield name.replace(".base_layer.", "."), merged(model, name, whole(tensor.detach()))
 
 
 def device_of(name: str) -> torch.device:

@@ -1,13 +1,16 @@
-"""curves.png: what happened in a run, in four panels."""
+"""Pictures: what happened in one run, in four panels, and several runs beside each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
 from matplotlib import pyplot  # noqa: E402
+
+from .curves import Curve, curves  # noqa: E402
 
 
 def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tuple[int, float]]) -> None:
@@ -42,3 +45,27 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def compare_runs(
+    path: str | Path, folders: Sequence[str | Path], metrics: Sequence[str] = ("eval/accuracy", "reward"),
+    axis: str = "rollouts",
+) -> list[Curve]:  # fmt: skip
+    """Draw the runs' metrics, a panel each: a line for the mean of the runs that differ in their seed only, and a band
+    from the smallest to the largest of them. Returns what was drawn; see `reval.curves`."""
+    found = curves(folders, metrics, axis)
+    figure, panels = pyplot.subplots(
+        1, len(metrics), figsize=(5.5 * len(metrics), 4), layout="constrained", squeeze=False
+    )
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        for curve in (c for c in found if c.metric == metric):
+            runs = f" ({curve.runs} seeds)" if curve.runs > 1 else ""
+            [line] = axes.plot(curve.x, curve.mean, marker=".", label=curve.label + runs)
+            axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set_title(metric, fontsize=10)
+        axes.set_xlabel(axis, fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return found

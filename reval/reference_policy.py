@@ -1,58 +1,114 @@
-"""The reference policy: a frozen copy of the policy, and what it says about trajectories.
+"""The reference policy: what it is, and what it says about trajectories.
 
 A trajectory keeps V_ref(s_1) and sum log pi_ref, whose sum is the one number that the loss needs (METHOD.md section
 3), with the version of the reference that computed them. A reset makes what is kept stale; it is computed anew when a
-stale trajectory is next drawn.
+stale trajectory is next drawn. While nothing is stale, the reference computes nothing and need not be on the GPU.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reval_kernels import TokenValues, linear_token_values
 
-from .batching import Batch, collate, micro_batches
+from .batching import Batch, MicroBatch, plan
 from .config import Config
-from .models import head_of, last_hidden
+from .distributed import World
+from .lora import reference_adapters, reset_reference_adapters
+from .models import Head, compute_dtype, load_model, with_hidden
 from .objectives import Reference
 from .replay import Trajectory
+from .sharding import copy_weights, empty, shard
 
 
 class ReferencePolicy:
-    """A frozen copy of `model` and its version, which counts resets."""
+    """A frozen copy of `model`, spread as it is; or `model` itself without its adapters. `version` counts resets."""
 
-    def __init__(self, model: PreTrainedModel, config: Config):
-        self.model = copy.deepcopy(model).requires_grad_(False)
+    def __init__(
+        self, model: PreTrainedModel, config: Config, world: World | None = None, checkpoint: Path | None = None
+    ):
         self.version = 0
-        self._config = config
+        self._config, self._world, self._policy = config, world or World(), model
+        self.model: PreTrainedModel | None = None
+        """None where the reference is the policy with other adapters."""
+        if not config.lora.rank:
+            self.model = self._copy() if checkpoint is None else self._saved(checkpoint / "training" / "reference")
+            self.model.requires_grad_(False)
 
-    def reset(self, model: PreTrainedModel) -> None:
-        """Become `model` as it is now."""
-        self.model.load_state_dict(model.state_dict())
+    def _copy(self) -> PreTrainedModel:
+        policy, offload = self._policy, self._config.reference.offload
+        if self._world.size == 1:
+            return copy.deepcopy(policy).to("cpu" if offload else policy.device)  # type: ignore[arg-type]
+        new = empty(type(policy), policy.config, policy.generation_config, policy.dtype)
+        shard(new, self._world, policy.device, compute_dtype(self._config.model), offload=offload)
+        copy_weights(policy, new)
+        return new
+
+    def _saved(self, folder: Path) -> PreTrainedModel:
+        settings = replace(self._config.model, name=str(folder), gradient_checkpointing=False)
+        return load_model(settings, world=self._world, offload=self._config.reference.offload)[0]
+
+    def reset(self) -> None:
+        """Become the policy as it is now."""
+        if self.model is None:
+            reset_reference_adapters(self._policy)
+        else:
+            copy_weights(self._policy, self.model)
         self.version += 1
 
     def annotate(self, trajectories: list[Trajectory]) -> int:
         """Compute what is missing or stale of the reference's view of each; returns how many that were."""
         stale = [t for t in trajectories if t.reference.get("version") != self.version]
-        for part in micro_batches(stale, self._config.optim.micro_batch_tokens):
-            self._annotate([stale[i] for i in part])
+        if not stale:
+            return 0
+        found: dict[int, dict[str, Any]] = {}
+        with self._ready() as model:
+            for micro in plan(stale, self._world, self._policy.device, self._config.optim):
+                found.update(zip(micro.indices, self._views(model, micro), strict=False))
+        for others in self._world.gather(found):
+            for i, view in others.items():
+                stale[i].reference = view
         return len(stale)
 
+    @contextmanager
+    def _ready(self) -> Iterator[PreTrainedModel]:
+        """The model that computes as the reference within the block."""
+        moved = self._config.reference.offload and self._world.size == 1  # FSDP fetches layers one by one itself
+        if self.model is None:
+            with reference_adapters(self._policy, self.version):
+                yield self._policy
+        elif moved:
+            yield self.model.to(self._policy.device)  # type: ignore[arg-type]
+            self.model.to("cpu")  # type: ignore[arg-type]
+        else:
+            yield self.model
+
     @torch.no_grad()
-    def _annotate(self, trajectories: list[Trajectory]) -> None:
-        batch = collate(trajectories, self.model.device)
-        hidden, head = last_hidden(self.model, batch, self._config.model), head_of(self.model)
-        values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
-        v, log_prob = values.v[:, 0].cpu(), values.log_prob.sum(1).cpu()
-        per_token, mask = torch.stack(values[:3], -1).cpu().numpy(), batch.mask.cpu().numpy()
-        for row, t in enumerate(trajectories):
-            t.reference = {"version": self.version, "v": v[row].item(), "log_prob": log_prob[row].item()}
-            if self._config.objective.level != "trajectory":
-                t.reference["values"] = per_token[row][mask[row]]  # [H, 3]: q, v, log_prob
+    def _views(self, model: PreTrainedModel, micro: MicroBatch) -> list[dict[str, Any]]:
+        """What each trajectory keeps."""
+        batch = micro.batch
+
+        def values(hidden: Tensor, head: Head) -> TokenValues:
+            return linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
+
+        out = with_hidden(model, batch, self._config.model, values)
+        v, log_prob = out.v[:, 0].tolist(), out.log_prob.sum(1).tolist()
+        views = [{"version": self.version, "v": a, "log_prob": b} for a, b in zip(v, log_prob, strict=True)]
+        if self._config.objective.level != "trajectory":
+            per_token, mask = torch.stack(out[:3], -1).cpu().numpy(), batch.mask.cpu().numpy()
+            for row, view in enumerate(views):
+                view["values"] = per_token[row][mask[row]]  # [H, 3]: q, v, log_prob
+        return views
 
 
 def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:

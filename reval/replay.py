@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -90,14 +92,43 @@ class ReplayBuffer:
             "buffer/reuse_mean": sum(t.uses for t in self._held) / held,
         }
 
-    def state(self) -> dict[str, Any]:
-        """All that `load_state` needs, oldest trajectory first."""
-        return {"capacity": self.capacity, "added": self.added, "trajectories": list(self._held)}
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that is held, oldest first, as a few flat arrays: what safetensors files hold."""
+        held, found = list(self._held), [t.reference for t in self._held]
+        values = [r["values"] for r in found if "values" in r]
+        return {
+            "added": np.array(self.added),
+            "lengths": np.array([len(t) for t in held], np.int64),
+            "token_ids": np.concatenate([np.empty(0, np.int32), *(t.token_ids for t in held)]),
+            "action_mask": np.concatenate([np.empty(0, bool), *(t.action_mask for t in held)]),
+            "numbers": np.array([[t.reward, t.score] for t in held], np.float64).reshape(-1, 2),
+            "counts": np.array([[t.iteration, t.finished, t.uses] for t in held], np.int64).reshape(-1, 3),
+            "reference_version": np.array([r.get("version", -1) for r in found], np.int64),
+            "reference": np.array([[r.get("v", 0), r.get("log_prob", 0)] for r in found], np.float64).reshape(-1, 2),
+            "has_values": np.array(["values" in r for r in found], bool),
+            "values": np.concatenate([np.empty((0, 3), np.float32), *values]),
+        }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Become the buffer whose state this is; a smaller capacity keeps the newest."""
-        self._held = deque(state["trajectories"], maxlen=self.capacity)
-        self.added = state["added"]
+    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Become the buffer whose arrays these are; a smaller capacity keeps the newest."""
+        ends = arrays["lengths"].cumsum()
+        values_from, held = 0, []
+        for i, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
+            span = slice(end - length, end)
+            (reward, score), (iteration, finished, uses) = arrays["numbers"][i].tolist(), arrays["counts"][i].tolist()
+            t = Trajectory(
+                token_ids=arrays["token_ids"][span], action_mask=arrays["action_mask"][span], reward=reward,
+                score=score, iteration=iteration, finished=bool(finished), uses=uses,
+            )  # fmt: skip
+            if (version := int(arrays["reference_version"][i])) >= 0:
+                v, log_prob = arrays["reference"][i].tolist()
+                t.reference = {"version": version, "v": v, "log_prob": log_prob}
+            if arrays["has_values"][i]:
+                count = int(t.action_mask.sum())
+                t.reference["values"] = arrays["values"][values_from : values_from + count]
+                values_from += count
+            held.append(t)
+        self._held, self.added = deque(held, maxlen=self.capacity), int(arrays["added"])
         self.check()
 
     def check(self) -> None:
@@ -106,3 +137,32 @@ class ReplayBuffer:
         assert len(self._held) <= self.added, "more held than was ever added"
         assert len({id(t) for t in self._held}) == len(self._held), "a trajectory is held twice"
         assert all(t.uses >= 0 for t in self._held), "a negative reuse count"
+
+
+def load_rollouts(path: str, vocabulary: int) -> list[Trajectory]:
+    """Logged rollouts to start a buffer from: a JSON object a line with `prompt_ids`, `response_ids` and `reward` (as
+    the loss shall use it), from any policy: no log-probs are needed.
+
+    Raises ValueError, with the line, for what cannot be read or is no trajectory of this vocabulary.
+    """
+    out = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"replay.preload {path!r} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, response, reward = row["prompt_ids"], row["response_ids"], float(row["reward"])
+            ids = np.array(prompt + response)
+            if ids.dtype.kind != "i" or not ((ids >= 0) & (ids < vocabulary)).all():
+                raise ValueError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
+            mask = np.arange(len(ids)) >= len(prompt)
+            out.append(Trajectory(token_ids=ids, action_mask=mask, reward=reward, score=reward, iteration=0))
+        except KeyError as error:
+            raise ValueError(f"replay.preload {path!r}, line {number}: has no {error}") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"replay.preload {path!r}, line {number}: {error}") from None
+    return out

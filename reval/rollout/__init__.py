@@ -1,11 +1,21 @@
-"""Generating responses: the protocol that every rollout engine implements."""
+"""Generating responses: the protocol that every rollout engine implements, and which one the settings ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from transformers import PreTrainedModel
+from ..config import Config
+from ..errors import RunError
+
+if TYPE_CHECKING:  # so that a server starts without them
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class RolloutError(RunError):
+    """A rollout engine died, hung or cannot do what it was asked. The policy's weights are not affected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +29,14 @@ class Response:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the policy. Token ids go in and come out; nothing is encoded again."""
+    """Samples responses from the policy. Token ids go in and come out; nothing is encoded again.
+
+    An engine answers one call at a time; a call from a second thread waits for the first. Raises RolloutError when it
+    cannot go on.
+    """
+
+    shares_weights: bool
+    """It generates with the policy itself, so there is nothing to sync."""
 
     def generate(
         self, prompts: list[list[int]], *, responses: int, max_new_tokens: int, temperature: float, seed: int
@@ -28,6 +45,51 @@ class RolloutEngine(Protocol):
         weights give the same answers."""
         ...
 
-    def sync(self, model: PreTrainedModel) -> None:
-        """Take over the policy's weights as they are now."""
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the policy's weights: (name in the model's state_dict, whole tensor), one at a time, any dtype.
+
+        The iterable is always consumed to its end and in order, since it may be a collective; a tensor is not used
+        after the next one is asked for. Tied weights may come once or under each name. Raises ValueError when a
+        weight is missing, unknown or of another shape.
+        """
         ...
+
+    def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
+        """log pi(token | what precedes it) of each sequence's tokens from index `start` on, at temperature 1, under
+        the engine's weights and as it generates (its dtype, its caches)."""
+        ...
+
+    def close(self) -> None:
+        """End processes and free memory; a second call does nothing."""
+        ...
+
+
+def make_rollout(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, share: bool = True
+) -> RolloutEngine:
+    """The engine that `rollout.engine` names, for this policy.
+
+    Args:
+        model: the policy as from_pretrained gives it: before LoRA and sharding, unless the hf engine shares it.
+        share: whether the hf engine may generate with `model` itself; False where it will be sharded.
+
+    A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.
+    """
+    import torch
+
+    settings = config.rollout
+    dtype = getattr(torch, config.model.dtype if settings.dtype == "same" else settings.dtype)
+    if settings.engine == "hf":
+        from .hf import HFRollout
+
+        return HFRollout(model, tokenizer, batch_size=settings.batch_size, dtype=dtype, share=share)
+    from .vllm import make_vllm
+
+    return make_vllm(config, model, tokenizer, dtype)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the generation config's and the tokenizer's own."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import Response
+from . import Response, end_tokens
+from .weights import checked, expected_weights
 
 
 class HFRollout:
-    """Generates with `model` itself, or with a copy of it in another dtype.
+    """Generates with `model` itself, or with a copy of it.
 
     Args:
         model: the policy.
         tokenizer: pads on the left.
         batch_size: sequences decoded at once.
-        dtype: of the weights that generate; None shares the policy's own weights.
+        dtype: of the weights that generate; None: the model's.
+        share: generate with the policy's own weights where the dtype allows it. A policy that will be sharded, or
+            trained while this generates, needs False.
     """
 
     def __init__(
@@ -31,18 +35,43 @@ class HFRollout:
         *,
         batch_size: int,
         dtype: torch.dtype | None = None,
+        share: bool = True,
     ):
-        shared = dtype is None or dtype == model.dtype
-        self._model = model if shared else copy.deepcopy(model).requires_grad_(False).to(dtype)  # type: ignore[arg-type]
+        self.shares_weights = share and dtype in (None, model.dtype)
+        self._model = model
+        if not self.shares_weights:
+            copied: Any = copy.deepcopy(model).requires_grad_(False).eval()
+            self._model = copied.to(dtype or model.dtype)
+            self._expected = expected_weights(model)
         self._tokenizer, self._batch_size = tokenizer, batch_size
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self._ends = sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})
+        self._lock = threading.Lock()
+        self._ends = end_tokens(model, tokenizer)
 
-    def sync(self, model: PreTrainedModel) -> None:
-        """Copy the policy's weights, unless they are shared."""
-        if model is not self._model:
-            self._model.load_state_dict(model.state_dict())
+    @torch.no_grad()
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See RolloutEngine.sync. An engine that shares the policy's weights only reads them to their end."""
+        if self.shares_weights:
+            for _ in weights:
+                pass
+            return
+        own = self._model.state_dict()
+        with self._lock, closing(checked(weights, self._expected)) as pairs:
+            for name, weight in pairs:
+                own[name].copy_(weight)
+
+    @torch.no_grad()
+    def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
+        """See RolloutEngine.log_probs."""
+        out = []
+        for ids, start in zip(sequences, starts, strict=True):  # no lock: it only reads
+            tokens = torch.tensor([ids], device=self._model.device)
+            logits = self._model(input_ids=tokens[:, :-1], use_cache=False).logits[0, start - 1 :].float()
+            chosen = tokens[0, start:, None]
+            out.append(logits.log_softmax(-1).gather(-1, chosen)[:, 0].tolist())
+        return out
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     @torch.no_grad()
     def generate(
@@ -52,7 +81,7 @@ class HFRollout:
         group = min(responses, self._batch_size)
         together = max(1, self._batch_size // group)
         out: list[list[Response]] = [[] for _ in prompts]
-        with self._sampling(max_new_tokens, temperature, seed):
+        with self._lock, self._sampling(max_new_tokens, temperature, seed):
             for start in range(0, len(prompts), together):
                 part = prompts[start : start + together]
                 for done in range(0, responses, group):

@@ -1,0 +1,117 @@
+"""Curves of several runs beside each other: mean and spread over the seeds of each setting, at equal rollouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .config import Config, ConfigError, load_config
+from .config_io import show
+
+AXES = {
+    "rollouts": lambda config: config.trajectories_per_iteration,
+    "updates": lambda config: config.replay.updates_per_iteration,
+    "iterations": lambda config: 1,
+}
+"""What an iteration counts for on the x axis."""
+NOT_THE_METHOD = ("tracking", "distributed", "run")
+"""Sections that say where and how a run ran; run.iterations apart, settings of these do not make it another one."""
+
+
+class Curve(NamedTuple):
+    """One metric of the runs that share their settings."""
+
+    label: str
+    metric: str
+    runs: int
+    x: list[int]
+    mean: list[float]
+    low: list[float]
+    """The smallest of the runs; `high` the largest."""
+    high: list[float]
+
+
+def curves(folders: Sequence[str | Path], metrics: Sequence[str], axis: str = "rollouts") -> list[Curve]:
+    """Curves of `metrics` (names in metrics.jsonl) for each group of runs that differ in their seed only.
+
+    A group's curve has the points that all its runs have, so the shortest run ends it. The evaluation before training
+    is the point at 0.
+
+    Raises ConfigError for a folder that holds no run, and for a metric that a run does not have.
+    """
+    if axis not in AXES:
+        raise ConfigError(f"axis must be one of {', '.join(AXES)}; got {axis!r}")
+    runs = [Path(folder) for folder in folders]
+    configs = [_config(run) for run in runs]
+    groups: dict[str, list[int]] = {}
+    for i, label in enumerate(_labels(configs)):
+        groups.setdefault(label, []).append(i)
+    return [
+        _curve(label, metric, [_points(runs[i], metric, AXES[axis](configs[i])) for i in members])
+        for metric in metrics
+        for label, members in groups.items()
+    ]
+
+
+def table(found: Sequence[Curve]) -> str:
+    """Where each curve ends and its best point, one line each: mean (smallest to largest)."""
+    width = max(len(curve.label) for curve in found)
+    lines = []
+    for curve in found:
+        best = max(range(len(curve.x)), key=lambda i: curve.mean[i])
+        points = (("last", len(curve.x) - 1), ("best", best))
+        ends = [f"{name} {_numbers(curve, i)} at {curve.x[i]}" for name, i in points]
+        lines.append(f"{curve.metric}  {curve.label:<{width}}  {curve.runs} runs  {'  '.join(ends)}")
+    return "\n".join(lines)
+
+
+def _numbers(curve: Curve, i: int) -> str:
+    spread = f" ({curve.low[i]:.3f} to {curve.high[i]:.3f})" if curve.runs > 1 else ""
+    return f"{curve.mean[i]:.3f}{spread}"
+
+
+def _config(run: Path) -> Config:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"'{run}' is not a run folder: it has no config.yaml")
+    return load_config([path])
+
+
+def _labels(configs: list[Config]) -> list[str]:
+    """For each run the settings in which the runs differ, seeds and places apart."""
+    flat = [
+        {f"{section}.{name}": show(value) for section, own in c.to_dict().items() for name, value in own.items()}
+        for c in configs
+    ]
+    names = [n for n in flat[0] if n.partition(".")[0] not in NOT_THE_METHOD or n == "run.iterations"]
+    varying = [name for name in names if len({settings[name] for settings in flat}) > 1]
+    return [", ".join(f"{name}={settings[name]}" for name in varying) or "all runs" for settings in flat]
+
+
+def _points(run: Path, metric: str, per_iteration: int) -> dict[int, float]:
+    """The metric at each x where the run has it."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    points = {row["iteration"] * per_iteration: float(row[metric]) for row in rows if metric in row}
+    before = run / "evaluations" / "iteration-000000.jsonl"
+    if metric.startswith("eval/") and before.is_file():
+        from .evaluate import Evaluation
+
+        first = Evaluation.load(before).metrics()
+        points |= {0: first[metric]} if metric in first else {}
+    if not points:
+        known = ", ".join(sorted({name for row in rows for name in row})) or "no iteration"
+        raise ConfigError(f"'{path}' has no metric {metric!r}; it has {known}")
+    return dict(sorted(points.items()))
+
+
+def _curve(label: str, metric: str, runs: list[dict[int, float]]) -> Curve:
+    x = [at for at in runs[0] if all(at in run for run in runs)]
+    if not x:
+        raise ConfigError(f"the runs with {label} have no point of {metric!r} in common")
+    values = [[run[at] for run in runs] for at in x]
+    mean = [sum(v) / len(v) for v in values]
+    return Curve(label, metric, len(runs), x, mean, [min(v) for v in values], [max(v) for v in values])

@@ -1,0 +1,236 @@
+"""How much memory a run needs per GPU, and how many tokens it generates, from the settings alone.
+
+An estimate before anything is loaded: it imports nothing heavy, so that `--dry-run` answers at once on any machine.
+GiB are 2^30 bytes. Assumptions:
+
+- The transformer is a Llama or a Qwen: grouped-query attention, gated MLP, RMS norms. Its shape comes from a table of
+  known names or from the config.json of a local folder; attention never stores a score per pair of tokens (sdpa,
+  flash attention).
+- Several GPUs: FSDP2 keeps 1/N of parameters, gradients, Adam's two means and the reference on each. What lies outside
+  the layers (embedding, head) is whole during a micro-batch, with its gradient, and so are two layers at a time.
+- One GPU with model.compute_dtype unlike model.dtype: autocast keeps a cast copy of all weights during a micro-batch.
+- The head's logits never exist as a whole: a gradient works on chunks of at most 2^28 logits, 6 bytes each.
+- What CUDA, NCCL and a fragmented allocator take (1 to 3 GiB) is not in the sum.
+
+Tokens are upper bounds: every response counted at rollout.max_new_tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from reval.config import Config
+
+GIB = 1 << 30
+PROMPT = 512  # tokens of a prompt, for the rollout's cache
+CHUNK = 1 << 28  # logits at once where there is a gradient: reval_kernels/backends/triton/linear.py
+BENCHMARK_SIZES = {
+    "aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 674, "gpqa": 198,
+    "champ": 85,
+}  # fmt: skip
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the size of a Llama or Qwen follows from. Letters in the formulas: D width, I intermediate, V vocabulary."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(in, out) of a layer's matrices: q, k, v, o, gate, up, down."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        d, i = self.hidden, self.intermediate
+        return [(d, q), (d, kv), (d, kv), (q, d), (d, i), (d, i), (i, d)]
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        small = 2 * self.hidden + (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        return sum(a * b for a, b in self.linears) + small
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside the layers: embedding, head and the last norm."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.outside
+
+    def activations(self, compute: int, autocast: bool) -> int:
+        """Bytes that one layer keeps for its backward pass, per token: both norms with the residual stream, q, k, v
+        and the attention's output, and four of the MLP's width. Measured in tests/reval/test_estimate.py."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        norms = (24 if autocast else 14 if compute == 2 else 16) * self.hidden
+        return norms + compute * (3 * q + 2 * kv + 4 * self.intermediate)
+
+
+def _qwen2(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
+) -> Shape:
+    return Shape(
+        hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads,
+        head_dim=hidden // heads, vocabulary=vocabulary, tied=tied, qkv_bias=True,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny": Shape(
+        hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=102, tied=True
+    ),
+    "smollm2-135m-instruct": Shape(
+        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocabulary=49152, tied=True
+    ),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151936, tied=False),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
+    "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, 14, 2, 151936, tied=True),
+    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151936, tied=True),
+    "Qwen/Qwen2.5-Math-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151936, tied=True),
+    "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
+    "Qwen/Qwen2.5-Math-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
+}
+
+
+def shape_of(name: str) -> Shape | None:
+    """The shape of a known model or of a local folder's; None where neither says."""
+    path = Path(name) / "config.json"
+    if name in SHAPES or not path.is_file():
+        return SHAPES.get(name) or SHAPES.get(name.removesuffix("-Instruct"))
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = settings.get("text_config") or settings
+    kind = settings.get("model_type", "")
+    try:
+        heads = settings["num_attention_heads"]
+        return Shape(
+            hidden=settings["hidden_size"], intermediate=settings["intermediate_size"],
+            layers=settings["num_hidden_layers"], heads=heads, kv_heads=settings.get("num_key_value_heads") or heads,
+            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads, vocabulary=settings["vocab_size"],
+            tied=bool(settings.get("tie_word_embeddings", False)),
+            qkv_bias=bool(settings.get("attention_bias", kind == "qwen2")), qk_norm=kind.startswith("qwen3"),
+        )  # fmt: skip
+    except KeyError:  # not a transformer of that kind
+        return None
+
+
+def memory(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
+    """What takes memory on each GPU, and how many bytes of it."""
+    model, lora = config.model, config.lora.rank
+    width, compute = BYTES[model.dtype], BYTES[model.compute_dtype if model.dtype == "float32" else model.dtype]
+    spread = f", 1/{gpus} each" if gpus > 1 else ""
+    trained = shape.parameters if not lora else shape.layers * sum(lora * (a + b) for a, b in shape.linears)
+    yield f"parameters ({model.dtype}{spread})", shape.parameters * width / gpus
+    yield f"gradients{f' of the adapters (rank {lora})' if lora else ''}{spread}", trained * width / gpus
+    yield f"Adam's two means{spread}", 2 * trained * width / gpus
+    if lora:
+        yield "reference: the base without adapters", 0.0
+    elif config.reference.offload:
+        yield "reference: in the CPU's memory", 0.0
+    else:
+        yield f"reference ({model.dtype}{spread})", shape.parameters * width / gpus
+    head = shape.vocabulary * shape.hidden
+    if gpus > 1:
+        yield "embedding and head whole, with their gradient", shape.outside * width * (1 if lora else 2)
+        yield "two layers whole, with one's gradient", 3 * shape.layer * compute
+    elif compute != width:
+        yield f"weights cast to {model.compute_dtype} by autocast", shape.parameters * compute
+    if not lora and gpus == 1:
+        yield "gradient of the head in fp32 while it is summed", head * 4
+    yield from _activations(config, shape, compute, autocast=gpus == 1 and compute != width)
+    yield from _rollout(config, shape, gpus)
+
+
+def _activations(config: Config, shape: Shape, compute: int, autocast: bool) -> Iterator[tuple[str, float]]:
+    longest = config.rollout.max_new_tokens + PROMPT
+    batch = max(config.trajectories_per_iteration, config.replay_batch_size) * longest
+    tokens = min(max(config.optim.micro_batch_tokens, longest), batch)
+    layer = tokens * shape.activations(compute, autocast)
+    if config.model.gradient_checkpointing:
+        kept = tokens * shape.layers * shape.hidden * (4 if autocast else compute)
+        yield f"activations of {tokens} tokens, checkpointed, and one layer's", kept + layer
+    else:
+        yield f"activations of {tokens} tokens", shape.layers * layer
+    yield "logits: a chunk and its gradient", 6.0 * min(CHUNK, tokens * shape.vocabulary)
+    yield "last hidden states and their gradient", 2.0 * tokens * shape.hidden * 4
+
+
+def _rollout(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
+    rollout = config.rollout
+    if rollout.engine != "hf":
+        return  # a share of the GPU of its own: see report
+    dtype = config.model.dtype if rollout.dtype == "same" else rollout.dtype
+    if gpus == 1 and dtype == config.model.dtype and not rollout.ahead and rollout.sync_every == 1:
+        yield "rollout: the policy's own weights", 0.0
+    else:
+        yield f"rollout: a copy of the weights ({dtype})", shape.parameters * BYTES[dtype]
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]  # keys and values of a token
+    sequences = min(rollout.batch_size, -(-config.trajectories_per_iteration // gpus))
+    length = rollout.max_new_tokens + PROMPT
+    yield f"rollout: cache of {sequences} x {length} tokens", float(sequences * length * cache)
+
+
+def tokens(config: Config) -> Iterator[str]:
+    """Lines on what is generated over the run, at most."""
+    longest, run = config.rollout.max_new_tokens, config.run
+    training = run.iterations * config.trajectories_per_iteration
+    yield (
+        f"training: at most {_count(training * longest)} tokens ({run.iterations} iterations x {config.rollout.prompts}"
+        f" prompts x {config.rollout.responses} responses x {longest} tokens)"
+    )
+    evaluation = config.evaluation
+    times = 1 + (run.iterations // evaluation.every if evaluation.every else 0)
+    times += not evaluation.every or run.iterations % evaluation.every != 0  # always one at the end
+    sizes = [config.data.held_out if config.data.held_out_path is None else None]
+    sizes += [BENCHMARK_SIZES.get(name) for name in evaluation.benchmarks]
+    limited = [n if n is None or evaluation.problems is None else min(n, evaluation.problems) for n in sizes]
+    problems, answers = sum(n or 0 for n in limited), evaluation.samples + evaluation.greedy
+    unknown = " and the problems of files of your own" if None in sizes else ""
+    yield "evaluation: nothing to answer" if not any(sizes) and None not in sizes else (
+        f"evaluation: at most {_count(times * problems * answers * longest)} tokens ({times} times {problems} problems"
+        f"{unknown} x {answers} answers x {longest} tokens)"
+    )
+    updates = config.updates
+    yield f"updates: {updates} ({config.replay.updates_per_iteration} an iteration)"
+
+
+def report(config: Config, gpus: int) -> str:
+    """The estimate as lines of YAML comments."""
+    lines = [f"An estimate for {gpus} GPU{'s' if gpus > 1 else ''} (reval/estimate.py says what it assumes)."]
+    shape = shape_of(config.model.name)
+    if shape is None:
+        lines.append(
+            f"Memory: unknown, since {config.model.name!r} is neither a local folder with the config.json of a Llama "
+            f"or Qwen nor one of {', '.join(SHAPES)}."
+        )
+    else:
+        parts = list(memory(config, shape, gpus))
+        lines.append(f"Memory per GPU in GiB, for {_count(shape.parameters)} parameters:")
+        lines += [f"{size / GIB:8.2f}  {what}" for what, size in parts]
+        total = sum(size for _, size in parts) / GIB
+        lines.append(f"{total:8.2f}  together")
+        if config.rollout.engine == "vllm":
+            share = config.rollout.vllm_gpu_memory
+            needed = f"; {total / (1 - share):.0f} GiB hold both" if share < 1 else ""
+            lines.append(f"          vLLM takes {share:.0%} of the GPU it runs on (rollout.vllm_gpu_memory){needed}")
+    return "".join(f"# {line}\n" for line in (*lines, *tokens(config)))
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"

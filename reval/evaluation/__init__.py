@@ -1,0 +1,1 @@
+"""What `reval evaluate` measures beside accuracy: estimators, benchmarks, and the comparison of two runs."""

@@ -1,0 +1,54 @@
+"""The endogenous reward of a response, which ranks the answers for best@k.
+
+With the policy's own logits as Q, e_h = Q(s_h, a_h) - V(s_{h+1}) (arXiv 2506.23235; METHOD.md section 2 with the policy
+in the reference's place). The sum over a response telescopes to V(s_1) + sum_h log pi(a_h|s_h). Among the answers to
+one problem V(s_1) is the same, so the ranking is that of their log-probability; across problems it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reval_kernels import linear_token_values
+
+from ..batching import plan
+from ..config import Config
+from ..distributed import World
+from ..models import Head, with_hidden
+from ..replay import Trajectory
+
+Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
+"""(prompt, response) pairs of token ids, the same on every process -> each response's sum of endogenous rewards."""
+
+
+def endogenous_scorer(model: PreTrainedModel, config: Config, world: World | None = None) -> Scorer:
+    """A Scorer that asks `model`, at temperature 1, in micro-batches of optim.micro_batch_tokens and, where there are
+    several processes, each its share of them. The logits are never formed."""
+    world = world or World()
+
+    @torch.no_grad()
+    def scores(pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        trajectories = [_trajectory(*pair) for pair in pairs]
+        found: dict[int, float] = {}
+        for micro in plan(trajectories, world, model.device, config.optim) if trajectories else ():
+            batch = micro.batch
+
+            def sums(hidden: Tensor, head: Head, batch=batch) -> Tensor:
+                values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
+                return values.v[:, 0] + values.log_prob.sum(1)
+
+            found.update(zip(micro.indices, with_hidden(model, batch, config.model, sums).tolist(), strict=False))
+        everyone = {i: value for own in world.gather(found) for i, value in own.items()}
+        return [everyone[i] for i in range(len(pairs))]
+
+    return scores
+
+
+def _trajectory(prompt: list[int], response: list[int]) -> Trajectory:
+    ids = np.array([*prompt, *response])
+    return Trajectory(token_ids=ids, action_mask=np.arange(len(ids)) >= len(prompt), reward=0.0, score=0.0, iteration=0)

@@ -1,0 +1,38 @@
+"""The README.md of a checkpoint: what the model is, how it was trained, what it reached."""
+
+from __future__ import annotations
+
+import yaml
+
+from . import __version__
+from .config import Config
+
+
+def model_card(config: Config, iteration: int, metrics: dict[str, float]) -> str:
+    """Markdown, with the header that the Hugging Face hub reads."""
+    header = {
+        "library_name": "transformers",
+        "base_model": config.model.name,
+        "pipeline_tag": "text-generation",
+        "tags": ["reval", "reinforcement-learning", config.objective.name],
+    }
+    shown = [name for name in sorted(metrics) if name.startswith(("eval/", "reward")) or name == "num_tokens"]
+    rows = "\n".join(f"| {name} | {metrics[name]:.6g} |" for name in shown)
+    data = config.data.name if config.data.path is None else config.data.path
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+# {config.model.name}, trained with ReVal
+
+`{config.model.name}` after {iteration} of {config.run.iterations} iterations of value-based, off-policy reinforcement
+learning (objective `{config.objective.name}`, [arXiv 2603.23355](https://arxiv.org/abs/2603.23355)) on `{data}` with
+the reward `{config.reward.function}`; made by reval {__version__}. Every setting is in `config.yaml`.
+
+{config.rollout.prompts} prompts x {config.rollout.responses} responses an iteration,
+{config.replay.updates_per_iteration} updates each, beta {config.objective.beta:g}, learning rate {config.optim.lr:g}.
+
+| metric, in iteration {iteration} | |
+|---|---|
+{rows}
+
+The folder is what `from_pretrained` loads; `training/` is what `reval train --resume` needs, and may be deleted.
+"""

@@ -1,0 +1,110 @@
+"""A rollout engine in a process of its own: `python -m reval.rollout.server SOCKET WEIGHTS`, started by client.py.
+
+SOCKET and WEIGHTS are file descriptors that the trainer opened: a socket for requests, and memory that both processes
+map for weights. Requests and replies are JSON behind their length. The process ends with the trainer: when the socket
+closes, and, even in the middle of generating, when the trainer is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import astuple
+from importlib import import_module
+from typing import Any
+
+LENGTH = struct.Struct("<Q")
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    """One message; TimeoutError when the peer takes none of it for the socket's timeout."""
+    data = json.dumps(message).encode()
+    connection.sendall(LENGTH.pack(len(data)) + data)
+
+
+def receive(connection: socket.socket, waiting: Callable[[], None] = lambda: None) -> Any:
+    """One message. `waiting` is called whenever the socket's timeout passes without data, and may raise; EOFError when
+    the peer is gone."""
+    [length] = LENGTH.unpack(_exactly(connection, LENGTH.size, waiting))
+    return json.loads(_exactly(connection, length, waiting))
+
+
+def _exactly(connection: socket.socket, count: int, waiting: Callable[[], None]) -> bytes:
+    parts = []
+    while count:
+        try:
+            part = connection.recv(min(count, 1 << 20))
+        except TimeoutError:
+            waiting()
+            continue
+        if not part:
+            raise EOFError
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def serve(connection: socket.socket, weights_fd: int) -> None:
+    """Make the engine that the first request names, then answer requests until the trainer closes the socket."""
+    try:
+        spec = receive(connection)
+        module, _, name = spec["factory"].partition(":")
+        engine = getattr(import_module(module), name)(**spec["arguments"])
+    except EOFError:
+        return
+    except Exception as error:
+        send(connection, _failure(error))
+        return
+    send(connection, {"result": os.getpid()})
+    while True:
+        try:
+            request = receive(connection)
+        except (EOFError, ConnectionError):
+            return
+        try:
+            reply = {"result": _answer(engine, weights_fd, request["call"], request["arguments"])}
+        except Exception as error:
+            reply = _failure(error)
+        send(connection, reply)
+
+
+def _answer(engine: Any, weights_fd: int, call: str, arguments: dict[str, Any]) -> Any:
+    if call == "generate":
+        return [[astuple(r) for r in group] for group in engine.generate(**arguments)]
+    if call == "load":  # a path, because the engine's own worker processes open it too
+        return engine.load(f"/proc/{os.getpid()}/fd/{weights_fd}", **arguments)
+    return engine.log_probs(**arguments)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    traceback.print_exc()
+    return {"error": f"{type(error).__name__}: {error}", "text": str(error), "usage": isinstance(error, ValueError)}
+
+
+def _end_with(parent: int) -> None:
+    """End this process and those it started once the trainer is gone, whatever they are doing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    connection_fd, weights_fd, parent = map(int, sys.argv[1:])
+    for fd in (connection_fd, weights_fd):
+        os.set_inheritable(fd, False)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with socket.socket(fileno=connection_fd) as connection:
+        serve(connection, weights_fd)
+    os._exit(0)  # engines leave threads and processes behind; the trainer ends the rest of the group
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Rollouts by vLLM, in this process (colocated) or in one of its own (server.py).
+
+The engine starts with random weights: it is given the model's config and nothing else, and takes its weights from
+`sync`, always. So whatever is trained, from whatever checkpoint, is what generates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import Config
+from . import Response, RolloutEngine, RolloutError, end_tokens
+from .vllm_worker import TRIED
+from .weights import Expected, Index, checked, expected_weights
+
+INSTALL = "pip install vllm on a machine with GPUs, `make test-vllm` for a CPU (docs/rollouts.md)"
+# before vllm is imported; what the user has set stays
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in the process that asked for it
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings on taking weights are checked in vllm_worker.py
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding threads to cores would bind the trainer's too
+}
+
+
+def make_vllm(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> RolloutEngine:
+    """The vllm engine that the settings ask for; ValueError when it cannot be had here."""
+    settings = config.rollout
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"rollout.engine=vllm needs the package vllm, which is not installed: {INSTALL}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.vllm_mode == "colocated" and world > 1:
+        raise ValueError(
+            f"rollout.vllm_mode must be server when {world} processes train: vLLM would take over their process group"
+        )
+    if settings.vllm_mode == "colocated" and settings.vllm_devices is not None:
+        raise ValueError(
+            "rollout.vllm_devices must be null with rollout.vllm_mode=colocated, which uses this process's own GPU; "
+            f"got {settings.vllm_devices!r}"
+        )
+    devices, tensor_parallel = engine_devices(settings.vllm_devices, model.device.index, os.environ)
+    folder = tempfile.TemporaryDirectory(prefix="reval-vllm-")
+    model.config.save_pretrained(folder.name)
+    expected = expected_weights(model)
+    arguments: dict[str, Any] = {
+        "folder": folder.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ends": end_tokens(model, tokenizer),
+        "batch_size": settings.batch_size,
+        "gpu_memory": settings.vllm_gpu_memory,
+        "options": settings.vllm_options | {"tensor_parallel_size": tensor_parallel},
+    }
+    if settings.vllm_mode == "colocated":
+        with folder:
+            return VLLMRollout(**arguments, expected=expected)
+    from .client import ServerRollout
+
+    threads = {"OMP_NUM_THREADS": str(config.run.threads)} if config.run.threads else {}
+    with folder:
+        return ServerRollout(
+            "reval.rollout.vllm:VLLMRollout", arguments, expected=expected, dtype=dtype, timeout=settings.timeout,
+            environment=threads | devices,
+        )  # fmt: skip
+
+
+def engine_devices(devices: str | None, gpu: int | None, environment: Mapping[str, str]) -> tuple[dict[str, str], int]:
+    """Which GPUs this training process's engine sees, and over how many it is spread.
+
+    Args:
+        devices: rollout.vllm_devices.
+        gpu: index of the GPU that the policy is on, where it names one.
+        environment: torchrun's variables, and CUDA_VISIBLE_DEVICES.
+    """
+    rank, world = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if devices is None:
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        own = rank if gpu is None else gpu
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[own] if visible else str(own)}, 1
+    given = devices.split(",")
+    share, rest = divmod(len(given), world)
+    if rest:
+        raise ValueError(
+            f"rollout.vllm_devices must hold a multiple of {world} GPUs, the number of training processes on this "
+            f"machine; got {len(given)} ({devices})"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(given[rank * share : (rank + 1) * share])}, share
+
+
+class VLLMRollout:
+    """vLLM's engine in this process.
+
+    Args:
+        folder: holds the model's config.json; nothing else is read.
+        dtype: of the weights, as torch names it.
+        ends: tokens that end a response.
+        batch_size: sequences decoded at once.
+        gpu_memory: part of the GPU's memory to take.
+        options: more arguments of vllm.LLM.
+        expected: what `sync` must bring; None only where the sender has checked it.
+    """
+
+    shares_weights = False
+
+    def __init__(
+        self, folder: str, *, dtype: str, ends: list[int], batch_size: int, gpu_memory: float,
+        options: dict[str, Any], expected: Expected | None = None,
+    ):  # fmt: skip
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import vllm
+        from vllm.platforms import current_platform
+
+        _check_version(vllm.__version__)
+        if current_platform.is_cpu():
+            # compiling gains nothing there. A prompt taken in parts would have to rewind its response's generator, which
+            # a CPU's cannot ("CPU Generator does not use offset"). The default cache is half of the memory.
+            options = {"enforce_eager": True, "enable_chunked_prefill": False} | options
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        self._dtype, self._ends, self._expected = dtype, ends, expected
+        self._synced = False
+        self._lock = threading.RLock()
+        self._vllm = vllm
+        self._llm = vllm.LLM(
+            **{"seed": 0} | options, model=folder, skip_tokenizer_init=True, dtype=dtype, load_format="dummy",
+            generation_config="vllm", logprobs_mode="raw_logprobs", max_num_seqs=batch_size,
+            gpu_memory_utilization=gpu_memory, worker_extension_cls="reval.rollout.vllm_worker.SyncExtension",
+        )  # fmt: skip
+        self._context = self._llm.model_config.max_model_len
+
+    def generate(
+        self, prompts: list[list[int]], *, responses: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[Response]]:
+        """See RolloutEngine.generate."""
+        longest = max((len(p) for p in prompts), default=0)
+        if longest + max_new_tokens > self._context:
+            raise ValueError(
+                f"a prompt of {longest} tokens and rollout.max_new_tokens={max_new_tokens} exceed the {self._context} "
+                "tokens that vLLM was started for; raise rollout.vllm_options.max_model_len"
+            )
+        params = [
+            self._vllm.SamplingParams(
+                temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=self._ends, detokenize=False,
+                seed=request_seed(seed, i, j),
+            )
+            for i in range(len(prompts))
+            for j in range(responses)
+        ]  # fmt: skip
+        flat = [self._response(o) for o in self._run([p for p in prompts for _ in range(responses)], params)]
+        return [flat[i * responses : (i + 1) * responses] for i in range(len(prompts))]
+
+    def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
+        """See RolloutEngine.log_probs. One request a token, which may only answer with that token: so it goes through
+        the prefix cache and the sampler as generating does (vLLM's prompt_logprobs would go around the cache)."""
+        where = [(ids, i) for ids, start in zip(sequences, starts, strict=True) for i in range(start, len(ids))]
+        params = [
+            self._vllm.SamplingParams(
+                temperature=0.0, max_tokens=1, logprobs=0, allowed_token_ids=[ids[i]], detokenize=False
+            )
+            for ids, i in where
+        ]  # fmt: skip
+        outputs = self._run([ids[:i] for ids, i in where], params)
+        flat = [o.outputs[0].logprobs[0][ids[i]].logprob for o, (ids, i) in zip(outputs, where, strict=True)]
+        values = iter(flat)
+        return [[next(values) for _ in ids[start:]] for ids, start in zip(sequences, starts, strict=True)]
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See RolloutEngine.sync."""
+        assert self._expected is not None, "only the sender of load() checks the weights"
+        dtype = getattr(torch, self._dtype)
+        with self._lock, closing(checked(weights, self._expected)) as pairs:
+            # vLLM keeps what it is given until a layer is complete, and the caller may reuse its memory
+            self._take("reval_reload", ((name, w.detach().to(dtype, copy=True)) for name, w in pairs))
+
+    def load(self, path: str, index: Index) -> None:
+        """Take the weights from a file that `write_weights` wrote."""
+        self._take("reval_load", path, index, self._dtype)
+
+    def close(self) -> None:
+        """Free the engine; a second call does nothing."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def _take(self, method: str, *args: Any) -> None:
+        self._synced = False  # an error leaves a mixture of old and new
+        try:
+            self._llm.collective_rpc(method, args=args)
+        except RuntimeError as error:
+            raise RolloutError(f"vLLM could not take the weights: {error}") from error
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM did not reset its prefix cache, which now holds keys and values of old weights")
+        self._synced = True
+
+    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
+        if not self._synced:
+            raise RolloutError("the vllm engine has no weights: it takes them from sync(), which must come first")
+        if not prompts:
+            return []
+        with self._lock:
+            return self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+    def _response(self, output: Any) -> Response:
+        [completion] = output.outputs
+        ids, reason = list(completion.token_ids), completion.finish_reason
+        if reason not in ("stop", "length") or not ids:
+            raise RolloutError(f"vLLM ended a response of {len(ids)} tokens with finish_reason={reason!r}")
+        return Response(ids, finished=reason == "stop")
+
+
+def request_seed(seed: int, prompt: int, response: int) -> int:
+    """The seed of one response: 63 bits that share nothing with its neighbours'."""
+    digest = hashlib.blake2b(f"{seed} {prompt} {response}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _check_version(found: str) -> None:
+    """Refuse a vLLM too old for vllm_worker.py; one that nobody has tried may work, and the probe shows whether."""
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if (major, minor) < TRIED:
+        raise ValueError(f"rollout.engine=vllm needs vllm {TRIED[0]}.{TRIED[1]} or newer; installed is {found}")
+    if (major, minor) > TRIED:
+        warnings.warn(
+            f"vllm {found} is newer than the version whose weight sync was tried ({TRIED[0]}.{TRIED[1]}): watch "
+            "rollout/mismatch_max, docs/rollouts.md says what is normal",
+            stacklevel=2,
+        )
