@@ -58,7 +58,7 @@ def plan(trajectories: list[Trajectory], world: World, device: torch.device, con
     parts = [[own[i] for i in part] for part in micro_batches([trajectories[i] for i in own], config)]
     parts += [[]] * (max(world.gather(len(parts))) - len(parts))
     # FSDP frees a layer's weights after its backward, and a shared prompt's keys would need them again
-    share = world.size == 1 and not config.packing
+    share = world.size == 1
     members = [[trajectories[i] for i in part or [0]] for part in parts]
     return [
         MicroBatch(part, these, collate(these, device, share=share, packed=config.packing))
@@ -94,7 +94,7 @@ def collate(
     mask, _ = _pad([t.action_mask[n + 1 :] for t, n in zip(trajectories, starts, strict=True)])
     rewards = np.array([t.reward for t in trajectories], np.float32)
     arrays = (prefixes, prefix_mask, np.array(prefix_of), states, state_mask, actions, mask.astype(bool), rewards)
-    share = share and prefixes.shape[1] > 0 and len(prompts) < len(trajectories)
+    share = share and not packed and prefixes.shape[1] > 0 and len(prompts) < len(trajectories)
     return Batch._make([*(torch.from_numpy(x).to(device) for x in arrays), share, packed])
 
 

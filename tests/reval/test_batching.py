@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import random_trajectories
 
-from reval.batching import collate, micro_batches
-from reval.config import ModelConfig
-from reval.models import last_hidden
+from reval.batching import collate, micro_batches, plan
+from reval.config import ModelConfig, OptimConfig
+from reval.distributed import World
+from reval.models import last_hidden, load_model
 from reval.replay import Trajectory
 
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def test_states_line_up_with_the_token_that_follows(trajectories):
 @pytest.mark.parametrize("budget", [1, 17, 40, 10_000])
 def test_micro_batches_cover_all_once_and_keep_the_budget(budget):
     members = groups(5, 4)
-    parts = list(micro_batches(members, budget))
+    parts = list(micro_batches(members, OptimConfig(micro_batch_tokens=budget)))
     assert sorted(i for part in parts for i in part) == list(range(20))
     for part in parts:
         batch = collate([members[i] for i in part], CPU)
@@ -52,7 +54,7 @@ def test_micro_batches_cover_all_once_and_keep_the_budget(budget):
 
 def test_micro_batches_keep_the_responses_to_a_prompt_together():
     members = groups(5, 4)
-    split = [{members[i].prefix.tobytes() for i in part} for part in micro_batches(members, 60)]
+    split = [{members[i].prefix.tobytes() for i in part} for part in micro_batches(members, OptimConfig(micro_batch_tokens=60))]
     assert len(split) > 1 and sum(map(len, split)) < 5 + len(split)
 
 
@@ -79,3 +81,60 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(tiny):
         (alone * weights[row, :n] * batch.mask[row, :n, None]).sum().backward()
     for name, p in model.named_parameters():
         assert (shared[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_is_padded_without_the_padding(tiny_config, attention):
+    """Hidden states and gradients; the hook counts the tokens that pass the transformer: the true ones and no more."""
+    model, _ = load_model(tiny_config.model, seed=0)
+    model.set_attn_implementation(attention)
+    members = [*groups(3, 2), *random_trajectories(4, turns=2)]
+    padded, packed = collate(members, CPU, share=False), collate(members, CPU, packed=True)
+    assert not padded.share and not packed.share
+    weights = torch.randn(*padded.mask.shape, 64) * padded.state_mask[..., None]
+    counted, gradients, hidden = [], [], []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for batch in (padded, packed):
+        model.zero_grad()
+        out = last_hidden(model, batch, ModelConfig())
+        (out * weights).sum().backward()
+        hidden.append(out.detach() * padded.state_mask[..., None])
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    hook.remove()
+    assert counted[1] == sum(len(t) - 1 for t in members) < counted[0]
+    torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_packed_micro_batches_count_true_tokens():
+    members = groups(5, 4)
+    parts = list(micro_batches(members, OptimConfig(micro_batch_tokens=60, packing=True)))
+    assert sorted(i for part in parts for i in part) == list(range(20))
+    assert all(sum(len(members[i]) for i in part) <= 60 for part in parts)
+
+
+def test_processes_share_a_batch_and_keep_in_step():
+    """Every trajectory on one process; the responses to a prompt on the same; about as many tokens on each; stand-ins
+    where a process has less to do."""
+    members, counts = groups(7, 3), []
+    config = OptimConfig(micro_batch_tokens=40)
+
+    class One(World):
+        def gather(self, item):
+            counts.append(item)
+            return [*counts, 9]  # another process has 9 micro-batches
+
+    plans = [plan(members, One(rank, 3), CPU, config) for rank in range(3)]
+    assert all(len(p) == 9 for p in plans)
+    owner = {i: rank for rank, p in enumerate(plans) for micro in p for i in micro.indices}
+    assert sorted(i for p in plans for micro in p for i in micro.indices) == list(range(21))
+    for t in members:
+        assert len({owner[i] for i, u in enumerate(members) if u.prefix.tobytes() == t.prefix.tobytes()}) == 1
+    tokens = [sum(len(t) for i, t in enumerate(members) if owner[i] == rank) for rank in range(3)]
+    assert max(tokens) < 1.5 * min(tokens)
+    stand_ins = [micro for p in plans for micro in p if not micro.indices]
+    assert stand_ins and all(len(micro.trajectories) == len(micro.batch.mask) == 1 for micro in stand_ins)
+    assert not any(micro.batch.share for p in plans for micro in p), "FSDP computes each prompt with each response"

@@ -35,7 +35,7 @@ def test_annotates_only_what_is_missing_or_stale(tiny, tiny_config, trajectories
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
     assert reference.annotate(members) == 0, "the reference is a copy: the policy may move"
-    reference.reset(model)
+    reference.reset()
     assert reference.version == 1
     assert reference.annotate(members) == 4
     assert not np.allclose(known(members), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from random import Random
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
-from reval.replay import ReplayBuffer, Trajectory
+from reval.replay import ReplayBuffer, Trajectory, load_rollouts
 
 
 def trajectory(reward: float = 0.0, iteration: int = 0) -> Trajectory:
@@ -28,7 +30,7 @@ def test_holds_exactly_the_newest(capacity, pushes):
         buffer.add(new)
         everything += new
         buffer.check()
-        assert buffer.state()["trajectories"] == everything[-capacity:]
+        assert list(buffer) == everything[-capacity:]
         assert len(buffer) == min(capacity, len(everything)) and buffer.added == len(everything)
 
 
@@ -38,7 +40,7 @@ def test_samples_are_distinct_and_from_the_buffer(held, count, seed):
     buffer.add([trajectory() for _ in range(held)])
     drawn = buffer.sample(count, Random(seed))
     assert len(drawn) == min(count, held) == len({id(t) for t in drawn})
-    assert {id(t) for t in drawn} <= {id(t) for t in buffer.state()["trajectories"]}
+    assert {id(t) for t in drawn} <= {id(t) for t in buffer}
 
 
 def test_samples_are_uniform():
@@ -59,18 +61,73 @@ def test_the_generator_alone_decides():
 def test_age_and_reuse():
     buffer = ReplayBuffer(4)
     buffer.add([trajectory(iteration=1), trajectory(iteration=1), trajectory(iteration=3)])
-    buffer.state()["trajectories"][0].uses = 6
+    next(iter(buffer)).uses = 6
     assert buffer.metrics(4) == {"buffer/size": 3, "buffer/age_mean": (3 + 3 + 1) / 3, "buffer/reuse_mean": 2.0}
     assert ReplayBuffer(4).metrics(1) == {"buffer/size": 0, "buffer/age_mean": 0.0, "buffer/reuse_mean": 0.0}
 
 
-def test_state_comes_back():
+def test_state_comes_back_through_a_file(tmp_path, trajectories):
+    """Trajectories without a reference, with one, and with one's token values; after a reset there are all three."""
     buffer, other, smaller = ReplayBuffer(5), ReplayBuffer(5), ReplayBuffer(2)
-    buffer.add([trajectory(reward=i) for i in range(8)])
-    other.load_state(buffer.state())
-    smaller.load_state(buffer.state())
-    assert other.state() == buffer.state()
-    assert [t.reward for t in smaller.state()["trajectories"]] == [6, 7]
+    members = trajectories(8, turns=2)
+    for i, t in enumerate(members):
+        t.uses, t.finished, t.iteration = i, i % 2 == 0, 3 * i
+        if i % 3:
+            t.reference = {"version": i, "v": 1 / (i + 1), "log_prob": -1e5 / 3}
+        if i % 3 == 2:
+            t.reference["values"] = np.random.default_rng(i).random((int(t.action_mask.sum()), 3), np.float32)
+    buffer.add(members)
+    save_file(buffer.state(), tmp_path / "replay.safetensors")
+    for one in (other, smaller):
+        one.load_state(load_file(tmp_path / "replay.safetensors"))
+    assert len(other) == 5 and other.added == smaller.added == 8
+    for a, b in [*zip(other, members[3:], strict=True), *zip(smaller, members[6:], strict=True)]:
+        assert (a.reward, a.score, a.uses) == (b.reward, b.score, b.uses)
+        assert (a.finished, a.iteration) == (b.finished, b.iteration)
+        assert a.token_ids.tolist() == b.token_ids.tolist() and a.action_mask.tolist() == b.action_mask.tolist()
+        assert a.reference.keys() == b.reference.keys()
+        for key, value in a.reference.items():
+            np.testing.assert_array_equal(value, b.reference[key])
+
+
+def test_an_empty_buffer_comes_back():
+    buffer = ReplayBuffer(3)
+    buffer.load_state(ReplayBuffer(3).state())
+    assert len(buffer) == 0 and buffer.sample(2, Random(0)) == []
+
+
+ROW = {"prompt_ids": [1, 2], "response_ids": [3, 4], "reward": 1}
+
+
+def test_logged_rollouts_start_a_buffer(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | {"response_ids": [5], "reward": -0.5, "x": 0}) + "\n")
+    first, second = load_rollouts(str(path), 6)
+    assert first.token_ids.tolist() == [1, 2, 3, 4] and first.action_mask.tolist() == [False, False, True, True]
+    assert (second.reward, second.score, second.iteration, second.uses) == (-0.5, -0.5, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt_ids": [1], "reward": 1}, "line 2: has no 'response_ids'"),
+        (ROW | {"response_ids": [9]}, "line 2: token ids must be whole numbers from 0 to 5"),
+        (ROW | {"response_ids": [1.5]}, "line 2: token ids must be whole numbers"),
+        (ROW | {"response_ids": []}, "line 2: action_mask marks no token"),
+        (ROW | {"reward": None}, "line 2: float"),
+        ([1], "line 2: list"),
+    ],
+)
+def test_broken_rollouts_are_named_by_line(tmp_path, row, message):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        load_rollouts(str(path), 6)
+
+
+def test_rollouts_that_are_not_there():
+    with pytest.raises(ValueError, match="replay.preload 'nowhere.jsonl' cannot be read: No such file"):
+        load_rollouts("nowhere.jsonl", 6)
 
 
 def test_check_sees_a_broken_buffer():

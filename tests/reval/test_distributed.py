@@ -1,0 +1,94 @@
+"""Two processes over gloo against one: the same losses, gradients, weights and reference, to rounding.
+
+torchrun starts once, for all cases: starting takes most of the time. The trajectories have unequal lengths, so that
+the processes get different numbers of micro-batches; with one trajectory one of them has nothing but a stand-in.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from two_processes import CASES, batch_for, updates
+
+from reval.config import load_config
+from reval.distributed import World
+from reval.engine import Engine
+from reval.models import load_model
+from reval.reference_policy import ReferencePolicy
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "tests/reval/two_processes.py", str(folder)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def load(results, case):
+    return torch.load(results / f"{case}.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_what_one_does(results, case):
+    ours, config = load(results, case), load_config(["configs/tiny.yaml"], CASES[case])
+    one = updates(config, World(), case)
+    for (loss, norm, residual), (loss1, norm1, residual1) in zip(ours["updates"], one["updates"], strict=True):
+        torch.testing.assert_close(torch.tensor([loss, norm]), torch.tensor([loss1, norm1]), rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(residual, residual1, rtol=1e-5, atol=1e-4)
+    assert ours["gradients"].keys() == one["gradients"].keys() and ours["weights"].keys() == one["weights"].keys()
+    whole = torch.stack([g.norm() for g in one["gradients"].values()]).norm()
+    for name, gradient in one["gradients"].items():
+        assert (ours["gradients"][name] - gradient).norm() < 2e-5 * gradient.norm() + 1e-6 * whole, name
+    for name, weight in one["weights"].items():
+        # AdamW divides by the gradient's size: where that is rounding alone, a step may differ by a part of lr = 1e-3
+        torch.testing.assert_close(ours["weights"][name], weight, rtol=0, atol=3e-5)
+    for a, b in zip(ours["reference"], one["reference"], strict=True):
+        assert a["version"] == b["version"] and abs(a["log_prob"] - b["log_prob"]) < 1e-3 * abs(b["log_prob"])
+    assert torch.allclose(torch.tensor(ours["log_probs"][0]), torch.tensor(one["log_probs"][0]), atol=1e-3)
+
+
+def test_one_process_goes_on_from_what_two_saved(results):
+    config, case = load_config(["configs/tiny.yaml"]), "plain"
+    model, _ = load_model(config.model, 0)
+    engine = Engine(model, config)
+    state = {"optimizer": engine.state(), "weights": model.state_dict()}
+    dcp.load(state, checkpoint_id=results / f"{case}.dcp")
+    model.load_state_dict(state["weights"])
+    engine.load_state(state["optimizer"], updates=2)
+    trajectories = batch_for(case)
+    ReferencePolicy(model, config).annotate(trajectories)  # the reference was reset to the policy just then
+    out = engine.update(trajectories)
+    loss, norm, _ = load(results, case)["updates"][2]
+    assert [out["loss"], out["grad_norm"]] == pytest.approx([loss, norm], rel=1e-5)
+    expected = load(results, case)["weights"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=3e-5)
+
+
+def test_what_processes_tell_each_other(results):
+    told = torch.load(results / "world.pt", weights_only=False)
+    assert told == {"everyone": [0, 1], "joined": [0, 10, 20, 30, 40], "told": "main"}
+
+
+def test_a_process_alone_needs_nobody():
+    world = World()
+    assert world.main and world.share([1, 2]) == [1, 2] and world.join([1, 2]) == [1, 2]
+    assert world.gather(3) == [3] and world.broadcast(4) == 4
+
+
+def test_shares_that_do_not_fit_are_refused():
+    class Two(World):
+        def gather(self, item):
+            return [item, [1, 2, 3]]
+
+    with pytest.raises(ValueError, match="shares do not fit"):
+        Two(0, 2).join([1])

@@ -1,0 +1,181 @@
+"""Checkpoints: a run that died and went on is the run that never died, to the bit, times aside.
+
+Most runs here die by an exception in the middle of an iteration; one is killed by the kernel at moments of its own.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import reval.loop
+from reval.config import ConfigError, load_config
+from reval.loop import train
+
+SMALL = ["run.iterations=7", "run.save_every=2", "data.held_out=4", "evaluation.every=3", "reference.reset_every=3"]
+
+
+def configured(folder: Path, *overrides: str):
+    return load_config(["configs/tiny.yaml"], [*SMALL, f"run.dir={folder}", "run.display=plain", *overrides])
+
+
+def rows(folder: Path):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in lines]
+
+
+def same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    a, b = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def die_in(monkeypatch, iteration: int) -> None:
+    scored = reval.loop.scored
+
+    def dies(config, parts, rollouts, now, tracker):
+        if now == iteration:
+            raise RuntimeError("the machine is gone")
+        return scored(config, parts, rollouts, now, tracker)
+
+    monkeypatch.setattr(reval.loop, "scored", dies)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["optim.schedule=linear", "optim.warmup=3", "rollout.dtype=bfloat16", "replay.updates_per_iteration=3"],
+        ["lora.rank=2", "rollout.ahead=2", "rollout.sync_every=3", "objective.level=subtrajectory", "optim.lr=1e-2"],
+    ],
+    ids=["plain", "schedule and bf16 rollouts", "adapters, token values, generating ahead"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, overrides):
+    train(configured(tmp_path / "whole", *overrides))
+    with monkeypatch.context() as patch:
+        die_in(patch, 6)
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            train(configured(tmp_path / "dies", *overrides))
+    assert len(rows(tmp_path / "dies")) == 5 and (tmp_path / "dies" / "checkpoint").resolve().name.endswith("4")
+    train(configured(tmp_path / "dies", "run.resume=auto", *overrides))
+    same_run(tmp_path / "dies", tmp_path / "whole")
+    assert rows(tmp_path / "whole")[-1]["reference/version"] == 2
+    assert (tmp_path / "dies" / "evaluations" / "iteration-000000.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(tmp_path):
+    """Killed as soon as there is another row, or a little later: between checkpoints, and while one is written."""
+    overrides = ["run.save_every=1", "run.iterations=6"]
+    train(configured(tmp_path / "whole", *overrides))
+    folder, rng = tmp_path / "killed", random.Random(0)
+    arguments = [*SMALL, f"run.dir={folder}", "run.overwrite=false", *overrides]
+    command = [sys.executable, "-m", "reval.train", "configs/tiny.yaml", *arguments, "--resume", "auto"]
+
+    def logged() -> int:
+        path = folder / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    for reached in (2, 4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 200
+        while logged() < reached and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for path in (folder / "checkpoints").glob("iteration-*"):
+            AutoModelForCausalLM.from_pretrained(path)  # what has its name is whole
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """2, then 1, then 2: the buffer, the schedule, the reference and the order of the problems do not notice."""
+    folder, steps = tmp_path / "run", [("2", 2), ("1", 4), ("2", 6)]
+    for processes, iterations in steps:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        arguments = [*SMALL, f"run.dir={folder}", f"run.iterations={iterations}", "evaluation.every=0"]
+        command = [*launch, "-m", "reval.train", "configs/tiny.yaml", *arguments, "--resume", "auto"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+    got = rows(folder)
+    assert [row["iteration"] for row in got] == [1, 2, 3, 4, 5, 6]
+    assert [row["buffer/size"] for row in got] == [16, 32, 32, 32, 32, 32]
+    assert [row["reference/version"] for row in got] == [0, 0, 1, 1, 1, 2]
+    tokens = [row["num_tokens"] for row in got]
+    assert tokens == sorted(tokens)
+    train(configured(tmp_path / "one", "run.iterations=6", "evaluation.every=0"))
+    # answers differ, since each process has a seed of its own; which problems are asked, and in which order, does not
+    asked = [[json.loads(line)["prompt"] for line in (f / "samples.jsonl").read_text().splitlines()]
+             for f in (folder, tmp_path / "one")]  # fmt: skip
+    assert asked[0] == asked[1]
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    train(configured(tmp_path, "run.save_every=1", "run.save_total_limit=2", "run.best_metric=completions/mean_length"))
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    lengths = {row["completions/mean_length"]: row["iteration"] for row in rows(tmp_path)}
+    best = f"iteration-{lengths[max(lengths)]:06d}"
+    assert kept == {"iteration-000006", "iteration-000007", best}
+    assert (tmp_path / "best").resolve().name == best and (tmp_path / "checkpoint").resolve().name == "iteration-000007"
+    card = (tmp_path / "checkpoint" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: tiny\n") and "| reward |" in card
+
+
+def test_the_reference_is_written_once_for_each_version(tmp_path):
+    train(configured(tmp_path, "run.save_every=1", "run.save_total_limit=9", "reference.reset_every=3"))
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    nodes = [(folder / "training" / "reference" / "model.safetensors").stat().st_ino for folder in folders]
+    assert len(set(nodes)) == 3 and nodes[0] == nodes[1] != nodes[2] == nodes[4] != nodes[5]
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle_but_dcps_own_index(tmp_path):
+    train(configured(tmp_path))
+    names = {p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()}
+    allowed = (".safetensors", ".json", ".md", ".yaml", ".jinja", ".distcp")
+    assert {n for n in names if not n.endswith(allowed)} == {".metadata"}
+
+
+def test_logged_rollouts_are_replayed(tmp_path):
+    rollouts = tmp_path / "rollouts.jsonl"
+    row = {"prompt_ids": [10, 11, 12], "response_ids": [13, 14, 1], "reward": 1.0}
+    rollouts.write_text("".join(json.dumps(row | {"response_ids": [13 + i, 1]}) + "\n" for i in range(16)))
+    train(configured(tmp_path / "run", f"replay.preload={rollouts}", "run.iterations=1"))
+    first = rows(tmp_path / "run")[0]
+    assert first["buffer/size"] == 32 and first["reval/replay/residual_abs"] > 1, "with rewards of 1 / beta = 10"
+    with pytest.raises(ConfigError, match="replay.preload"):
+        train(configured(tmp_path / "none", "replay.preload=nowhere.jsonl"))
+
+
+def test_what_cannot_be_resumed_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="run.resume must be auto, false, or the folder of a checkpoint"):
+        train(configured(tmp_path / "run", "run.resume=nowhere"))
+    assert not (tmp_path / "run").exists()
+    train(configured(tmp_path / "old", "run.iterations=1"))
+    state = tmp_path / "old" / "checkpoint" / "training" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
+    with pytest.raises(ConfigError, match="has format 99; this version of reval reads 1"):
+        train(configured(tmp_path / "old", "run.resume=auto"))
+
+
+def test_a_run_can_start_from_another_runs_checkpoint(tmp_path):
+    train(configured(tmp_path / "one", "run.iterations=2"))
+    train(configured(tmp_path / "two", "run.iterations=4", f"run.resume={tmp_path / 'one'}"))
+    assert [row["iteration"] for row in rows(tmp_path / "two")] == [3, 4]
+    shutil.rmtree(tmp_path / "one")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint")

@@ -1,0 +1,81 @@
+"""What torchrun starts for test_distributed.py: a few updates for each case, and what came of them.
+
+    torchrun --nproc-per-node 2 tests/reval/two_processes.py FOLDER
+"""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+
+from reval.config import Config, load_config
+from reval.distributed import World, world
+from reval.engine import Engine
+from reval.models import load_model, log_probs, whole_weights
+from reval.reference_policy import ReferencePolicy
+from reval.replay import Trajectory
+from reval.sharding import whole
+
+CASES = {
+    "plain": [],
+    "many micro-batches": ["optim.micro_batch_tokens=20"],
+    "packed": ["optim.packing=true", "optim.micro_batch_tokens=30"],
+    "adapters": ["lora.rank=4"],
+    "checkpointed activations": ["model.gradient_checkpointing=true"],
+    "offloaded reference": ["reference.offload=true"],
+    "token level": ["objective.level=token"],
+    "one trajectory": [],
+}
+
+
+def batch_for(case: str) -> list[Trajectory]:
+    """Unequal lengths, several turns, prompts that some share: nothing that divides evenly by two."""
+    from conftest import random_trajectories
+
+    made = [*random_trajectories(7, seed=3), *random_trajectories(2, seed=5, turns=3)]
+    for t in made[:3]:
+        other = copy.deepcopy(t)
+        other.token_ids = np.append(t.token_ids[:-1], 11).astype(np.int32)
+        made.append(other)
+    return made[:1] if case == "one trajectory" else made
+
+
+def updates(config: Config, processes: World, case: str, folder: Path | None = None) -> dict[str, Any]:
+    """Three updates with a reset in between; the optimizer's state after two of them goes into `folder`."""
+    model, _ = load_model(config.model, 0, config.lora, processes)
+    reference, engine = ReferencePolicy(model, config, processes), Engine(model, config, processes)
+    trajectories, done = batch_for(case), []
+    for step in range(3):
+        if step == 2 and folder is not None:
+            dcp.save({"optimizer": engine.state(), "weights": model.state_dict()}, checkpoint_id=folder)
+        reference.annotate(trajectories)
+        out = engine.update(trajectories)
+        done.append((out["loss"], out["grad_norm"], out["parts"]["residual"].sort().values))
+        if step == 1:
+            reference.reset()
+    ids = trajectories[0].token_ids.tolist()
+    return {
+        "updates": done,
+        "gradients": {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None},
+        "weights": {name: w.clone() for name, w in whole_weights(model)},
+        "reference": [t.reference for t in trajectories],
+        "log_probs": log_probs(model, [ids, ids[:3]], [1, 2], config.model),
+    }
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    with world("cpu", timeout=60) as processes:
+        for case, overrides in CASES.items():
+            result = updates(load_config(["configs/tiny.yaml"], overrides), processes, case, target / f"{case}.dcp")
+            if processes.main:
+                torch.save(result, target / f"{case}.pt")
+        everyone = processes.gather(processes.rank)
+        joined = processes.join([x * 10 for x in processes.share(range(5))])
+        told = processes.broadcast("main" if processes.main else "other")
+        if processes.rank == 1:  # what the others see must be the same as what the main process sees
+            torch.save({"everyone": everyone, "joined": joined, "told": told}, target / "world.pt")
