@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .config import DataConfig, EvaluationConfig
+from .evaluation.benchmarks import load_benchmark
 from .sources import Row, pick, read_file, read_hub, read_jsonl, read_parquet
 
 Prompt = str | list[dict[str, str]]
@@ -52,11 +53,15 @@ def load_problems(
     else:
         held_out, training = rows[: config.held_out], rows[config.held_out :]
     sets: dict[str | None, list[tuple[Prompt, Row]]] = {None: held_out}
+    keys = {_key(prompt) for prompt, _ in held_out}
     if evaluation is not None:
-        sets |= _benchmarks(config, evaluation, chat)
-    keys = {_key(prompt) for own in sets.values() for prompt, _ in own}
-    if evaluation is not None and evaluation.problems is not None:
-        sets = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in sets.items()}
+        asked = replace(config, template=evaluation.template or config.template, columns={})
+        for name, own in (load_benchmark(spec, evaluation.folder) for spec in evaluation.benchmarks):
+            sets[name] = list(_prompts(own, name, asked, chat))
+            # the same problem in training is put by its own template
+            keys |= {_key(prompt) for prompt, _ in _prompts(own, name, replace(config, columns={}), chat)}
+        if evaluation.problems is not None:
+            sets = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in sets.items()}
     training = [row for row in training if _key(row[0]) not in keys]
     if not training:
         raise ValueError(
@@ -118,17 +123,6 @@ def _read(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
     assert config.path is not None
     read = read_parquet if config.source == "parquet" else read_jsonl
     yield from _prompts(read(config.path), config.path, config, chat)
-
-
-def _benchmarks(config: DataConfig, evaluation: EvaluationConfig, chat: bool) -> dict[str | None, list]:
-    from .evaluation.benchmarks import load_benchmark
-
-    template = evaluation.template or config.template
-    sets: dict[str | None, list] = {}
-    for spec in evaluation.benchmarks:
-        name, rows = load_benchmark(spec, evaluation.folder)
-        sets[name] = list(_prompts(rows, spec, replace(config, template=template, columns={}), chat))
-    return sets
 
 
 def _prompts(rows: Iterable[Row], source: str, config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:

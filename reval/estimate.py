@@ -23,14 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reval.config import Config
+from reval.evaluation.benchmarks import BENCHMARKS, CHAMP_SIZE
 
 GIB = 1 << 30
 PROMPT = 512  # tokens of a prompt, for the rollout's cache
 CHUNK = 1 << 28  # logits at once where there is a gradient: reval_kernels/backends/triton/linear.py
-BENCHMARK_SIZES = {
-    "aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiadbench": 674, "gpqa": 198,
-    "champ": 85,
-}  # fmt: skip
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -90,9 +87,7 @@ def _qwen2(
 
 
 SHAPES = {
-    "tiny": Shape(
-        hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=102, tied=True
-    ),
+    "tiny": Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=102, tied=True),
     "smollm2-135m-instruct": Shape(
         hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocabulary=49152, tied=True
     ),
@@ -195,16 +190,32 @@ def tokens(config: Config) -> Iterator[str]:
     times = 1 + (run.iterations // evaluation.every if evaluation.every else 0)
     times += not evaluation.every or run.iterations % evaluation.every != 0  # always one at the end
     sizes = [config.data.held_out if config.data.held_out_path is None else None]
-    sizes += [BENCHMARK_SIZES.get(name) for name in evaluation.benchmarks]
+    known = {name: benchmark.size for name, benchmark in BENCHMARKS.items()} | {"champ": CHAMP_SIZE}
+    sizes += [known.get(name) for name in evaluation.benchmarks]
     limited = [n if n is None or evaluation.problems is None else min(n, evaluation.problems) for n in sizes]
     problems, answers = sum(n or 0 for n in limited), evaluation.samples + evaluation.greedy
     unknown = " and the problems of files of your own" if None in sizes else ""
-    yield "evaluation: nothing to answer" if not any(sizes) and None not in sizes else (
-        f"evaluation: at most {_count(times * problems * answers * longest)} tokens ({times} times {problems} problems"
-        f"{unknown} x {answers} answers x {longest} tokens)"
-    )
+    if problems or unknown:
+        yield (
+            f"evaluation: at most {_count(times * problems * answers * longest)} tokens ({times} times {problems} "
+            f"problems{unknown} x {answers} answers x {longest} tokens)"
+        )
+    else:
+        yield "evaluation: nothing to answer"
     updates = config.updates
     yield f"updates: {updates} ({config.replay.updates_per_iteration} an iteration)"
+
+
+def _vllm(config: Config, shape: Shape, total: float) -> str:
+    """What the engine takes beside training, which needs `total` GiB."""
+    rollout = config.rollout
+    dtype = config.model.dtype if rollout.dtype == "same" else rollout.dtype
+    weights = f"{shape.parameters * BYTES[dtype] / GIB:.1f} GiB of weights"
+    if rollout.vllm_devices is not None:
+        return f"vLLM has GPUs of its own (rollout.vllm_devices), with {weights} over each process's share of them"
+    share = rollout.vllm_gpu_memory
+    both = f"; {total / (1 - share):.0f} GiB hold both" if share < 1 else ""
+    return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory), {weights} among it{both}"
 
 
 def report(config: Config, gpus: int) -> str:
@@ -223,9 +234,7 @@ def report(config: Config, gpus: int) -> str:
         total = sum(size for _, size in parts) / GIB
         lines.append(f"{total:8.2f}  together")
         if config.rollout.engine == "vllm":
-            share = config.rollout.vllm_gpu_memory
-            needed = f"; {total / (1 - share):.0f} GiB hold both" if share < 1 else ""
-            lines.append(f"          vLLM takes {share:.0%} of the GPU it runs on (rollout.vllm_gpu_memory){needed}")
+            lines.append(f"          {_vllm(config, shape, total)}")
     return "".join(f"# {line}\n" for line in (*lines, *tokens(config)))
 
 

@@ -35,6 +35,7 @@ def calls(monkeypatch) -> list[tuple]:
     [
         ["-m", "reval.train", "--help"],
         ["-m", "reval.train", TINY, "--dry-run", "optim.lr=1e-6"],
+        ["-m", "reval.train", TINY, "--dry-run", "--gpus", "8", "--resume=auto"],
         ["-m", "reval.train", TINY, "optim.lrr=1"],
         ["-m", "reval.cli", "evaluate", "--help"],
         ["-m", "reval.cli", "--help"],
@@ -73,8 +74,32 @@ def test_dry_run_prints_the_config_and_does_not_train(calls, capsys, tmp_path):
     printed.write_text(capsys.readouterr().out)
     assert load_config([printed]) == load_config([TINY], ["optim.lr=2e-6"])
     assert main(["train", "--dry-run"]) == 0
-    assert capsys.readouterr().out == Config().to_yaml()
+    out = capsys.readouterr().out
+    assert out.startswith(Config().to_yaml())
+    rest = out.removeprefix(Config().to_yaml()).splitlines()
+    assert rest[0].startswith("# An estimate for 1 GPU ") and all(line.startswith("# ") for line in rest)
     assert calls == []
+
+
+def test_dry_run_estimates_for_the_gpus_of_torchrun_or_of_the_flag(calls, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for arguments, gpus in (([], 4), (["--gpus", "16"], 16), (["--gpus=2"], 2)):
+        assert main(["train", TINY, "--dry-run", *arguments]) == 0
+        assert f"# An estimate for {gpus} GPUs" in capsys.readouterr().out
+    assert main(["train", TINY, "--gpus=2"]) == 2
+    assert capsys.readouterr().err.startswith("reval train: --gpus only goes with --dry-run")
+    assert calls == []
+
+
+@pytest.mark.parametrize("given", [["--resume", "auto"], ["--resume=auto"]])
+def test_resume_is_a_setting_too(calls, given):
+    assert main(["train", *given, TINY, "run.resume=false"]) == 0
+    assert calls[0][0] == load_config([TINY], ["run.resume=auto"])
+
+
+def test_resume_takes_a_path(calls):
+    assert main(["train", TINY, "--resume", "runs/a=b/checkpoint"]) == 0
+    assert calls[0][0].run.resume == "runs/a=b/checkpoint"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
@@ -91,7 +116,8 @@ def test_help_lists_every_setting(command, flag, capsys, calls):
 
 def test_help_and_version(capsys):
     assert main(["--help"]) == main(["-h"]) == main(["env", "--help"]) == 0
-    assert capsys.readouterr().out.count("usage: reval train CONFIG.yaml") == 3
+    assert main(["compare", "-h"]) == 0
+    assert capsys.readouterr().out.count("usage: reval train CONFIG.yaml") == 4
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"reval {reval.__version__}\n"
 
@@ -99,13 +125,29 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "reval: give a command: train, evaluate, env (reval --help)"),
-        (["tarin"], "reval: no command 'tarin'; there are train, evaluate, env (reval --help)"),
+        ([], "reval: give a command: train, evaluate, compare, env (reval --help)"),
+        (["tarin"], "reval: no command 'tarin'; there are train, evaluate, compare, env (reval --help)"),
         (["train"], "reval train: name a config file, such as configs/demo.yaml (--help lists every setting)"),
         (
             ["train", TINY, "--lr=1"],
-            "reval train: unknown flag --lr=1; there are --help and --dry-run; settings are section.setting=value",
+            "reval train: unknown flag --lr=1; there are --help, --dry-run, --resume and --gpus; settings are "
+            "section.setting=value",
         ),
+        (
+            ["train", TINY, "--resume"],
+            "reval train: --resume needs a value: --resume auto, false or a checkpoint's folder",
+        ),
+        (
+            ["train", TINY, "--resume", "--dry-run"],
+            "reval train: --resume needs a value: --resume auto, false or a checkpoint's folder",
+        ),
+        (["train", TINY, "--dry-run", "--gpus=0"], "reval train: --gpus must be a whole number, at least 1; got '0'"),
+        (
+            ["evaluate", "--gpus=1"],
+            "reval evaluate: unknown flag --gpus=1; there are --help and --dry-run; settings are section.setting=value",
+        ),
+        (["compare", "a"], "reval compare: name two runs, checkpoints or files of answers; got 1"),
+        (["compare", "a", "b", "--seed=x"], "reval compare: --seed must be a whole number, at least 0; got 'x'"),
         (["train", TINY, "optim.lr=fast"], "reval train: optim.lr must be a number; got 'fast'"),
         (["train", TINY, "lr=1"], "reval train: unknown setting 'lr'; did you mean 'optim.lr'?"),
         (["evaluate", "optim.lr=1"], "reval evaluate: name a run folder or a checkpoint (reval --help)"),
@@ -165,6 +207,17 @@ def test_evaluate_takes_the_run_s_settings_then_files_then_overrides(calls, tmp_
     (checkpoint / "config.yaml").write_text("optim: {lr: 1e-4}\n")
     assert main(["evaluate", str(checkpoint)]) == 0  # the nearer one
     assert calls[3][0] == load_config([], ["optim.lr=1e-4"])
+
+
+def test_compare_reads_two_files_of_answers(tmp_path, capsys):
+    for name, score in (("a=1", 0.0), ("b", 1.0)):  # a name that looks like a setting is a file here
+        (tmp_path / name).write_text(f'{{"prompt": "p", "scores": [{score}]}}\n')
+    paths = [str(tmp_path / "a=1"), str(tmp_path / "b")]
+    assert main(["compare", *paths, "--resamples", "50", "--seed=3"]) == 0
+    out = capsys.readouterr().out
+    assert "held-out: B is better." in out and "(50 resamples, seed 3)" in out
+    assert main(["compare", paths[0], "gone"]) == 1
+    assert capsys.readouterr().err.startswith("reval compare: 'gone' holds no evaluation")
 
 
 def test_env_names_versions_devices_and_backends(capsys, monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from reval.config import DataConfig
+from reval.config import DataConfig, EvaluationConfig
 from reval.data import Problem, ProblemSampler, encode, load_problems
 
 ADDITIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"],
@@ -70,7 +70,7 @@ def test_a_model_without_a_chat_template_gets_text(tiny, tmp_path):
     [
         ("", "no problems are left"),
         ("{'a'", "line 1: not JSON"),
-        ('{"answer": 1}\n', "line 1: needs `prompt`"),
+        ('{"answer": 1}\n', "row 1: needs `prompt`, .* it has answer"),
         ('{"prompt": "' + "x" * 50 + '"}\n', "1 to 40 fit"),
     ],
 )
@@ -86,6 +86,57 @@ def test_a_generator_that_cannot_work(tiny):
         load_problems(DataConfig(name="no_such_set"), tiny[1], 400)
     with pytest.raises(ValueError, match="no file 'gone.jsonl'"):
         load_problems(DataConfig(source="jsonl", path="gone.jsonl"), tiny[1], 400)
+
+
+def test_a_hub_data_set_with_columns_of_its_own(tiny, monkeypatch):
+    asked = []
+
+    def read_hub(*where):
+        asked.append(where)
+        return iter([{"problem": f"{i}+1", "reward_model": {"ground_truth": i + 1}} for i in range(5)])
+
+    monkeypatch.setattr("reval.data.read_hub", read_hub)
+    columns = {"prompt": "problem", "answer": "reward_model.ground_truth"}
+    config = DataConfig(source="hub", name="a/b", subset="c", split="s", columns=columns, held_out=2)
+    training, held_out = load_problems(config, tiny[1], 400)
+    assert asked == [("a/b", "c", "s")] and (len(training), len(held_out)) == (3, 2)
+    assert {(p.prompt[-1]["content"], p.columns["answer"]) for p in training + held_out} == {
+        (f"{i}+1", i + 1) for i in range(5)
+    }
+
+
+def test_benchmarks_come_after_the_held_out_problems_and_out_of_training(tiny, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": str(i), "answer": i} for i in range(20)])
+    own = jsonl(tmp_path / "own.jsonl", [{"prompt": str(i), "answer": i} for i in (3, 4, 100)])
+    jsonl(tmp_path / "aime24.jsonl", [{"problem": "5", "answer": "5"}, {"problem": "a", "answer": "b"}])
+    config = DataConfig(source="jsonl", path=path, held_out=2, template="T {question}")
+    evaluation = EvaluationConfig(benchmarks=["aime24", own], folder=str(tmp_path))
+    training, answered = load_problems(config, tiny[1], 400, evaluation)
+    assert [p.benchmark for p in answered] == [None] * 2 + ["aime24"] * 2 + ["own"] * 3
+    assert [p.prompt[-1]["content"] for p in answered[2:]] == ["T 5", "T a", "T 3", "T 4", "T 100"]
+    assert answered[3].columns == {"answer": "b"}
+    assert not set(questions(training)) & set(questions(answered))
+    assert len(training) + 2 + len({"3", "4", "5"} - {p.prompt[-1]["content"][2:] for p in answered[:2]}) == 20
+    own_template = replace(evaluation, template="B {question}")
+    same, answered = load_problems(config, tiny[1], 400, own_template)
+    assert [p.prompt[-1]["content"][0] for p in answered] == ["T"] * 2 + ["B"] * 5
+    assert questions(same) == questions(training)
+
+
+def test_a_sub_sample_is_fixed_and_nothing_of_the_set_is_trained_on(tiny, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(30)])
+    held = jsonl(tmp_path / "h.jsonl", [{"prompt": str(i)} for i in range(10)])
+    bench = jsonl(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "answer": i} for i in range(10)])
+    config = DataConfig(source="jsonl", path=path, held_out_path=held)
+    evaluation = EvaluationConfig(benchmarks=[bench], problems=4)
+    training, answered = load_problems(config, tiny[1], 400, evaluation)
+    assert [p.benchmark for p in answered] == [None] * 4 + ["b"] * 4
+    assert {p.prompt[0]["content"] for p in training} == {str(i) for i in range(10, 30)}
+    chosen = questions(answered)
+    assert chosen[:4] == sorted(chosen[:4]) and chosen[4:] == sorted(chosen[4:])
+    assert questions(load_problems(config, tiny[1], 400, replace(evaluation, samples=9))[1]) == chosen
+    assert questions(load_problems(replace(config, seed=1), tiny[1], 400, evaluation)[1]) != chosen
+    assert len(load_problems(config, tiny[1], 400, replace(evaluation, problems=99))[1]) == 20
 
 
 def test_every_problem_comes_once_an_epoch_and_epochs_differ():

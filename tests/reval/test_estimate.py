@@ -1,0 +1,159 @@
+"""The estimate against real models: their parameters, counted, and what their layers keep for the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from reval.config import Config, load_config
+from reval.estimate import SHAPES, Shape, memory, report, shape_of, tokens
+
+GPU_RUN = ["rollout.max_new_tokens=1000", "optim.micro_batch_tokens=4096", "model.name=Qwen/Qwen2.5-7B"]
+
+
+def as_transformers(shape: Shape, name: str = "Qwen") -> PreTrainedConfig:
+    return (Qwen2Config if shape.qkv_bias else LlamaConfig)(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+    )  # fmt: skip
+
+
+def counted(config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_of_the_known_models(name):
+    assert SHAPES[name].parameters == counted(as_transformers(SHAPES[name]))
+
+
+def test_known_sizes():
+    """Of the model cards: 1.78 G with its own head, 7.62 G, 135 M."""
+    sizes = {name: round(shape.parameters / 1e6) for name, shape in SHAPES.items()}
+    assert sizes["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"] == 1777
+    assert sizes["Qwen/Qwen2.5-Math-7B"] == 7616
+    assert sizes["smollm2-135m-instruct"] == 135
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=50),
+        Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True),
+        Qwen3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=32, vocab_size=50),
+    ],
+    ids=lambda c: c.model_type,
+)  # fmt: skip
+def test_a_local_folder_says_its_own_shape(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape is not None and shape.parameters == counted(config)
+
+
+def test_what_is_not_known_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8}))
+    for name in (str(tmp_path), "some/model"):
+        config = load_config([], [f"model.name={name}"])
+        assert shape_of(name) is None
+        assert f"# Memory: unknown, since '{name}' is neither a local folder" in report(config, 1)
+        assert "# training: at most" in report(config, 1)
+    assert shape_of("Qwen/Qwen2.5-7B-Instruct") == SHAPES["Qwen/Qwen2.5-7B"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("hidden", "heads", "kv_heads"), [(128, 4, 4), (128, 4, 1), (256, 8, 8)])
+def test_a_layer_keeps_about_what_the_formula_says(autocast, hidden, heads, kv_heads):
+    shape = Shape(hidden=hidden, intermediate=512, layers=2, heads=heads, kv_heads=kv_heads, head_dim=32, vocabulary=64)
+    length, kept = 257, []
+    for layers in (2, 4):
+        model = AutoModelForCausalLM.from_config(as_transformers(replace(shape, layers=layers, qkv_bias=True)))
+        model = model.to(torch.float32 if autocast else torch.bfloat16)
+        seen = {}
+
+        def keep(tensor, seen=seen):
+            if length in tensor.shape:  # neither weights nor their casts
+                seen[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        cast = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+            out = model.base_model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        kept.append(sum(size for size, _ in seen.values()))
+        del out
+    per_token = (kept[1] - kept[0]) / 2 / length
+    assert per_token == pytest.approx(shape.activations(2, autocast), rel=0.1)
+
+
+def sizes(*overrides: str, gpus: int = 1) -> dict[str, float]:
+    config = load_config([], [*GPU_RUN, *overrides])
+    shape = shape_of(config.model.name)
+    assert shape is not None
+    return dict(memory(config, shape, gpus))
+
+
+def test_what_sharding_divides_and_what_it_does_not():
+    p, one, eight = SHAPES["Qwen/Qwen2.5-7B"].parameters, sizes(), sizes(gpus=8)
+    assert one["parameters (float32)"] == one["gradients"] == one["reference (float32)"] == 4 * p
+    assert one["Adam's two means"] == 8 * p
+    for name in ("parameters (float32, 1/8 each)", "gradients, 1/8 each", "reference (float32, 1/8 each)"):
+        assert eight[name] == p / 2
+    activations = [name for name in one if name.startswith("activations")]
+    assert activations and all(eight[name] == one[name] for name in activations)
+
+
+def test_settings_that_save_memory_save_it():
+    whole = sizes()
+    name = "activations of 4096 tokens"
+    checkpointed = sizes("model.gradient_checkpointing=true")[f"{name}, checkpointed, and one layer's"]
+    assert checkpointed < whole[name] / 10
+    assert sizes("reference.offload=true")["reference: in the CPU's memory"] == 0
+    lora = sizes("lora.rank=16", "model.dtype=bfloat16")
+    assert lora["reference: the base without adapters"] == 0
+    shape = SHAPES["Qwen/Qwen2.5-7B"]
+    adapters = shape.layers * sum(16 * (a + b) for a, b in shape.linears)
+    assert lora["gradients of the adapters (rank 16)"] == 2 * adapters
+    assert sum(sizes("model.dtype=bfloat16").values()) < 0.6 * sum(whole.values())
+
+
+def test_the_rollout_s_own_weights_and_cache():
+    shared = sizes("rollout.batch_size=8")
+    assert shared["rollout: the policy's own weights"] == 0
+    cache = 2 * 28 * 4 * 128 * 4  # keys and values, layers, heads, head_dim, fp32
+    assert shared["rollout: cache of 8 x 1512 tokens"] == 8 * 1512 * cache
+    for override, gpus in (("rollout.dtype=bfloat16", 1), ("rollout.ahead=1", 1), ("rollout.batch_size=256", 2)):
+        assert any(name.startswith("rollout: a copy") for name in sizes(override, gpus=gpus))
+    assert not any(name.startswith("rollout") for name in sizes("rollout.engine=vllm"))
+    config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.vllm_gpu_memory=0.5"])
+    assert "vLLM takes 50% of each GPU (rollout.vllm_gpu_memory), 28.4 GiB of weights among it" in report(config, 8)
+    config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.dtype=bfloat16", "rollout.vllm_devices=4,5"])
+    assert "vLLM has GPUs of its own (rollout.vllm_devices), with 14.2 GiB of weights" in report(config, 4)
+
+
+def test_tokens_of_the_run():
+    overrides = ["run.iterations=25", "rollout.prompts=3", "rollout.responses=2", "rollout.max_new_tokens=10"]
+    training, evaluation, updates = tokens(load_config([], overrides))
+    assert training == "training: at most 1.5 k tokens (25 iterations x 3 prompts x 2 responses x 10 tokens)"
+    # before training, after iterations 10 and 20, and after the last
+    assert evaluation == "evaluation: at most 6.4 k tokens (4 times 32 problems x 5 answers x 10 tokens)"
+    assert updates == "updates: 50 (2 an iteration)"
+    more = ["evaluation.benchmarks=[aime24, math500, own.jsonl]", "evaluation.problems=40", "run.iterations=20"]
+    line = list(tokens(load_config([], [*overrides, *more])))[1]
+    assert "(3 times 102 problems and the problems of files of your own x 5 answers x 10 tokens)" in line
+
+
+def test_nothing_to_answer_is_said():
+    assert list(tokens(load_config([], ["data.held_out=0"])))[1] == "evaluation: nothing to answer"
+
+
+def test_the_report_is_all_comments():
+    lines = report(Config(), 4).splitlines()
+    assert lines[0].startswith("# An estimate for 4 GPUs") and all(line.startswith("# ") for line in lines)
