@@ -87,7 +87,7 @@ def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Co
     """Give a whole checkpoint its name, point the link `checkpoint` to it, and remove what need not be kept."""
     target = folder / "checkpoints" / f"iteration-{iteration:06d}"
     if target.exists():
-        target.rename(target.with_name(f".old-{target.name}"))
+        _hide(target)
     unfinished.rename(target)
     _link(folder / "checkpoint", target)
     best = _best(folder, config.run.best_metric)
@@ -95,7 +95,7 @@ def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Co
         _link(folder / "best", best)
     for old in checkpoints_in(folder)[: -config.run.save_total_limit]:
         if old != best:
-            shutil.rmtree(old)
+            _hide(old)
     for left in (folder / "checkpoints").glob(".old-*"):
         shutil.rmtree(left)
     return target
@@ -137,6 +137,11 @@ def _best(folder: Path, metric: str | None) -> Path | None:
     """The checkpoint with the largest value of the metric, the newest of equals; None where none has it."""
     values = [(read_state(path)["metrics"].get(metric), path) for path in checkpoints_in(folder)]
     return max(((v, path) for v, path in values if v is not None), default=(None, None))[1]
+
+
+def _hide(checkpoint: Path) -> None:
+    """Take a checkpoint's name away before it is deleted, or a run killed meanwhile would leave half of it."""
+    checkpoint.rename(checkpoint.with_name(f".old-{checkpoint.name}"))
 
 
 def _link(link: Path, target: Path) -> None:

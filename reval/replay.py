@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -74,6 +75,10 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __iter__(self) -> Iterator[Trajectory]:
+        """Oldest first."""
+        return iter(self._held)
+
     def add(self, trajectories: list[Trajectory]) -> None:
         """Take in trajectories, the oldest leaving where room is short."""
         self._held.extend(trajectories)
@@ -92,7 +97,7 @@ class ReplayBuffer:
             "buffer/reuse_mean": sum(t.uses for t in self._held) / held,
         }
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, np.ndarray]:
         """All that is held, oldest first, as a few flat arrays: what safetensors files hold."""
         held, found = list(self._held), [t.reference for t in self._held]
         values = [r["values"] for r in found if "values" in r]
@@ -109,7 +114,7 @@ class ReplayBuffer:
             "values": np.concatenate([np.empty((0, 3), np.float32), *values]),
         }
 
-    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+    def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Become the buffer whose arrays these are; a smaller capacity keeps the newest."""
         ends = arrays["lengths"].cumsum()
         values_from, held = 0, []

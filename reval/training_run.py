@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
         run.tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(model_card(run.config, run.iteration, metrics), encoding="utf-8")
         (unfinished / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
-        save_file(run.buffer.arrays(), training / "replay.safetensors")
+        save_file(run.buffer.state(), training / "replay.safetensors")
         named = {f"{rank}/{device}": state for rank, of in enumerate(generators) for device, state in of.items()}
         save_tensors(named, training / "rng.safetensors")
         state = {
@@ -110,7 +110,7 @@ def _load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     run.problems.drawn = state["problems_drawn"]
     version, inner, gauss = state["rng"]
     run.rng.setstate((version, tuple(inner), gauss))
-    run.buffer.load_arrays(load_file(training / "replay.safetensors"))
+    run.buffer.load_state(load_file(training / "replay.safetensors"))
     optimizer = run.engine.state()
     with _alone(run.world):
         dcp.load(optimizer, checkpoint_id=training / "optimizer")

@@ -54,7 +54,8 @@ def test_micro_batches_cover_all_once_and_keep_the_budget(budget):
 
 def test_micro_batches_keep_the_responses_to_a_prompt_together():
     members = groups(5, 4)
-    split = [{members[i].prefix.tobytes() for i in part} for part in micro_batches(members, OptimConfig(micro_batch_tokens=60))]
+    parts = micro_batches(members, OptimConfig(micro_batch_tokens=60))
+    split = [{members[i].prefix.tobytes() for i in part} for part in parts]
     assert len(split) > 1 and sum(map(len, split)) < 5 + len(split)
 
 

@@ -1,4 +1,4 @@
-"""Adapters: the reference is the model without them, then a copy; merged weights compute what the adapted model does."""
+"""Adapters: the reference is the model without them, then a copy; merged weights compute what the adapted model did."""
 
 from dataclasses import replace
 

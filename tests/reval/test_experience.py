@@ -1,0 +1,103 @@
+"""Which weights answer which iteration, when generation runs ahead and syncs are rare; and what happens to errors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from reval.config import load_config
+from reval.data import Problem, ProblemSampler
+from reval.distributed import World
+from reval.experience import Generation
+from reval.rollout import Response, RolloutError
+
+
+class Engine:
+    """Answers with the version of its weights, and notes what it was asked."""
+
+    shares_weights = False
+
+    def __init__(self, fails_at: int = -1):
+        self.version, self.asked, self.fails_at, self.threads = 0, [], fails_at, set()
+
+    def generate(self, prompts, *, responses, max_new_tokens, temperature, seed):
+        self.threads.add(threading.current_thread())
+        self.asked.append((prompts, seed))
+        if len(self.asked) == self.fails_at:
+            raise RolloutError("the engine is gone")
+        return [[Response([self.version], True) for _ in range(responses)] for _ in prompts]
+
+    def sync(self, weights):
+        self.version = dict(weights)["iteration"]
+
+
+def made(ahead: int, engine: Engine, world: World | None = None, start: int = 0) -> Generation:
+    config = load_config(["configs/tiny.yaml"], [f"rollout.ahead={ahead}", "run.iterations=9", "rollout.prompts=3"])
+    problems = [Problem(str(i), [i], {}) for i in range(100)]
+    sampler = ProblemSampler(problems, 0)
+    sampler.drawn = start
+    return Generation(engine, sampler, config, world or World())
+
+
+def follow(generation: Generation, iterations, every: int = 1) -> list[tuple[int, int, list[str]]]:
+    """(version that answered, lag, problems) of each iteration; weights are handed over every so many iterations."""
+    out = []
+    for i in iterations:
+        got = generation.next(i)
+        out.append((got.own[0][0].token_ids[0], got.lag, [p.prompt for p in got.problems]))
+        if i % every == 0:
+            generation.sync([("iteration", i)], i)
+    return out
+
+
+def test_on_policy_without_ahead():
+    engine = Engine()
+    assert [x[:2] for x in follow(made(0, engine), range(1, 6))] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
+    assert [x[:2] for x in follow(made(0, Engine()), range(1, 6), every=2)] == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0)]
+    assert engine.threads == {threading.main_thread()}
+
+
+def test_ahead_answers_with_older_weights_and_says_how_old():
+    engine = Engine()
+    one = follow(made(1, engine), range(1, 10))
+    # asked for in iteration i - 1, before its updates: with the weights after iteration i - 2
+    assert [x[:2] for x in one] == [(0, 0), *((i - 2, 1) for i in range(2, 10))]
+    assert threading.main_thread() not in engine.threads
+    assert len(engine.asked) == 9, "nothing is generated that no iteration will use"
+    two = follow(made(2, Engine()), range(1, 10))
+    assert [x[1] for x in two] == [0, 1, 2, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("ahead", "every"), [(0, 1), (2, 1), (2, 3)])
+def test_no_problem_is_skipped_or_repeated_and_a_resumed_run_goes_on(ahead, every):
+    whole = follow(made(ahead, Engine()), range(1, 10), every)
+    assert len({p for x in whole for p in x[2]}) == 27
+    first = made(ahead, Engine())
+    begun = follow(first, range(1, 5), every)
+    first.sync([("iteration", 4)], 4)  # as the loop does before a checkpoint
+    state, drawn = first.state(), first._problems.drawn
+    engine = Engine()
+    engine.version = 4
+    second = made(ahead, engine, start=drawn)
+    second.load_state(state)
+    rest = follow(second, range(5, 10), every)
+    assert [x[2] for x in begun + rest] == [x[2] for x in whole]
+    if every == 1:
+        assert begun + rest == whole
+
+
+def test_processes_ask_for_their_share_with_seeds_of_their_own():
+    engines = [Engine(), Engine()]
+    for rank, engine in enumerate(engines):
+        made(0, engine, World(rank, 2)).next(1)
+    (first, seed), (second, other) = engines[0].asked[0], engines[1].asked[0]
+    assert len(first) == 2 and len(second) == 1 and seed != other
+
+
+def test_an_engine_that_dies_in_the_thread_ends_the_run():
+    generation = made(1, Engine(fails_at=2))
+    generation.next(1)
+    with pytest.raises(RolloutError, match="the engine is gone"):
+        generation.next(2)
+    generation.close()

@@ -1,0 +1,42 @@
+"""One Ctrl-C asks, two end at once; afterwards the handlers are what they were."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from reval.interrupt import Interruptible
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """As in a terminal, whatever started the tests."""
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_asks_and_the_second_ends(number):
+    said = []
+    with pytest.raises(KeyboardInterrupt), Interruptible(lambda: said.append(1)) as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked and said == [1]
+        os.kill(os.getpid(), number)
+    assert said == [1] and signal.getsignal(number) is signal.default_int_handler
+
+
+def test_a_thread_without_handlers_works_all_the_same():
+    seen = []
+
+    def run():
+        with Interruptible(lambda: None) as stop:
+            seen.append(stop.asked)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False]
