@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from reval import interrupt
 from reval.interrupt import Interruptible
 
 
@@ -19,7 +20,8 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_asks_and_the_second_ends(number):
+def test_the_first_asks_and_the_second_ends(number, monkeypatch):
+    monkeypatch.setattr(interrupt, "SAME", 0.0)
     said = []
     with pytest.raises(KeyboardInterrupt), Interruptible(lambda: said.append(1)) as stop:
         assert not stop.asked
@@ -27,6 +29,13 @@ def test_the_first_asks_and_the_second_ends(number):
         assert stop.asked and said == [1]
         os.kill(os.getpid(), number)
     assert said == [1] and signal.getsignal(number) is signal.default_int_handler
+
+
+def test_one_that_comes_twice_at_once_is_one():
+    with Interruptible(lambda: None) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
 
 
 def test_a_thread_without_handlers_works_all_the_same():
