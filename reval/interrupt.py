@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-
 SAME = 2.0
 """Seconds: under torchrun one Ctrl-C comes twice, from the terminal and from torchrun."""
 
@@ -17,8 +16,8 @@ SAME = 2.0
 class Interruptible:
     """Within the block, the first SIGINT or SIGTERM sets `asked` and calls `say`; a later one raises KeyboardInterrupt.
 
-    torchrun kills its processes 30 s after it was told to stop: an iteration that takes longer is lost then, and the run
-    goes on from the checkpoint before.
+    torchrun kills its processes 30 s after it was told to stop: an iteration that takes longer is lost then, and the
+    run goes on from the checkpoint before.
     """
 
     def __init__(self, say: Callable[[], None]):
