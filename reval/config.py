@@ -191,8 +191,9 @@ class RewardConfig(_Section):
 
     function: str = "math"
     """number, math, reasoning_gym, or a function of yours as module:function or file.py:function."""
-    shaping: Literal["plain", "centered", "plus_minus_one"] = "centered"
-    """plain: as scored; centered: minus the mean of the prompt's responses; plus_minus_one: 2r - 1, for 0/1 rewards."""
+    shaping: Literal["plain", "centered", "normalized", "plus_minus_one"] = "centered"
+    """plain: as scored; centered: minus the mean of the prompt's responses; normalized: that over their deviation;
+    plus_minus_one: 2r - 1, for 0/1 rewards."""
     workers: int = 2
     """Processes that score."""
     timeout: float = 10.0
@@ -229,8 +230,9 @@ class ReplayConfig(_Section):
 class ObjectiveConfig(_Section):
     """the loss"""
 
-    name: Literal["reval", "tbrm", "regression"] = "reval"
-    """reval: the squared Bellman residual; tbrm: the same without V_ref; regression: without any V."""
+    name: Literal["reval", "tbrm", "regression", "grpo"] = "reval"
+    """reval: the squared Bellman residual; tbrm: the same without V_ref; regression: without any V; grpo: the on-policy
+    baseline, which replays nothing."""
     level: Literal["trajectory", "token", "subtrajectory"] = "trajectory"
     """What is squared: the sum of a trajectory's TD errors, each TD error, or the sum from each token to the end."""
     semi_gradient: bool = False
@@ -447,16 +449,36 @@ class Config:
                 f"got {self.replay.capacity}"
             )
 
-        if self.reward.shaping == "centered" and self.rollout.responses == 1:
+        if self.reward.shaping in ("centered", "normalized") and self.rollout.responses == 1:
             raise ConfigError(
-                "reward.shaping must not be 'centered' with rollout.responses=1: one response is its own mean, so "
-                "every reward would be 0; use 'plain' or 'plus_minus_one'"
+                f"reward.shaping must not be {self.reward.shaping!r} with rollout.responses=1: one response is its own "
+                "mean, so every reward would be 0; use 'plain' or 'plus_minus_one'"
             )
         if self.objective.name == "regression" and self.reward.shaping != "centered":
             raise ConfigError(
                 "reward.shaping must be 'centered' with objective.name=regression, whose loss has no V to take the "
                 f"mean's place; got {self.reward.shaping!r}"
             )
+
+        if self.objective.name == "grpo":
+            self._check_grpo()
+
+    def _check_grpo(self) -> None:
+        if self.reward.shaping not in ("centered", "normalized"):
+            raise ConfigError(
+                "reward.shaping must be 'normalized' (GRPO) or 'centered' (Dr. GRPO) with objective.name=grpo; got "
+                f"{self.reward.shaping!r}"
+            )
+        for name, value, allowed in (
+            ("replay.updates_per_iteration", self.replay.updates_per_iteration, 1),
+            ("rollout.ahead", self.rollout.ahead, 0),
+            ("rollout.sync_every", self.rollout.sync_every, 1),
+        ):
+            if value != allowed:
+                raise ConfigError(
+                    f"{name} must be {allowed} with objective.name=grpo, which is on-policy here: reusing responses "
+                    f"would need an importance ratio, and the buffer keeps no behaviour log-probs; got {value}"
+                )
 
     @property
     def trajectories_per_iteration(self) -> int:

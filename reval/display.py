@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .config import Config
+from .data import Prompt
 from .evaluate import Evaluation
 
 SHOWN = {
@@ -103,24 +104,47 @@ class Display:
         self._console.print(text, markup=False)
 
     def results(self, before: Evaluation | None, after: Evaluation | None, folder: Path) -> None:
-        """Held-out answers and accuracy before and after, and where everything lies."""
+        """Answers and accuracy before and after, and where everything lies."""
         if before is not None and after is not None:
-            table = Table(title="Held-out problems", show_lines=False)
-            for name in ("problem", "before", "", "after", ""):
-                table.add_column(name, overflow="fold")
-            for old, new in list(zip(before.answers, after.answers, strict=True))[: self._config.run.table]:
-                prompt = old.prompt if isinstance(old.prompt, str) else old.prompt[-1]["content"]
-                cells = (prompt, old.sampled[0], _mark(old.scores[0]), new.sampled[0], _mark(new.scores[0]))
-                table.add_row(*(escape(str(cell)) for cell in cells))
-            self._console.print(table)
+            self._console.print(_answers(before, after, self._config.run.table))
             first, then = before.metrics(), after.metrics()
-            samples = f"{len(before.answers)} problems x {self._config.evaluation.samples} answers"
-            names = {"eval/accuracy": f"temperature {self._config.evaluation.temperature:g} ({samples})",
-                     "eval/accuracy_greedy": "greedy"}  # fmt: skip
+            problems = sum(a.benchmark is None for a in after.answers)
+            settings = self._config.evaluation
+            names = {
+                "eval/accuracy": f"held-out accuracy, temperature {settings.temperature:g} "
+                f"({problems} problems x {settings.samples} answers)",
+                "eval/accuracy_greedy": "held-out accuracy, greedy",
+            }
+            if not problems:
+                names = {"eval/accuracy": "mean accuracy of the benchmarks"}
+            names |= {key: key.removeprefix("eval/").replace("/", ", ") for key in then if "/avg@" in key}
             for key, name in names.items():
-                if key in first:
-                    self.note(f"held-out accuracy, {name}: {first[key]:.3f} -> {then[key]:.3f}")
+                if key in first and key in then:
+                    self.note(f"{name}: {first[key]:.3f} -> {then[key]:.3f}")
         self.note(f"metrics, samples, curves.png and the checkpoint are in {folder}")
+
+
+def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:
+    """The first problems that both answered, with one answer each."""
+    table = Table(title="Held-out problems", show_lines=False)
+    for name in ("problem", "before", "", "after", ""):
+        table.add_column(name, overflow="fold")
+    earlier = {(a.benchmark, _last(a.prompt)): a for a in before.answers}
+    pairs = [(earlier.get((new.benchmark, _last(new.prompt))), new) for new in after.answers]
+    for old, new in [(old, new) for old, new in pairs if old is not None][:count]:
+        cells = [_short(old.sampled[0]), _mark(old.scores[0]), _short(new.sampled[0]), _mark(new.scores[0])]
+        table.add_row(*map(escape, [_short(_last(new.prompt)), *cells]))
+    return table
+
+
+def _last(prompt: Prompt) -> str:
+    """The prompt's text: of chat messages, the last one's."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _short(text: str) -> str:
+    """The beginning and, what matters more, the end of a long text."""
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def _duration(seconds: float) -> str:

@@ -65,8 +65,19 @@ def regression(
     return BellmanLoss(residual.square().sum() / normalizer, residual.detach())
 
 
+def grpo(
+    hidden: Tensor, head: Head, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+) -> BellmanLoss:
+    """-A / H sum_h log pi(a_h|s_h), A the shaped reward: GRPO (arXiv 2402.03300, Eq. 3) at its first update, where the
+    importance ratio is 1, without a KL term. The residual is D - r / beta, for the metrics alone."""
+    values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
+    log_prob = values.log_prob.sum(1)
+    loss = -(batch.rewards * log_prob / batch.mask.sum(1)).sum() / normalizer
+    return BellmanLoss(loss, (log_prob - reference.log_prob - batch.rewards / config.beta).detach())
+
+
 Objective = Callable[[Tensor, Head, Batch, Reference, ObjectiveConfig, int], BellmanLoss]
-OBJECTIVES: dict[str, Objective] = {"reval": reval, "tbrm": tbrm, "regression": regression}
+OBJECTIVES: dict[str, Objective] = {"reval": reval, "tbrm": tbrm, "regression": regression, "grpo": grpo}
 
 
 @torch.no_grad()
@@ -79,7 +90,7 @@ def residual_parts(
     from the residual.
     """
     v = linear_token_values(hidden[:, 0], head.weight, batch.actions[:, 0], **head.options()).v
-    baseline = {"reval": v - reference.v, "tbrm": v, "regression": torch.zeros_like(v)}[config.name]
+    baseline = {"reval": v - reference.v, "tbrm": v}.get(config.name, torch.zeros_like(v))
     return {
         "residual": residual,
         "v_policy": v,

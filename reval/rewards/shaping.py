@@ -7,7 +7,7 @@ any integer, the same for all responses to one prompt.
 import difflib
 from statistics import mean, pstdev
 
-SHAPINGS = ("plain", "centered", "plus_minus_one")
+SHAPINGS = ("plain", "centered", "normalized", "plus_minus_one")
 
 
 def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> list[float | None]:
@@ -17,7 +17,8 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
         rewards: raw rewards, one per response.
         groups: group of each response, as long as `rewards`.
         how: "plain": r. "centered": r minus the mean of the scored responses of its group (no division by the
-            deviation, so the only scored response of a group gets 0). "plus_minus_one": 2r - 1, for r in 0..1.
+            deviation, so the only scored response of a group gets 0). "normalized": that, divided by the population
+            deviation of the group's scored responses; 0 where all are alike. "plus_minus_one": 2r - 1, for r in 0..1.
 
     Raises:
         ValueError: unknown `how`; lengths differ; a reward outside 0..1 with "plus_minus_one".
@@ -32,6 +33,9 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
     if how == "centered":
         means = {group: mean(values) for group, values in scored.items()}
         return [None if r is None else r - means[g] for r, g in zip(rewards, groups, strict=True)]
+    if how == "normalized":
+        scale = {group: (mean(values), pstdev(values) or 1.0) for group, values in scored.items()}
+        return [None if r is None else (r - scale[g][0]) / scale[g][1] for r, g in zip(rewards, groups, strict=True)]
     for index, r in enumerate(rewards):
         if r is not None and not 0.0 <= r <= 1.0:
             raise ValueError(

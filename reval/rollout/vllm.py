@@ -87,9 +87,11 @@ def engine_devices(devices: str | None, gpu: int | None, environment: Mapping[st
     """
     rank, world = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if devices is None:
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        own = rank if gpu is None else gpu
-        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[own] if visible else str(own)}, 1
+        own, visible = rank if gpu is None else gpu, environment.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            return {"CUDA_VISIBLE_DEVICES": str(own)}, 1
+        names = visible.split(",")
+        return {"CUDA_VISIBLE_DEVICES": names[own % len(names)]}, 1  # some launchers show each process its own GPU only
     given = devices.split(",")
     share, rest = divmod(len(given), world)
     if rest:
@@ -126,8 +128,8 @@ class VLLMRollout:
 
         _check_version(vllm.__version__)
         if current_platform.is_cpu():
-            # compiling gains nothing there. A prompt taken in parts would have to rewind its response's generator, which
-            # a CPU's cannot ("CPU Generator does not use offset"). The default cache is half of the memory.
+            # Compiling gains nothing there. A prompt taken in parts would rewind its response's generator, which fails
+            # on a CPU ("CPU Generator does not use offset"). The default cache is half of the memory.
             options = {"enforce_eager": True, "enable_chunked_prefill": False} | options
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self._dtype, self._ends, self._expected = dtype, ends, expected

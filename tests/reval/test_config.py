@@ -22,20 +22,23 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Adding a setting is a decision: it has to be made here as well.
 SETTINGS = """
-data.held_out data.held_out_path data.name data.options data.path data.seed data.size data.source data.system_prompt
-data.template
+data.columns data.held_out data.held_out_path data.name data.options data.path data.seed data.size data.source
+data.split data.subset data.system_prompt data.template
 distributed.timeout
-evaluation.every evaluation.greedy evaluation.samples evaluation.temperature
+evaluation.benchmarks evaluation.best_of_n evaluation.every evaluation.folder evaluation.greedy evaluation.k
+evaluation.problems evaluation.reward evaluation.samples evaluation.temperature evaluation.template
 lora.alpha lora.rank lora.targets
-model.attn_implementation model.compile model.compute_dtype model.device model.dtype model.gradient_checkpointing model.name
+model.attn_implementation model.compile model.compute_dtype model.device model.dtype model.gradient_checkpointing
+model.name
 objective.beta objective.level objective.name objective.semi_gradient
 optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.packing optim.schedule optim.warmup
 optim.weight_decay
 reference.offload reference.reset_every
 replay.batch_size replay.capacity replay.preload replay.updates_per_iteration
 reward.function reward.shaping reward.timeout reward.workers
-rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.prompts rollout.responses
-rollout.temperature
+rollout.ahead rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.probe_tokens
+rollout.prompts rollout.responses rollout.sync_every rollout.temperature rollout.timeout
+rollout.vllm_devices rollout.vllm_gpu_memory rollout.vllm_mode rollout.vllm_options
 run.best_metric run.dir run.display run.iterations run.overwrite run.resume run.save_every run.save_total_limit run.seed
 run.table run.threads
 tracking.name tracking.project tracking.samples tracking.tensorboard tracking.trackio tracking.wandb
@@ -199,7 +202,20 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("run.overwrite=1", "run.overwrite must be true or false; got 1"),
         ("run.dir=", "run.dir must be a folder; got ''"),
         ("run.display=curses", "run.display must be one of auto, rich, plain; got 'curses'"),
-        ("rollout.engine=vllm", "rollout.engine must be hf; got 'vllm'"),
+        ("rollout.engine=sglang", "rollout.engine must be one of hf, vllm; got 'sglang'"),
+        ("rollout.dtype=float16", "rollout.dtype must be one of same, bfloat16, float32; got 'float16'"),
+        ("rollout.sync_every=0", "rollout.sync_every must be at least 1; got 0"),
+        ("rollout.ahead=-1", "rollout.ahead must be at least 0; got -1"),
+        ("rollout.probe_tokens=-1", "rollout.probe_tokens must be at least 0; got -1"),
+        ("rollout.timeout=0", "rollout.timeout must be greater than 0 and finite; got 0.0"),
+        ("rollout.vllm_mode=client", "rollout.vllm_mode must be one of server, colocated; got 'client'"),
+        ("rollout.vllm_gpu_memory=2", "rollout.vllm_gpu_memory must be greater than 0 and at most 1; got 2.0"),
+        (
+            "rollout.vllm_options.max_model_len=9",
+            "rollout.vllm_options must be {} unless rollout.engine is 'vllm'; got {'max_model_len': 9}",
+        ),
+        ("rollout.vllm_devices=0-3",
+         "rollout.vllm_devices must be null, or numbers with commas between them; got '0-3'"),
         ("rollout.prompts=0", "rollout.prompts must be at least 1; got 0"),
         ("rollout.responses=0", "rollout.responses must be at least 1; got 0"),
         ("rollout.max_new_tokens=0", "rollout.max_new_tokens must be at least 1; got 0"),
@@ -238,9 +254,23 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("data.size=0", "data.size must be at least 1; got 0"),
         ("data.held_out=1000", "data.held_out must be less than data.size (1000), which it is taken from; got 1000"),
         ("data.template=Add.", "data.template must be text that contains {question}; got 'Add.'"),
-        ("data.source=jsonl", "data.path must be a JSONL file because data.source is 'jsonl'; got null"),
-        ("data.path=x.jsonl", "data.path must be null unless data.source is 'jsonl'; got 'x.jsonl'"),
-        ("data.held_out_path=x", "data.held_out_path must be null unless data.source is 'jsonl'; got 'x'"),
+        ("data.source=jsonl", "data.path must be a file because data.source is 'jsonl'; got null"),
+        ("data.source=parquet", "data.path must be a file because data.source is 'parquet'; got null"),
+        ("data.path=x.jsonl", "data.path must be null unless data.source is 'jsonl' or 'parquet'; got 'x.jsonl'"),
+        ("data.held_out_path=x", "data.held_out_path must be null with data.source='reasoning_gym'; got 'x'"),
+        ("data.columns.prompt=3", "data.columns must be a mapping from names to the columns that hold them; got "
+         "{'prompt': 3}"),
+        ("evaluation.k=[1, 5]", "evaluation.k must be a list of numbers from 1 to evaluation.samples (4); got [1, 5]"),
+        ("evaluation.k=[0]", "evaluation.k must be a list of numbers from 1 to evaluation.samples (4); got [0]"),
+        ("evaluation.problems=0", "evaluation.problems must be at least 1, or null; got 0"),
+        ("evaluation.benchmarks=[aime23]", "evaluation.benchmarks must be a list of aime24, aime25, amc23, math500, "
+         "minerva, olympiadbench, gpqa, champ, or of .jsonl and .parquet files; got ['aime23']"),
+        ("evaluation.benchmarks=[aime24, x/aime24.jsonl]", "evaluation.benchmarks must be a list of different names; "
+         "got ['aime24', 'x/aime24.jsonl']"),
+        ("evaluation.folder=", "evaluation.folder must be a folder; got ''"),
+        ("evaluation.template=Add.", "evaluation.template must be text that contains {question}, or null; got 'Add.'"),
+        ("evaluation.reward=maths", "evaluation.reward must be one of number, math, reasoning_gym, module:function or "
+         "file.py:function; got 'maths'"),
         ("data.options=3", "data.options must be a mapping {name: value, ...}; got 3"),
         ("data.options={1: 2}", "data.options must be a mapping {name: value, ...}; got {1: 2}"),
         (
@@ -256,6 +286,14 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
 )
 def test_a_bad_value_is_refused(override, message):
     assert error_of(override) == message
+
+
+def test_vllm_options_cannot_change_which_policy_answers():
+    assert error_of("rollout.engine=vllm", "rollout.vllm_options.quantization=fp8") == (
+        "rollout.vllm_options must leave out 'quantization': it follows from other settings"
+    )
+    config = load_config([], ["rollout.engine=vllm", "rollout.vllm_options.max_model_len=512"])
+    assert config.rollout.vllm_options == {"max_model_len": 512}
 
 
 def test_centred_rewards_need_a_group_and_the_regression_needs_them():
@@ -322,7 +360,7 @@ def test_names_with_nothing_near():
     assert error_of("zzz.xyz=1").endswith("; --help lists every setting")
     assert error_of("data.options.=1").startswith("unknown setting 'data.options.'")
     assert error_of("replay=3") == (
-        "'replay' is a section, with the settings capacity, updates_per_iteration, batch_size; got 'replay=3'"
+        "'replay' is a section, with the settings capacity, updates_per_iteration, batch_size, preload; got 'replay=3'"
     )
 
 
@@ -416,6 +454,29 @@ def test_the_configs_in_the_repository_load(path):
     assert config.run.dir == f"runs/{path.stem}"
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("paper_*.yaml")), ids=lambda path: path.stem)
+def test_every_value_of_the_paper_s_configs_says_where_it_comes_from(path):
+    lines = [line for line in path.read_text().splitlines() if line.startswith("  ") and "dir: runs/" not in line]
+    assert len(lines) >= 5
+    for line in lines:
+        assert any(tag in line for tag in ("# [M 3]", "# [M 5]", "# [ours]")), line
+
+
+def test_the_paper_s_numbers():
+    small, large = (load_config([CONFIGS / f"paper_{size}.yaml"]) for size in ("1.5b", "7b"))
+    for config in (small, large):
+        assert (config.trajectories_per_iteration, config.replay.capacity, config.updates) == (1024, 5120, 1300)
+        assert (config.optim.lr, config.rollout.temperature, config.evaluation.every) == (1e-6, 1.0, 10)
+        assert (len(config.evaluation.benchmarks), config.evaluation.samples) == (7, 16)
+    assert (small.objective.beta, small.reward.shaping, small.reference.reset_every) == (0.002, "plain", 0)
+    assert (large.objective.beta, large.reward.shaping, large.reference.reset_every) == (0.02, "centered", 200)
+    assert small.rollout.max_new_tokens == 8192
+    one = load_config([CONFIGS / "paper_1.5b.yaml", CONFIGS / "paper_n1.yaml"])
+    assert (one.trajectories_per_iteration, one.replay.updates_per_iteration, one.model) == (128, 4, small.model)
+    single = load_config([CONFIGS / "paper_1.5b.yaml", CONFIGS / "paper_one_prompt.yaml"])
+    assert (single.rollout.prompts, single.data.source, single.model) == (1, "jsonl", small.model)
+
+
 def test_the_demo_and_the_tiny_config_exist():
     assert {"demo", "tiny"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
@@ -460,3 +521,17 @@ def test_any_float_survives_an_override(lr):
 @given(text=TEXT.filter(lambda text: text and text[0] not in "'\""))
 def test_any_unquoted_text_survives_an_override(text):
     assert load_config([], [f"run.dir={text}"]).run.dir == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.shaping=plain"], "reward.shaping must be 'normalized' (GRPO) or 'centered' (Dr. GRPO) with"),
+        ([], "replay.updates_per_iteration must be 1 with objective.name=grpo, which is on-policy here"),
+        (["replay.updates_per_iteration=1", "rollout.ahead=1"], "rollout.ahead must be 0 with objective.name=grpo"),
+        (["replay.updates_per_iteration=1", "rollout.sync_every=2"], "rollout.sync_every must be 1 with objective"),
+    ],
+)
+def test_grpo_is_on_policy(overrides, message):
+    assert error_of("objective.name=grpo", *overrides).startswith(message)
+    load_config([], ["objective.name=grpo", "replay.updates_per_iteration=1", "reward.shaping=normalized"])

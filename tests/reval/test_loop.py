@@ -108,6 +108,8 @@ def test_every_objective_and_a_reset_train(tmp_path):
     for name, overrides in {
         "token": ["objective.level=token", "objective.semi_gradient=true", "reference.reset_every=1"],
         "tbrm": ["objective.name=tbrm"],
+        "grpo": ["objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1",
+                 "reward.function=tests/reval/rewards_by_length.py:score"],
     }.items():
         run(tmp_path / name, "reward.shaping=plus_minus_one", *small, *overrides)
         rows = metrics(tmp_path / name)

@@ -46,7 +46,9 @@ def expected(name, level, case):
         (q, v, log_pi), (q_ref, v_ref, log_ref) = by_hand(model, t), by_hand(reference, t)
         outcome = t.reward / BETA
         d = (log_pi - log_ref).sum()
-        if name == "regression":
+        if name == "grpo":
+            terms.append(-t.reward * log_pi.mean())
+        elif name == "regression":
             terms.append((d - outcome) ** 2)
         elif name == "tbrm":
             terms.append((v[0] + d - outcome) ** 2)
@@ -68,7 +70,7 @@ def expected(name, level, case):
 @pytest.mark.parametrize(
     ("name", "level"),
     [("reval", "trajectory"), ("reval", "token"), ("reval", "subtrajectory"), ("tbrm", "trajectory"),
-     ("regression", "trajectory")],
+     ("regression", "trajectory"), ("grpo", "trajectory")],
 )  # fmt: skip
 def test_loss_is_the_formula(case, tiny_config, name, level):
     model, _, batch, reference, _ = case

@@ -24,6 +24,12 @@ def test_centered_is_exactly_zero_in_a_group_of_equal_rewards():
     assert reward_metrics([0.1] * 3, [0] * 3)["frac_reward_zero_std"] == 1.0
 
 
+def test_normalized_divides_by_the_deviation_and_leaves_groups_without_signal_at_zero():
+    shaped = shape_rewards(REWARDS, GROUPS, "normalized")
+    assert shaped == [1.0, pytest.approx(-(2**0.5)), None, pytest.approx(0.5**0.5), -1.0, None, pytest.approx(0.5**0.5)]
+    assert shape_rewards([0.1] * 3, [0] * 3, "normalized") == [0.0] * 3
+
+
 def test_plus_minus_one():
     assert shape_rewards([0.0, 0.25, 1.0, None], [0] * 4, "plus_minus_one") == [-1.0, -0.5, 1.0, None]
 
