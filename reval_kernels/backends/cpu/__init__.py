@@ -19,9 +19,6 @@ from ..rows import Transform
 DEVICES = ("cpu",)
 # REVAL_CPU_LIBRARY: another build of it, such as the one with sanitizers.
 LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name("libreval_kernels_cpu.so"))
-# linear_reval_loss may keep this many MiB of logits between its two passes instead of computing them twice. With all of
-# them kept it does 6 M V D operations instead of 8.
-KEEP_MIB = int(os.environ.get("REVAL_CPU_KEEP_MIB", "0"))
 
 
 @functools.cache
@@ -60,12 +57,21 @@ def token_values_backward(
 
 def linear_token_values(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool,
+    with_entropy: bool, with_expected: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `portable.linear_token_values`."""
-    if torch.float64 in _dtypes(hidden, weight, bias):
-        return portable.linear_token_values(hidden, weight, bias, actions, mask, transform, with_entropy)
-    return tuple(_ops().linear_token_values(hidden, weight, bias, actions, mask, *_flat(transform), with_entropy))
+    if torch.float64 in _dtypes(hidden, weight, bias) or (with_entropy and with_expected):
+        args = (hidden, weight, bias, actions, mask, transform, with_entropy, with_expected)
+        return portable.linear_token_values(*args)
+    args = (hidden, weight, bias, actions, mask, *_flat(transform))
+    if not with_expected:
+        values = _ops().linear_token_values(*args, with_entropy)
+        return *values, values[0].new_empty(0)
+    *values, rows = _ops().linear_expected(*args)  # [M, D] of the unmasked tokens
+    expected = rows.view(hidden.shape) if mask is None else rows.new_zeros(hidden.shape)
+    if mask is not None:
+        expected[mask] = rows
+    return *values, expected
 
 
 def linear_token_values_backward(
@@ -97,10 +103,11 @@ def linear_reval_loss(
             hidden, weight, bias, actions, mask, cu_seqlens, transform, reference, rewards, beta, level,
             semi_gradient, normalizer, needs,
         )  # fmt: skip
+    if portable.wide_loss(hidden, weight, bias):
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     args = (hidden, weight, bias, actions, mask, *_flat(transform))
     frozen_head = needs[0] and not needs[1] and not needs[2]
-    keep = KEEP_MIB << 20 if any(needs) else 0
-    values = _ops().linear_expected(*args) if frozen_head else _ops().linear_token_values(*args, False, keep)
+    values = _ops().linear_expected(*args) if frozen_head else _ops().linear_token_values(*args, False)
     q, v, log_prob, entropy, row_max, log_sum, *rest = values
     loss, residual, *cotangents = bellman_loss(
         q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
@@ -110,7 +117,7 @@ def linear_reval_loss(
         d_hidden = _ops().linear_expected_backward(rest[0], *args, *after)
         gradients = (d_hidden, weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
     elif any(needs):
-        gradients = _ops().linear_token_values_backward(*args, *after, *needs, *rest)
+        gradients = _ops().linear_token_values_backward(*args, *after, *needs)
     else:
         gradients = (hidden.new_empty(0), weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
     return loss, residual, *gradients

@@ -4,7 +4,22 @@
 
 #include "kernels.h"
 
+#define REVAL_KERNELS_OF(isa)            \
+  namespace isa {                        \
+  extern const RowKernels rows;          \
+  extern const ColumnKernels columns;    \
+  extern const LayoutKernels layout;     \
+  }                                      \
+  static const Kernels kernels_##isa = {#isa, isa::rows, isa::columns, isa::layout};
+
 namespace reval {
+
+REVAL_KERNELS_OF(plain)
+#ifdef REVAL_X86_VARIANTS
+REVAL_KERNELS_OF(avx2)
+REVAL_KERNELS_OF(avx512)
+#endif
+
 namespace {
 
 #ifdef REVAL_X86_VARIANTS

@@ -1,8 +1,8 @@
-// The row kernels as the rest of the library sees them: one table of functions per instruction set.
+// The vectorised kernels as the rest of the library sees them: one table of functions per instruction set.
 //
-// rows.cpp is compiled once per instruction set, with that set's compiler flags; isa.cpp picks a table when the library
-// is loaded. Nothing here may include torch or the standard library's templates: an inline function compiled with
-// AVX-512 flags could replace its plain twin at link time and kill an older processor.
+// rows.cpp, columns.cpp and layout.cpp are compiled once per instruction set, with that set's compiler flags; isa.cpp
+// picks a table when the library is loaded. Nothing here may include torch or the standard library's templates: an
+// inline function compiled with AVX-512 flags could replace its plain twin at link time and kill an older processor.
 #pragma once
 
 #include <cstdint>
@@ -36,35 +36,77 @@ struct RowGradient {
   float from_entropy;
 };
 
-struct Kernels {
-  const char* name;
-  // x: n logits of the type; the action's own entry is the caller's to put right.
+// A row of logits lies in one piece.
+struct RowKernels {
   void (*partial)(DType type, const void* x, int64_t n, Transform transform, bool with_entropy, Partial* out);
-  // From x to out; `out_type` is `type`, or any type when `type` is kFloat. x == out is allowed.
-  // `streaming` writes past the cache.
+  // From x to out, both of the type; x == out is allowed. `streaming` writes past the cache.
   void (*gradient)(
-      DType type, const void* x, int64_t n, Transform transform, RowGradient row, DType out_type, void* out,
-      bool streaming);
+      DType type, const void* x, int64_t n, Transform transform, RowGradient row, void* out, bool streaming);
   // One logit after the softcap, and the derivative of z by it.
   float (*capped)(float x, Transform transform, float* derivative);
   // z - row_max of a capped logit, rounded as in the other kernels.
   float (*shifted)(float capped, float inv_temperature, float row_max);
+  void (*exp)(const float* x, int64_t n, float* out);
+  void (*tanh)(const float* x, int64_t n, float* out);
+};
+
+// A strip of tokens side by side: the logits of a word are a row, those of a token a column of [words, kStrip] fp32.
+// Kernels take the columns in whole vectors: their number must be a multiple of kColumns.
+constexpr int64_t kStrip = 64;
+constexpr int64_t kColumns = 16;
+
+// What is known of each token after some of its words, as in Partial; summed in double over the calls.
+struct ColumnSums {
+  float maximum[kStrip];
+  float factor[kStrip];  // what the last call scaled the sums before it by
+  double others[kStrip], spread[kStrip];
+};
+
+// RowGradient for each token, the last two times inv_temperature.
+struct ColumnGradients {
+  const float *row_max, *log_sum, *entropy, *from_all, *from_entropy;
+  bool with_entropy;  // whether any from_entropy is not 0
+};
+
+// Memory that will be needed next: fetched between the arithmetic, it costs nothing.
+struct Ahead {
+  const void* memory;
+  int64_t bytes;
+};
+
+struct ColumnKernels {
+  // Takes `words` rows of logits into the sums.
+  void (*partial)(
+      const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature, bool with_entropy,
+      ColumnSums* sums);
+  // The gradient of each logit; out may be x (then ld_out is kStrip).
+  void (*gradient)(
+      const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
+      const ColumnGradients& by, Ahead ahead, float* out, int64_t ld_out);
+  // In bf16, twice: by word (unless null) and as [words / 2, kStrip] pairs of words (odd words: the last with 0).
+  void (*gradient_bf16)(
+      const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
+      const ColumnGradients& by, Ahead ahead, uint16_t* out, int64_t ld_out, uint32_t* pairs);
+};
+
+struct LayoutKernels {
   // to[j][i] = from[i][j] for i < rows, j < columns; leading dimensions in entries.
   void (*transpose)(
       const uint32_t* from, int64_t ld_from, int64_t rows, int64_t columns, uint32_t* to, int64_t ld_to);
   // out[i] = {a[i], b[i]}; b null: zeros.
   void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* out);
-  void (*exp)(const float* x, int64_t n, float* out);
-  void (*tanh)(const float* x, int64_t n, float* out);
+  // n numbers of one type to another.
+  void (*convert)(DType from_type, const void* from, int64_t n, DType to_type, void* to);
 };
 
-extern const Kernels kernels_plain;
-#ifdef REVAL_X86_VARIANTS
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
-#endif
+struct Kernels {
+  const char* name;
+  const RowKernels& rows;
+  const ColumnKernels& columns;
+  const LayoutKernels& layout;
+};
 
-// The table for this processor, or the one that REVAL_CPU_ISA (plain, avx2, avx512) names.
+// Those for this processor, or those that REVAL_CPU_ISA (plain, avx2, avx512) names.
 const Kernels& kernels();
 
 // Whether the processor multiplies bf16 itself (and REVAL_CPU_ISA does not forbid it).

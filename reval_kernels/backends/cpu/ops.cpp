@@ -44,8 +44,8 @@ at::Tensor mapped(void (*function)(const float*, int64_t, float*), const at::Ten
   return out;
 }
 
-at::Tensor exp(const at::Tensor& x) { return mapped(kernels().exp, x); }
-at::Tensor tanh(const at::Tensor& x) { return mapped(kernels().tanh, x); }
+at::Tensor exp(const at::Tensor& x) { return mapped(kernels().rows.exp, x); }
+at::Tensor tanh(const at::Tensor& x) { return mapped(kernels().rows.tanh, x); }
 
 // Uninitialised, of this shape and dtype.
 at::Tensor fresh(const at::Tensor& like) { return huge(at::empty(like.sizes(), like.options())); }
@@ -70,12 +70,12 @@ TORCH_LIBRARY(reval_kernels_cpu, m) {
       ", Tensor[] statistics, Tensor[] cotangents, Tensor(a!) out) -> ()",
       &reval::token_values_backward);
   m.def(
-      "linear_token_values(" HEAD TRANSFORM ", bool with_entropy, int keep_bytes=0) -> Tensor[]",
+      "linear_token_values(" HEAD TRANSFORM ", bool with_entropy) -> Tensor[]",
       &reval::linear_token_values);
   m.def(
       "linear_token_values_backward(" HEAD TRANSFORM
-      ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias, "
-      "Tensor(a!)? kept=None) -> Tensor[]",
+      ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias) "
+      "-> Tensor[]",
       &reval::linear_token_values_backward);
   m.def("linear_expected(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_expected);
   m.def(

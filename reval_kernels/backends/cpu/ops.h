@@ -38,17 +38,15 @@ void token_values_backward(
     const OptionalTensor& temperatures, std::optional<double> softcap, at::TensorList statistics,
     at::TensorList cotangents, const at::Tensor& out);
 
-// With keep_bytes > 0 also as many logits as fit into them, for the backward pass.
 std::vector<at::Tensor> linear_token_values(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
-    bool with_entropy, int64_t keep_bytes);
+    bool with_entropy);
 
 std::vector<at::Tensor> linear_token_values_backward(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
-    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias,
-    const OptionalTensor& kept);
+    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias);
 
 // The values, and for every unmasked token sum over all words but the action of p * dz/dlogit * weight[word], [M, D]:
 // all of the gradient of its hidden state that does not wait for the cotangents.

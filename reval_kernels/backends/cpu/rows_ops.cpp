@@ -42,7 +42,7 @@ std::vector<at::Tensor> token_values(
   at::parallel_for(0, static_cast<int64_t>(parts.size()), segments.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       int64_t i = item / segments.per_row, s = item % segments.per_row;
-      kernels().partial(
+      kernels().rows.partial(
           type, at_entry(logits, offsets[i] + segments.begin(s)), segments.length(s), tokens.transform(i),
           with_entropy, &parts[item]);
     }
@@ -88,7 +88,7 @@ void token_values_backward(
       const bool owned = own >= 0 && own < length;
       const char* source = at_entry(logits, from[token] + first);
       const float logit = owned ? load_scalar(type, source, own) : 0.0f;  // before it may be overwritten
-      kernels().gradient(type, source, length, tokens.transform(i), row, type, target, streaming);
+      kernels().rows.gradient(type, source, length, tokens.transform(i), row, target, streaming);
       if (owned) store_scalar(type, target, own, action_gradient(d, row, logit, tokens.transform(i)));
     }
   });

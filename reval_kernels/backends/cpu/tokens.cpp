@@ -131,9 +131,9 @@ Row Sums::finish(Transform transform, float action_logit, bool with_entropy) con
   const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
   const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));
   float derivative;
-  const float capped = kernels().capped(action_logit, transform, &derivative);
+  const float capped = kernels().rows.capped(action_logit, transform, &derivative);
   const float q = capped * transform.inv_temperature;
-  const float log_prob = kernels().shifted(capped, transform.inv_temperature, row_max) - log_sum;
+  const float log_prob = kernels().rows.shifted(capped, transform.inv_temperature, row_max) - log_sum;
   const double entropy = infinite ? log_sum : std::log1p(others) - spread / (1.0 + others);
   return {q, row_max + log_sum, log_prob, with_entropy ? static_cast<float>(entropy) : 0.0f, row_max, log_sum};
 }
@@ -144,8 +144,8 @@ RowGradient shared_gradient(Cotangents d, float row_max, float log_sum, float en
 
 float action_gradient(Cotangents d, const RowGradient& row, float action_logit, Transform transform) {
   float derivative;
-  const float capped = kernels().capped(action_logit, transform, &derivative);
-  const float log_p = kernels().shifted(capped, transform.inv_temperature, row.row_max) - row.log_sum;
+  const float capped = kernels().rows.capped(action_logit, transform, &derivative);
+  const float log_p = kernels().rows.shifted(capped, transform.inv_temperature, row.row_max) - row.log_sum;
   const float p = std::exp(log_p);
   // What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
   // dv * p stands alone, so that an unlikely action keeps its own.

@@ -111,10 +111,11 @@ def test_rows_do_not_depend_on_the_number_of_threads(shape, dtype):
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_linear_does_not_depend_on_the_number_of_threads(dtype, frozen):
-    """More tokens than a block, more words than a tile, neither a multiple of anything."""
-    hidden, weight, actions = head(3, 359, 517, 34, dtype=dtype)
-    returns, rewards = torch.randn(3), torch.randn(3)
+@pytest.mark.parametrize("shape", [(3, 359, 517, 34), (7, 130, 197, 2048)])
+def test_linear_does_not_depend_on_the_number_of_threads(shape, dtype, frozen):
+    """More tokens than a block (the wider, the smaller), more words than a tile, neither a multiple of anything."""
+    hidden, weight, actions = head(*shape, dtype=dtype)
+    returns, rewards = torch.randn(shape[0]), torch.randn(shape[0])
 
     def run():
         leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)]

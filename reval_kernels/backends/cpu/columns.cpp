@@ -1,0 +1,149 @@
+// The same as rows.cpp where the logits come out of a matmul by words: a lane is a token, so nothing crosses lanes.
+//
+// Compiled once per instruction set (REVAL_ISA, its namespace). Everything is fp32 inside.
+#include "lanes.h"
+
+namespace {
+
+using reval::Ahead;
+using reval::ColumnGradients;
+using reval::ColumnSums;
+using reval::kStrip;
+
+constexpr int kVectors = kStrip / W;
+
+inline F get(const float* x, int64_t at) { return load<reval::kFloat>(x, at); }
+
+inline void put(float* x, int64_t at, F value) { store<reval::kFloat, false>(x, at, value); }
+
+// One call's lanes after the sums of all calls before it, of which the maxima are in the lanes already.
+template <bool entropy>
+void merge(const Lanes& s, F inv, int64_t at, ColumnSums* sums) {
+  const F known = get(sums->maximum, at), one_at_maximum = s.maximum > kLowest ? splat(1.0f) : F{};
+  F d = max_(splat(kLowest), known * inv) - s.shift;
+  d = s.maximum > known ? max_(splat(kLeast), d) : F{};
+  const F factor = exp_(d), others = s.others + (s.count - one_at_maximum);
+  put(sums->maximum, at, s.maximum);
+  put(sums->factor, at, factor);
+  for (int i = 0; i < W; ++i) {
+    double& total = sums->others[at + i];
+    double& spread = sums->spread[at + i];
+    if (entropy) spread = factor[i] * (spread + static_cast<double>(d[i]) * total) + s.spread[i];
+    total = factor[i] * total + others[i];
+  }
+}
+
+template <bool capped, bool entropy>
+void partial_columns(
+    const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature, ColumnSums* sums) {
+  const int vectors = tokens / W;
+  Lanes lanes[kVectors];
+  for (int v = 0; v < vectors; ++v) {
+    Lanes& s = lanes[v];
+    s.maximum = get(sums->maximum, v * W);
+    s.shift = max_(splat(kLowest), s.maximum * get(inv_temperature, v * W));
+    s.count = s.maximum > kLowest ? splat(1.0f) : F{};
+  }
+  int64_t word = 0;
+  for (; word + kUnroll <= words; word += kUnroll) {
+    for (int v = 0; v < vectors; ++v) {
+      F z[kUnroll];
+      for (int k = 0; k < kUnroll; ++k) z[k] = cap<capped>(get(x, (word + k) * kStrip + v * W), softcap);
+      F maximum = max_(max_(max_(z[0], z[1]), max_(z[2], z[3])), max_(max_(z[4], z[5]), max_(z[6], z[7])));
+      const F inv = get(inv_temperature, v * W);
+      if (__builtin_expect(any_at_least(maximum, lanes[v].maximum), 0)) {
+        add_raising<kUnroll, entropy>(lanes[v], z, maximum, inv);
+      } else {
+        add<kUnroll, entropy, false>(lanes[v], z, inv);
+      }
+    }
+  }
+  for (; word < words; ++word) {
+    for (int v = 0; v < vectors; ++v) {
+      const F z[1] = {cap<capped>(get(x, word * kStrip + v * W), softcap)};
+      add_raising<1, entropy>(lanes[v], z, z[0], get(inv_temperature, v * W));
+    }
+  }
+  for (int v = 0; v < vectors; ++v) merge<entropy>(lanes[v], get(inv_temperature, v * W), v * W, sums);
+}
+
+void partial(
+    const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature, bool with_entropy,
+    ColumnSums* sums) {
+  if (softcap > 0) {
+    return with_entropy ? partial_columns<true, true>(x, words, tokens, softcap, inv_temperature, sums)
+                        : partial_columns<true, false>(x, words, tokens, softcap, inv_temperature, sums);
+  }
+  return with_entropy ? partial_columns<false, true>(x, words, tokens, softcap, inv_temperature, sums)
+                      : partial_columns<false, false>(x, words, tokens, softcap, inv_temperature, sums);
+}
+
+// Gives `write` the gradients of W tokens' logits of the words w and w + 1 (0 where there is no such word).
+template <bool capped, bool entropy, typename Write>
+inline void gradient_columns(
+    const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
+    const ColumnGradients& by, Ahead ahead, const Write& write) {
+  const float inv_softcap = capped ? 1.0f / softcap : 0.0f;
+  constexpr int64_t line = 64;
+  const char* soon = static_cast<const char*>(ahead.memory);
+  const int64_t step = (ahead.bytes / line * 2 + words - 1) / words * line;
+  for (int64_t word = 0; word < words; word += 2) {
+    const float* row = x + word * kStrip;
+    for (int64_t i = word / 2 * step; i < word / 2 * step + step && i < ahead.bytes; i += line) {
+      __builtin_prefetch(soon + i, 0, 2);
+    }
+    for (int64_t at = 0; at < tokens; at += W) {
+      auto one = [&](F z) {
+        return gradient_of<capped, entropy>(
+            cap<capped>(z, softcap), get(inv_temperature, at), get(by.row_max, at), get(by.log_sum, at),
+            get(by.from_all, at), entropy ? get(by.from_entropy, at) : F{}, entropy ? get(by.entropy, at) : F{},
+            inv_softcap);
+      };
+      const F first = one(get(row, at));
+      write(word, at, first, word + 1 < words ? one(get(row, kStrip + at)) : F{});
+    }
+  }
+}
+
+template <typename Write>
+inline void gradient_any(
+    const float* x, int64_t words, int64_t tokens, float softcap, const float* inv, const ColumnGradients& by,
+    Ahead ahead, const Write& write) {
+  if (softcap > 0) {
+    return by.with_entropy ? gradient_columns<true, true>(x, words, tokens, softcap, inv, by, ahead, write)
+                           : gradient_columns<true, false>(x, words, tokens, softcap, inv, by, ahead, write);
+  }
+  return by.with_entropy ? gradient_columns<false, true>(x, words, tokens, softcap, inv, by, ahead, write)
+                         : gradient_columns<false, false>(x, words, tokens, softcap, inv, by, ahead, write);
+}
+
+void gradient(
+    const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
+    const ColumnGradients& by, Ahead ahead, float* out, int64_t ld_out) {
+  gradient_any(x, words, tokens, softcap, inv_temperature, by, ahead, [&](int64_t word, int64_t at, F first, F second) {
+    put(out, word * ld_out + at, first);
+    if (word + 1 < words) put(out, (word + 1) * ld_out + at, second);
+  });
+}
+
+void gradient_bf16(
+    const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
+    const ColumnGradients& by, Ahead ahead, uint16_t* out, int64_t ld_out, uint32_t* pairs) {
+  gradient_any(x, words, tokens, softcap, inv_temperature, by, ahead, [&](int64_t word, int64_t at, F first, F second) {
+    const H low = to_bfloat16(first), high = to_bfloat16(second);
+    const U pair = widen(low) | widen(high) << 16;
+    __builtin_memcpy(pairs + word / 2 * kStrip + at, &pair, sizeof pair);
+    if (!out) return;
+    __builtin_memcpy(out + word * ld_out + at, &low, sizeof low);
+    if (word + 1 < words) __builtin_memcpy(out + (word + 1) * ld_out + at, &high, sizeof high);
+  });
+}
+
+}  // namespace
+
+namespace reval::REVAL_ISA {
+
+extern const ColumnKernels columns;
+const ColumnKernels columns = {partial, gradient, gradient_bf16};
+
+}  // namespace reval::REVAL_ISA

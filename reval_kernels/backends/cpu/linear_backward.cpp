@@ -1,0 +1,301 @@
+// Gradients of token values from hidden states: the logits computed anew, a tile of the head and a strip of tokens at a
+// time, turned into their gradients there and fed to both matmuls.
+//
+// The outer loop runs over the tiles of the head, so a tile of the weight's gradient is finished while it is in the
+// cache, in fp32, and needs no V x D accumulator. Every sum is taken in a fixed order: no result depends on the number
+// of threads (up to 16, from where on a block grows with them).
+#include <ATen/ops/zeros.h>
+
+#include "linear.h"
+
+namespace reval {
+
+using at::BFloat16;
+using at::Tensor;
+
+namespace {
+
+// Null pointers and an empty d_weight for what is not needed.
+template <typename E>
+class Backward {
+ public:
+  Backward(
+      const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tokens& tokens,
+      const TokenInputs& inputs, float* d_hidden, const Tensor& d_weight, float* d_bias)
+      : tokens_(tokens), inputs_(inputs), d_hidden_(d_hidden), d_bias_(d_bias), d_weight_(d_weight),
+        needs_weight_(d_weight.numel() > 0), by_words_(needs_weight_ || d_bias),
+        cut_(tokens.size(), weight.size(0), weight.size(1), sizeof(E)), head_(weight, cut_, d_hidden != nullptr),
+        bias_(wide_bias(bias)), threads_(at::get_num_threads()),
+        slots_(cut_.blocks == 1 ? cut_.strips : by_words_ ? 2 * cut_.block : threads_),
+        states_(hidden, tokens, cut_, slots_, needs_weight_), inv_temperature_(inverse_temperatures(cut_, tokens)),
+        ld_(summands<E>(multiple(std::min(cut_.block * kStrip, cut_.tokens), kColumns)) + 64 / sizeof(E)),
+        gradients_((by_words_ ? 2 : 0) * cut_.words * ld_), logits_(threads_ * kStrip * cut_.words),
+        pairs_((kPairs<E> ? threads_ : 0) * kStrip * cut_.words),
+        room_((d_hidden ? threads_ : 0) * kStrip * cut_.width),
+        tile_gradient_((needs_weight_ && d_weight.scalar_type() != at::kFloat) ? cut_.words * cut_.width : 0),
+        part_(multiple(std::max<int64_t>(parts(cut_.words, threads_), 32), 16)),
+        parts_(by_words_ ? parts(cut_.words, part_) : 0), strips_done_(cut_.strips), parts_done_(parts_) {
+    prepare();
+    make_items();
+    const auto per_tile = static_cast<int64_t>(items_.size());
+    pipeline_.run((cut_.tiles + 2) * per_tile, kPairs<E>, [&](int64_t i, int64_t thread) {
+      const Item& item = items_[i % per_tile];
+      const int64_t tile = i / per_tile - 1 + item.tile_offset;
+      if (tile < 0 || tile >= cut_.tiles) return;
+      if (item.kind == Item::kLoad) load(tile);
+      if (item.kind == Item::kStrip) strip(tile, item.index, thread);
+      if (item.kind == Item::kWords) words(tile, item.index / parts_, item.index % parts_);
+    });
+  }
+
+ private:
+  // What there is to do for each tile, in this order.
+  struct Item {
+    enum Kind { kLoad, kStrip, kWords } kind;
+    int64_t index;        // of the strip; of the block and the part
+    int64_t tile_offset;  // the next tile is loaded early, and the words come a block late: nobody waits for them
+  };
+
+  void make_items() {
+    for (int64_t b = 0; b < cut_.blocks; ++b) {
+      for (int64_t s = 0; s < cut_.strips_of_block(b); ++s) {
+        if (head_.loads() && b == 0 && s == cut_.strips_of_block(0) / 2) items_.push_back({Item::kLoad, 0, 1});
+        items_.push_back({Item::kStrip, b * cut_.block + s, 0});
+      }
+      const int64_t before = b == 0 ? cut_.blocks - 1 : b - 1;
+      for (int64_t p = 0; p < parts_; ++p) items_.push_back({Item::kWords, before * parts_ + p, b == 0 ? -1 : 0});
+    }
+  }
+
+  // The tokens' numbers as the column kernels take them. Tokens that fill up the last strip get gradients of 0.
+  void prepare() {
+    for (auto* x : {&row_max_, &log_sum_, &entropy_, &from_all_, &from_entropy_}) x->resize(cut_.strips * kStrip);
+    std::fill(log_sum_.begin() + cut_.tokens, log_sum_.end(), std::numeric_limits<float>::infinity());
+    for (int64_t i = 0; i < cut_.tokens; ++i) {
+      const RowGradient row = inputs_.gradient(tokens_.index[i]);
+      row_max_[i] = row.row_max;
+      log_sum_[i] = row.log_sum;
+      entropy_[i] = row.entropy;
+      from_all_[i] = row.from_all * inv_temperature_[i];
+      from_entropy_[i] = row.from_entropy * inv_temperature_[i];
+      with_entropy_ |= row.from_entropy != 0;
+    }
+  }
+
+  // Where a strip's hidden states are packed: once and for all, or until the block's words are done, or for the moment.
+  int64_t slot(int64_t tile, int64_t strip, int64_t thread) const {
+    if (cut_.blocks == 1) return strip;
+    return by_words_ ? step(tile, strip / cut_.block) % 2 * cut_.block + strip % cut_.block : thread;
+  }
+  // How many blocks, of all tiles, come before.
+  int64_t step(int64_t tile, int64_t b) const { return tile * cut_.blocks + b; }
+  E* gradients(int64_t step) const { return gradients_.at(step % 2 * cut_.words * ld_); }
+
+  void load(int64_t tile) {
+    pipeline_.wait(strips_done_, 0, cut_.strips, tile - 1);
+    pipeline_.wait(loaded_, tile);
+    head_.load(tile);
+    loaded_.store(tile + 1, std::memory_order_release);
+  }
+
+  // The gradients of the logits of a strip, and their share of d_hidden.
+  void strip(int64_t tile, int64_t s, int64_t thread) {
+    const int64_t b = s / cut_.block, count = cut_.tokens_of(s), words = cut_.words_of(tile), width = cut_.width;
+    pipeline_.wait(strips_done_[s], tile);
+    if (head_.loads()) pipeline_.wait(loaded_, tile + 1);
+    pipeline_.wait(parts_done_, 0, parts_, step(tile, b) - 1);  // of gradients() and the slot, two steps ago
+    const int64_t to = slot(tile, s, thread);
+    if (tile == 0 || cut_.blocks > 1) states_.pack(s, to, thread);
+    float* x = logits_.at(thread * kStrip * cut_.words);
+    strip_logits<E>(cut_, tile, s, head_, states_.across(to), bias_, x);
+    E* by_word = by_words_ ? gradients(step(tile, b)) + s % cut_.block * kStrip : nullptr;
+    E* pairs = pairs_.at(kPairs<E> ? thread * kStrip * cut_.words : 0);
+    const auto [right, ld_right] = differentiate(tile, s, x, by_word, pairs);
+    if (d_hidden_) {
+      float* sum = d_hidden_ + s * kStrip * width;
+      matmul<E>(
+          width, count, summands<E>(words), head_.columns(tile), cut_.words, right, ld_right, tile > 0, sum, count);
+      if (tile + 1 == cut_.tiles) to_rows(sum, width, count, room_.at(thread * kStrip * width));
+    }
+    strips_done_[s].store(tile + 1, std::memory_order_release);
+  }
+
+  // The gradients of the logits x: by word; and as right operand for d_hidden, which is returned with its leading
+  // dimension.
+  std::pair<const E*, int64_t> differentiate(int64_t tile, int64_t s, float* x, E* by_word, E* pairs) {
+    const int64_t at = s * kStrip, words = cut_.words_of(tile), columns = multiple(cut_.tokens_of(s), kColumns);
+    const float* inv = inv_temperature_.data() + at;
+    const ColumnGradients by{&row_max_[at],  &log_sum_[at],      &entropy_[at],
+                             &from_all_[at], &from_entropy_[at], with_entropy_};
+    const Ahead ahead{  // what the matmul after this adds to
+        d_hidden_ ? d_hidden_ + at * cut_.width : nullptr, d_hidden_ ? cut_.tokens_of(s) * cut_.width * 4 : 0};
+    float own_gradients[kStrip];
+    for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
+      const int64_t token = tokens_.index[at + r];
+      own_gradients[r] = action_gradient(
+          inputs_.cotangents(token), inputs_.gradient(token), x[own * kStrip + r], tokens_.transform(at + r));
+    });
+    if constexpr (kPairs<E>) {
+      kernels().columns.gradient_bf16(
+          x, words, columns, tokens_.softcap, inv, by, ahead, reinterpret_cast<uint16_t*>(by_word), ld_,
+          reinterpret_cast<uint32_t*>(pairs));
+      for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
+        pairs[(own / 2 * kStrip + r) * 2 + own % 2] = own_gradients[r];
+        if (by_word) by_word[own * ld_ + r] = own_gradients[r];
+      });
+      return {pairs, kStrip};
+    } else {
+      float* out = by_word ? by_word : x;
+      const int64_t ld = by_word ? ld_ : kStrip;
+      kernels().columns.gradient(x, words, columns, tokens_.softcap, inv, by, ahead, out, ld);
+      for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) { out[own * ld + r] = own_gradients[r]; });
+      return {out, ld};
+    }
+  }
+
+  // The block's share of some words' d_weight [words, D] and d_bias.
+  void words(int64_t tile, int64_t b, int64_t part) {
+    const int64_t first = part * part_, count = std::min(part_, cut_.words_of(tile) - first), width = cut_.width;
+    pipeline_.wait(parts_done_[part], step(tile, b));
+    pipeline_.wait(strips_done_, b * cut_.block, b * cut_.block + cut_.strips_of_block(b), tile + 1);
+    const E* rows = gradients(step(tile, b)) + first * ld_;
+    const int64_t word = tile * cut_.words + first, tokens = cut_.tokens_of_block(b);
+    if (needs_weight_ && count > 0) {
+      const bool in_place = d_weight_.scalar_type() == at::kFloat;
+      float* to = in_place ? d_weight_.mutable_data_ptr<float>() + word * width : tile_gradient_.at(first * width);
+      const E* states = states_.down(slot(tile, b * cut_.block, 0), b * cut_.block);
+      constexpr int64_t panel = 64;  // columns at a time: what they take of the states then stays in the cache
+      for (int64_t d = 0; d < width; d += panel) {
+        matmul<E>(
+            count, std::min(panel, width - d), summands<E>(tokens), rows, ld_, states + d * (kPairs<E> ? 2 : 1), width,
+            b > 0, to + d, width);
+      }
+      if (!in_place && b + 1 == cut_.blocks) {
+        auto out = static_cast<char*>(d_weight_.mutable_data_ptr()) + word * width * d_weight_.element_size();
+        kernels().layout.convert(kFloat, to, count * width, dtype_of(d_weight_), out);
+      }
+    }
+    for (int64_t w = 0; d_bias_ && w < count; ++w) {
+      float sum = b > 0 ? d_bias_[word + w] : 0.0f;
+      for (int64_t t = 0; t < tokens; ++t) sum += static_cast<float>(rows[w * ld_ + t]);
+      d_bias_[word + w] = sum;
+    }
+    parts_done_[part].store(step(tile, b) + 1, std::memory_order_release);
+  }
+
+  const Tokens& tokens_;
+  const TokenInputs& inputs_;
+  float* d_hidden_;
+  float* d_bias_;
+  const Tensor& d_weight_;
+  bool needs_weight_, by_words_, with_entropy_ = false;
+  Cut cut_;
+  Head<E> head_;
+  Tensor bias_;
+  int64_t threads_, slots_;
+  States<E> states_;
+  std::vector<float> inv_temperature_, row_max_, log_sum_, entropy_, from_all_, from_entropy_;
+  int64_t ld_;                    // of gradients_: no power of two, or its rows would share few places in the cache
+  Scratch<E> gradients_;          // of the logits of two blocks, [words, tokens]
+  Scratch<float> logits_;         // of a strip, for each thread
+  Scratch<E> pairs_;              // bf16: their gradients, for each thread
+  Scratch<float> room_;           // for each thread
+  Scratch<float> tile_gradient_;  // [words, D], when the weight is narrower
+  int64_t part_;                  // words of a tile's gradient that a thread takes at a time
+  int64_t parts_;                 // of a tile
+  std::vector<Item> items_;
+  Pipeline pipeline_;
+  Counters strips_done_;            // tiles that each strip is through with
+  Counters parts_done_;             // blocks, of all tiles, that each part of a tile is through with
+  std::atomic<int64_t> loaded_{0};  // tiles
+};
+
+// Rows [M, D] of `sums` to the unmasked tokens' rows of `out`, zeros to the others. In place it runs from the end:
+// no row moves towards the front.
+template <typename T>
+void place_rows(const float* sums, const Tokens& tokens, int64_t width, T* out) {
+  int64_t i = tokens.size() - 1;
+  for (int64_t token = tokens.all - 1; token >= 0; --token) {
+    const bool unmasked = i >= 0 && tokens.index[i] == token;
+    T* to = out + token * width;
+    if constexpr (std::is_same_v<T, float>) {
+      if (unmasked && sums + i * width == to) return;  // so are all before it
+    }
+    for (int64_t d = 0; d < width; ++d) to[d] = unmasked ? static_cast<T>(sums[i * width + d]) : static_cast<T>(0.0f);
+    i -= unmasked;
+  }
+}
+
+// A small product with known result: brgemm's packed layout is oneDNN's affair, so it is tried before it is trusted.
+bool bf16_matmul_works() {
+  if (!has_bf16_matmul() || !at::globalContext().userEnabledMkldnn()) return false;
+  const Scratch<BFloat16> a(2 * 4), b(2 * 64);
+  for (int k = 0; k < 8; ++k) *a.at(k) = static_cast<float>(k + 1);
+  for (int k = 0; k < 4; ++k) {
+    for (int n = 0; n < 32; ++n) *b.at(k / 2 * 64 + 2 * n + k % 2) = static_cast<float>(k * 32 + n);
+  }
+  std::vector<float> c(64);
+  try {
+    matmul<BFloat16>(2, 32, 4, a.at(0), 4, b.at(0), 32, false, c.data(), 32);
+    at::native::cpublas::brgemm_release(true);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  for (int m = 0; m < 2; ++m) {
+    for (int n = 0; n < 32; ++n) {
+      float expected = 0;
+      for (int k = 0; k < 4; ++k) expected += static_cast<float>((4 * m + k + 1) * (k * 32 + n));
+      if (c[32 * m + n] != expected) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool takes_bf16(const Tensor& hidden, const Tensor& weight) {
+  static const bool works = bf16_matmul_works();
+  return works && hidden.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
+         weight.size(1) % 2 == 0;
+}
+
+Tensor accumulator(const Tensor& out, int64_t tokens) {
+  if (out.scalar_type() == at::kFloat) return out.view({-1, out.size(-1)});
+  return at::empty({tokens, out.size(-1)}, at::kFloat);
+}
+
+void place(const Tensor& sums, const Tokens& tokens, const Tensor& out) {
+  const float* from = sums.const_data_ptr<float>();
+  const int64_t width = out.size(-1);
+  if (out.scalar_type() == at::kFloat) return place_rows(from, tokens, width, out.mutable_data_ptr<float>());
+  if (out.scalar_type() == at::kHalf) return place_rows(from, tokens, width, out.mutable_data_ptr<at::Half>());
+  place_rows(from, tokens, width, out.mutable_data_ptr<BFloat16>());
+}
+
+std::vector<Tensor> linear_token_values_backward(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
+    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias) {
+  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const TokenInputs inputs(statistics, cotangents);
+  Tensor d_hidden = at::empty(needs_hidden ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
+  Tensor d_weight = huge(at::empty(needs_weight ? weight.sizes() : at::IntArrayRef{0}, weight.options()));
+  Tensor d_bias = at::zeros({needs_bias ? weight.size(0) : 0}, at::kFloat);
+  if (tokens.size() == 0) {
+    d_weight.zero_();
+    d_hidden.zero_();
+    return {d_hidden, d_weight, d_bias.to(bias ? bias->scalar_type() : weight.scalar_type())};
+  }
+  Tensor sums = needs_hidden ? accumulator(d_hidden, tokens.size()) : Tensor();
+  float* to_hidden = needs_hidden ? sums.mutable_data_ptr<float>() : nullptr;
+  float* to_bias = needs_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
+  if (takes_bf16(hidden, weight)) {
+    Backward<BFloat16>(hidden, weight, bias, tokens, inputs, to_hidden, d_weight, to_bias);
+  } else {
+    Backward<float>(hidden, weight, bias, tokens, inputs, to_hidden, d_weight, to_bias);
+  }
+  if (needs_hidden) place(sums, tokens, d_hidden);
+  return {d_hidden, d_weight, d_bias.to(bias ? bias->scalar_type() : weight.scalar_type())};
+}
+
+}  // namespace reval

@@ -1,0 +1,199 @@
+// Token values from hidden states; and what the gradient of the hidden states needs with a frozen head.
+//
+// One pass over the tiles of the head: matmul, online logsumexp on the tile. With a frozen head the exponentials, while
+// they are at hand, also go through the matmul that sums the words they weigh.
+#include <ATen/ops/zeros.h>
+
+#include "linear.h"
+
+namespace reval {
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+// With `expected` [M, D], also sum over all words but the action of p * dz/dlogit * weight[word].
+template <typename E>
+class Forward {
+ public:
+  Forward(
+      const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tokens& tokens, bool with_entropy,
+      float* expected)
+      : tokens_(tokens), with_entropy_(with_entropy), expected_(expected),
+        cut_(tokens.size(), weight.size(0), weight.size(1), sizeof(E)), head_(weight, cut_, expected != nullptr),
+        bias_(wide_bias(bias)), threads_(at::get_num_threads()),
+        states_(hidden, tokens, cut_, cut_.blocks > 1 ? threads_ : cut_.strips, false), sums_(cut_.strips),
+        action_logits_(cut_.tokens), inv_temperature_(inverse_temperatures(cut_, tokens)),
+        logits_(threads_ * kStrip * cut_.words), pairs_(expected && kPairs<E> ? threads_ * kStrip * cut_.words : 0),
+        room_(expected ? threads_ * kStrip * cut_.width : 0), strips_done_(cut_.strips) {
+    for (ColumnSums& sums : sums_) std::fill_n(sums.maximum, kStrip, Sums::kLowest);
+    if (cut_.tokens == 0) return;
+    // A tile is loaded while half of its predecessor's strips are still to come; the first's predecessor has none.
+    const int64_t per_tile = cut_.strips + head_.loads(), load_at = parts(cut_.strips, 2);
+    const int64_t first = head_.loads() ? -1 : 0;
+    pipeline_.run((cut_.tiles - first) * per_tile, kPairs<E>, [&](int64_t item, int64_t thread) {
+      const int64_t tile = item / per_tile + first, i = item % per_tile;
+      if (head_.loads() && i == load_at) return load(tile + 1);
+      if (tile >= 0) strip(tile, i - (head_.loads() && i > load_at), thread);
+    });
+  }
+
+  std::vector<Tensor> finish(at::IntArrayRef shape) {
+    TokenOutputs out(shape);
+    for (int64_t i = 0; i < cut_.tokens; ++i) {
+      out.set(tokens_.index[i], sums(i).finish(tokens_.transform(i), action_logits_[i], with_entropy_));
+    }
+    return out.tensors;
+  }
+
+ private:
+  Sums sums(int64_t token) const {
+    const ColumnSums& of = sums_[token / kStrip];
+    const int64_t r = token % kStrip;
+    return {of.maximum[r], of.others[r], of.spread[r]};
+  }
+
+  void load(int64_t tile) {
+    if (tile == cut_.tiles) return;
+    pipeline_.wait(strips_done_, 0, cut_.strips, tile - 1);
+    pipeline_.wait(loaded_, tile);
+    head_.load(tile);
+    loaded_.store(tile + 1, std::memory_order_release);
+  }
+
+  void strip(int64_t tile, int64_t s, int64_t thread) {
+    const int64_t slot = cut_.blocks > 1 ? thread : s;
+    if (head_.loads()) pipeline_.wait(loaded_, tile + 1);
+    pipeline_.wait(strips_done_[s], tile);
+    if (tile == 0 || cut_.blocks > 1) states_.pack(s, slot, thread);
+    float* x = logits_.at(thread * kStrip * cut_.words);
+    strip_logits<E>(cut_, tile, s, head_, states_.across(slot), bias_, x);
+    for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
+      action_logits_[s * kStrip + r] = x[own * kStrip + r];
+    });
+    kernels().columns.partial(
+        x, cut_.words_of(tile), multiple(cut_.tokens_of(s), kColumns), tokens_.softcap,
+        inv_temperature_.data() + s * kStrip, with_entropy_, &sums_[s]);
+    if (expected_) expect(tile, s, x, thread);
+    strips_done_[s].store(tile + 1, std::memory_order_release);
+  }
+
+  // Adds the tile's share of `expected`, which is [D, tokens] strip by strip until the last tile.
+  void expect(int64_t tile, int64_t s, float* x, int64_t thread) {
+    const int64_t count = cut_.tokens_of(s), words = cut_.words_of(tile), width = cut_.width;
+    const float* inv = inv_temperature_.data() + s * kStrip;
+    float* sum = expected_ + s * kStrip * width;
+    const ColumnSums& of = sums_[s];
+    if (tile > 0 && std::any_of(of.factor, of.factor + count, [](float f) { return f != 1.0f; })) {
+      for (int64_t d = 0; d < width; ++d) {
+        for (int64_t r = 0; r < count; ++r) sum[d * count + r] *= of.factor[r];
+      }
+    }
+    float row_max[kStrip];
+    for (int64_t r = 0; r < kStrip; ++r) row_max[r] = of.maximum[r] * inv[r];
+    static const float zeros[kStrip] = {};
+    const ColumnGradients weights{row_max, zeros, zeros, inv, zeros, false};
+    const Ahead ahead{sum, width * count * 4};
+    const E* right = reinterpret_cast<E*>(x);
+    const int64_t columns = multiple(count, kColumns);
+    if constexpr (kPairs<E>) {
+      E* pairs = pairs_.at(thread * kStrip * cut_.words);
+      auto bits = reinterpret_cast<uint16_t*>(pairs);
+      kernels().columns.gradient_bf16(
+          x, words, columns, tokens_.softcap, inv, weights, ahead, nullptr, 0, reinterpret_cast<uint32_t*>(pairs));
+      for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
+        bits[(own / 2 * kStrip + r) * 2 + own % 2] = 0;
+      });
+      right = pairs;
+    } else {
+      kernels().columns.gradient(x, words, columns, tokens_.softcap, inv, weights, ahead, x, kStrip);
+      for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) { x[own * kStrip + r] = 0; });
+    }
+    matmul<E>(
+        width, count, summands<E>(words), head_.columns(tile), cut_.words, right, kStrip, tile > 0, sum, count);
+    if (tile + 1 < cut_.tiles) return;
+    to_rows(sum, width, count, room_.at(thread * kStrip * width));
+    for (int64_t r = 0; r < count; ++r) {
+      const auto scale = static_cast<float>(1.0 / (1.0 + of.others[r]));
+      for (int64_t d = 0; d < width; ++d) sum[r * width + d] *= scale;
+    }
+  }
+
+  const Tokens& tokens_;
+  bool with_entropy_;
+  float* expected_;
+  Cut cut_;
+  Head<E> head_;
+  Tensor bias_;
+  int64_t threads_;
+  States<E> states_;
+  std::vector<ColumnSums> sums_;
+  std::vector<float> action_logits_, inv_temperature_;
+  Scratch<float> logits_;
+  Scratch<E> pairs_;
+  Scratch<float> room_;
+  Pipeline pipeline_;
+  Counters strips_done_;            // tiles that each strip is through with
+  std::atomic<int64_t> loaded_{0};  // tiles
+};
+
+std::vector<Tensor> forward(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions, const Tokens& tokens,
+    bool with_entropy, float* expected) {
+  if (takes_bf16(hidden, weight)) {
+    return Forward<BFloat16>(hidden, weight, bias, tokens, with_entropy, expected).finish(actions.sizes());
+  }
+  return Forward<float>(hidden, weight, bias, tokens, with_entropy, expected).finish(actions.sizes());
+}
+
+}  // namespace
+
+std::vector<Tensor> linear_token_values(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
+    bool with_entropy) {
+  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  return forward(hidden, weight, bias, actions, tokens, with_entropy, nullptr);
+}
+
+std::vector<Tensor> linear_expected(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
+    std::optional<double> softcap) {
+  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  Tensor expected = at::empty({tokens.size(), weight.size(1)}, at::kFloat);
+  auto out = forward(hidden, weight, bias, actions, tokens, false, expected.mutable_data_ptr<float>());
+  out.push_back(expected);
+  return out;
+}
+
+Tensor linear_expected_backward(
+    const Tensor& expected, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+    const Tensor& actions, const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
+    std::optional<double> softcap, at::TensorList statistics, at::TensorList cotangents) {
+  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const TokenInputs inputs(statistics, cotangents);
+  const int64_t width = weight.size(1);
+  const auto offsets = row_offsets(hidden, tokens.index);
+  const Tensor wide = wide_bias(bias);
+  float* sums = expected.mutable_data_ptr<float>();
+  at::parallel_for(0, tokens.size(), 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> word(width), state(width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t token = tokens.index[i], action = tokens.actions[i];
+      load_row(weight, action * weight.stride(0), weight.stride(1), width, word.data());
+      load_row(hidden, offsets[i], hidden.stride(-1), width, state.data());
+      double logit = bias ? wide.const_data_ptr<float>()[action] : 0.0;
+      for (int64_t d = 0; d < width; ++d) logit += static_cast<double>(word[d]) * state[d];
+      const RowGradient row = inputs.gradient(token);
+      const float own =
+          action_gradient(inputs.cotangents(token), row, static_cast<float>(logit), tokens.transform(i));
+      for (int64_t d = 0; d < width; ++d) sums[i * width + d] = row.from_all * sums[i * width + d] + own * word[d];
+    }
+  });
+  Tensor out = at::empty(hidden.sizes(), hidden.options());
+  place(expected, tokens, out);
+  return out;
+}
+
+}  // namespace reval
