@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import checks, library
@@ -103,7 +104,7 @@ def bellman_loss(
     checks.level(level, reference, semi_gradient, normalizer)
     loss, residual, *_ = library.bellman_loss(
         *values[:3], reference_tensors(reference), rewards, mask, cu_seqlens, float(beta), level, semi_gradient,
-        None if normalizer is None else float(normalizer), backend,
+        normalizer_tensor(normalizer), backend,
     )  # fmt: skip
     return BellmanLoss(loss, residual)
 
@@ -111,6 +112,11 @@ def bellman_loss(
 def reference_tensors(reference: TokenValues | Tensor) -> list[Tensor]:
     """The reference as the ops take it: (q, v, log_prob) per token, or (returns [B],)."""
     return [reference] if isinstance(reference, Tensor) else list(reference[:3])
+
+
+def normalizer_tensor(normalizer: float | None) -> Tensor | None:
+    """As the ops take it: torch.compile makes one graph for all values of a tensor, and one for each of a number."""
+    return None if normalizer is None else torch.ones((), dtype=torch.float64, device="cpu") * normalizer
 
 
 def _check_values(values: TokenValues) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
-from .bellman import bellman_loss, reference_tensors
+from .bellman import bellman_loss, normalizer_tensor, reference_tensors
 from .types import BellmanLoss, TokenValues
 from .values import _temperature, token_values
 
@@ -101,6 +101,6 @@ def linear_reval_loss(
     loss, residual, *_ = library.linear_reval_loss(
         hidden, weight, bias, actions, mask, cu_seqlens, *_temperature(temperature), softcap,
         reference_tensors(reference), rewards, float(beta), level, semi_gradient,
-        None if normalizer is None else float(normalizer), needs, backend,
+        normalizer_tensor(normalizer), needs, backend,
     )  # fmt: skip
     return BellmanLoss(loss, residual.detach())

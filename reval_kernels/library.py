@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend_for
+from .backends.portable import wide_loss
 from .backends.rows import Transform
 
 
@@ -36,9 +37,10 @@ def _fake_values(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     return new[0], new[1], new[2], new[3], new[4], new[5]
 
 
-def _trajectories(rewards: Tensor) -> float:
-    """The default normalizer. Counted inside the op: outside, torch.compile would compile anew for each batch size."""
-    return float(max(rewards.shape[0], 1))
+def _divisor(normalizer: Tensor | None, rewards: Tensor) -> float:
+    """By default the number of trajectories. It is a number only in here: outside, torch.compile would compile anew for
+    each normalizer (hence the tensor []) and each batch size."""
+    return float(max(rewards.shape[0], 1)) if normalizer is None else normalizer.item()
 
 
 # --- token values from logits ---------------------------------------------------------------------------------------
@@ -112,16 +114,19 @@ token_values.register_autograd(_token_values_gradient, setup_context=_save_token
 @_op("linear_token_values")
 def linear_token_values(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, temperature: float,
-    temperatures: Tensor | None, softcap: float | None, with_entropy: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """hidden [..., D], weight [V, D], bias [V] -> q, v, log_prob, entropy, row_max, log_sum: [...] each."""
+    temperatures: Tensor | None, softcap: float | None, with_entropy: bool, with_expected: bool, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """hidden [..., D], weight [V, D], bias [V] -> q, v, log_prob, entropy, row_max, log_sum: [...] each; and expected
+    [..., D], with which the gradient of hidden alone needs the logits no more (empty unless wanted)."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    return _run("linear_token_values", hidden, backend, hidden, weight, bias, actions, mask, transform, with_entropy)
+    args = (hidden, weight, bias, actions, mask, transform, with_entropy, with_expected)
+    return _run("linear_token_values", hidden, backend, *args)
 
 
 @linear_token_values.register_fake
-def _(hidden, weight, bias, actions, mask, temperature, temperatures, softcap, with_entropy, backend):
-    return _fake_values(hidden)
+def _(hidden, weight, bias, actions, mask, temperature, temperatures, softcap, with_entropy, with_expected, backend):
+    expected = hidden.new_empty(hidden.shape if with_expected else (0,), dtype=_wide_dtype(hidden))
+    return *_fake_values(hidden), expected
 
 
 @_op("linear_token_values_backward")
@@ -149,19 +154,41 @@ def _fake_head_gradients(hidden, weight, bias, needs):
     )
 
 
+@_op("linear_expected_backward")
+def linear_expected_backward(
+    expected: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
+    temperature: float, temperatures: Tensor | None, softcap: float | None, log_prob: Tensor,
+    cotangents: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """dhidden [..., D]; cotangents: dq, dv, dlog_prob. A few numbers a token and D: one code serves every backend."""
+    transform = Transform(temperature if temperatures is None else temperatures, softcap)
+    args = (expected, hidden, weight, bias, actions, mask, transform, log_prob, cotangents)
+    return _run("linear_expected_backward", hidden, "portable", *args)
+
+
+@linear_expected_backward.register_fake
+def _(expected, hidden, weight, bias, actions, mask, temperature, temperatures, softcap, log_prob, cotangents):
+    return hidden.new_empty(hidden.shape)
+
+
 def _save_linear_token_values(ctx, inputs, output):
-    hidden, weight, bias, actions, mask, ctx.temperature, temperatures, ctx.softcap, _, ctx.backend = inputs
-    ctx.save_for_backward(hidden, weight, bias, actions, mask, temperatures, output[4], output[5], output[3])
+    *tensors, ctx.temperature, temperatures, ctx.softcap, _, ctx.with_expected, ctx.backend = inputs
+    _, _, log_prob, entropy, row_max, log_sum, expected = output
+    ctx.set_materialize_grads(False)  # zeros for `expected` would be another N x D
+    ctx.save_for_backward(*tensors, temperatures, row_max, log_sum, entropy, log_prob, expected)
 
 
-def _linear_token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, _row_max, _log_sum):
-    hidden, weight, bias, actions, mask, temperatures, *statistics = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+def _linear_token_values_gradient(ctx, *given):
+    hidden, weight, bias, actions, mask, temperatures, *statistics, log_prob, expected = ctx.saved_tensors
+    needs, transform = list(ctx.needs_input_grad[:3]), (ctx.temperature, temperatures, ctx.softcap)
+    cotangents = [torch.zeros_like(log_prob) if g is None else g for g in given[:4]]
+    if ctx.with_expected and given[3] is None and needs == [True, False, False]:
+        head = (expected, hidden, weight, bias, actions, mask)
+        return linear_expected_backward(*head, *transform, log_prob, cotangents[:3]), *(None,) * 10
     gradients = linear_token_values_backward(
-        hidden, weight, bias, actions, mask, ctx.temperature, temperatures, ctx.softcap, statistics,
-        [dq, dv, dlog_prob, dentropy], needs, ctx.backend,
-    )  # fmt: skip
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 7
+        hidden, weight, bias, actions, mask, *transform, statistics, cotangents, needs, ctx.backend
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 8
 
 
 linear_token_values.register_autograd(_linear_token_values_gradient, setup_context=_save_linear_token_values)
@@ -219,12 +246,12 @@ td_targets.register_autograd(_td_targets_gradient, setup_context=_save_td_target
 @_op("bellman_loss")
 def bellman_loss(
     q: Tensor, v: Tensor, log_prob: Tensor, reference: Sequence[Tensor], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float | None,
+    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, v, log_prob [...] -> loss [], residual [B], and the loss's cotangents dq, dv, dlog_prob [...]."""
-    normalizer = _trajectories(rewards) if normalizer is None else normalizer
-    args = (q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer)
+    divisor = _divisor(normalizer, rewards)
+    args = (q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, divisor)
     return _run("bellman_loss", q, backend, *args)
 
 
@@ -270,12 +297,13 @@ def linear_reval_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float | None,
     reference: Sequence[Tensor], rewards: Tensor, beta: float, level: str, semi_gradient: bool,
-    normalizer: float | None, needs: Sequence[bool], backend: str | None,
+    normalizer: Tensor | None, needs: Sequence[bool], backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> loss [], residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed)."""
+    """-> loss [], residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed), in fp32
+    (fp64) if any of these is fp16."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     args = (hidden, weight, bias, actions, mask, cu_seqlens, transform, reference, rewards, beta, level,
-            semi_gradient, _trajectories(rewards) if normalizer is None else normalizer, needs)  # fmt: skip
+            semi_gradient, _divisor(normalizer, rewards), needs)  # fmt: skip
     return _run("linear_reval_loss", hidden, backend, *args)
 
 
@@ -283,23 +311,31 @@ def linear_reval_loss(
 def _(hidden, weight, bias, actions, mask, cu_seqlens, temperature, temperatures, softcap, reference, rewards, beta,
       level, semi_gradient, normalizer, needs, backend):  # fmt: skip
     wide = _wide_dtype(hidden)
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(rewards.shape, dtype=wide),
-        *_fake_head_gradients(hidden, weight, bias, needs),
-    )
+    gradients = _fake_head_gradients(hidden, weight, bias, needs)
+    if wide_loss(hidden, weight, bias):
+        gradients = tuple(x.to(wide) for x in gradients)
+    return hidden.new_empty((), dtype=wide), hidden.new_empty(rewards.shape, dtype=wide), *gradients
 
 
 def _save_linear_reval_loss(ctx, inputs, output):
     ctx.no_gradient = [None] * len(inputs[9])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.set_materialize_grads(False)  # zeros for the outputs that hold the gradients would be another V x D
     ctx.save_for_backward(*output[2:])
 
 
 def _linear_reval_loss_gradient(ctx, d_loss, *_):
-    needs = ctx.needs_input_grad[:3]
-    gradients = (g * d_loss if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True))
+    each = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    gradients = (_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each)
     return *gradients, *(None,) * 6, ctx.no_gradient, *(None,) * 7
+
+
+def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """gradient * d_loss: in place in an eager backward that does not retain its graph, where nothing asks for it again.
+    Otherwise the head's gradient would be in memory twice."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * d_loss
+    return gradient.detach().mul_(d_loss)
 
 
 linear_reval_loss.register_autograd(_linear_reval_loss_gradient, setup_context=_save_linear_reval_loss)

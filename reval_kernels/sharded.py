@@ -23,8 +23,8 @@ class _Sharded(torch.autograd.Function):
         local = actions.long() - offset
         owned = mask & (local >= 0) & (local < len(weight))
         local = local.where(owned, 0)
-        q, _, _, own_entropy, own_max, own_sum = library.linear_token_values(
-            hidden, weight, bias, local, mask, temperature, temperatures, softcap, entropy, backend
+        q, _, _, own_entropy, own_max, own_sum, _ = library.linear_token_values(
+            hidden, weight, bias, local, mask, temperature, temperatures, softcap, entropy, False, backend
         )
         # A slice at -inf reports max 0 and sum 0; its 0 must not win.
         row_max = own_max.where(own_sum > -torch.inf, -torch.inf)

@@ -49,7 +49,9 @@ def token_values(
         TokenValues of [...] float32 tensors (float64 for float64 logits), each differentiable in the logits.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
+            GPU, where nobody waits for the answer, an action outside [0, V) or a temperature that is not positive is
+            a device-side assert (torch._assert_async) instead: a RuntimeError at some later call.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise ValueError(f"logits must be a tensor of shape [..., V], got {getattr(logits, 'shape', type(logits))}")
@@ -84,7 +86,9 @@ def linear_token_values(
     """`token_values` of logits = hidden @ weight.T + bias, which never exist as a whole.
 
     The logits are computed for unmasked tokens only, a chunk at a time, and never rounded below float32; the backward
-    computes them anew. The weight's gradient accumulates in float32.
+    computes them anew. The weight's gradient accumulates in float32. With a frozen head (only `hidden` requires a
+    gradient; no entropy, no process_group) the forward already sums up what that gradient needs of the logits,
+    [..., D] in float32, and the backward computes none.
 
     Args:
         hidden: [..., D], `...` being [B, T] or [N]; float32, bfloat16, float16 or float64.
@@ -101,17 +105,20 @@ def linear_token_values(
         bias; only gradients that are asked for are computed.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. What
+            is wrong with an action or a temperature may be a device-side assert on a GPU, as in `token_values`.
     """
     checks.head_arguments(hidden, weight, bias)
     checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
-    args = (actions, mask, *_temperature(temperature), softcap, with_entropy, backend)
+    args = (actions, mask, *_temperature(temperature), softcap, with_entropy)
     if process_group is None:
-        out = library.linear_token_values(hidden, weight, bias, *args)
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        with_expected = torch.is_grad_enabled() and hidden.requires_grad and frozen and not with_entropy
+        out = library.linear_token_values(hidden, weight, bias, *args, with_expected, backend)
     else:
         from .sharded import sharded_token_values
 
-        out = sharded_token_values(process_group, hidden, weight, bias, *args)
+        out = sharded_token_values(process_group, hidden, weight, bias, *args, backend)
     return TokenValues(out[0], out[1], out[2], out[3] if with_entropy else None)
 
 

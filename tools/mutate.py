@@ -9,17 +9,25 @@ breakage, or if a line to break is no longer there. To add one, append to MUTATI
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("reval_kernels", "tests/reval_kernels", "pyproject.toml", "setup.py", "CMakeLists.txt")
+CONFTEST = """
+from hypothesis import Phase, settings
+# that a test went red is enough: no search for the smallest example
+settings.register_profile("mutate", deadline=None, phases=[Phase.explicit, Phase.generate])
+settings.load_profile("mutate")
+"""
 TESTS = "tests/reval_kernels/"
 TRITON = TESTS + "triton_backend/test_triton_"
 
@@ -34,8 +42,6 @@ class Mutation:
     new: str
     tests: str
     """What to run: files and -k expressions, as pytest takes them."""
-    build: str = ""
-    """A command that makes the copy's extension anew, for compiled backends."""
 
 
 MUTATIONS = [
@@ -181,6 +187,87 @@ MUTATIONS = [
         "            self.d_weight = torch.mm(dlogits.T, self.hidden[at].to(dlogits.dtype))",
         TESTS + "test_portable.py -k not the_logits_never",
     ),
+    Mutation(
+        "portable: a frozen head's sum takes the action in", "portable.py",
+        "            by = (-log_prob.expm1(), zero, -one, zero)", "            by = (zero, zero, -one, zero)",
+        TESTS + "test_linear_values.py -k frozen_head_of",
+    ),
+    Mutation(
+        "portable: softcap's slope is missing at a frozen head's action", "portable.py",
+        "            at_action = at_action * of.slope(", "            at_action = at_action + 0 * of.slope(",
+        TESTS + "test_linear_values.py -k frozen_head_options",
+    ),
+    Mutation(
+        "shards: the tops of all slices stay out of the sum", "../sharded.py",
+        "        others = others + (top - 1)\n", "",
+        TESTS + "test_sharded.py",
+    ),
+    Mutation(
+        "shards: an action elsewhere gets the gradient of its own", "../sharded.py",
+        "        dv = torch.where(owned, dv, dv - dlog_prob)\n", "",
+        TESTS + "test_sharded.py",
+    ),
+    # --- C++ --------------------------------------------------------------------------------------------------------
+    Mutation(
+        "C++ lanes: the sum is not rescaled when the maximum rises", "cpu/lanes.h",
+        "  s.others = factor * (s.others + joining);", "  s.others = s.others + joining;",
+        TESTS + "test_values.py -k values_and_gradients",
+    ),
+    Mutation(
+        "C++ rows: padding is filled before softcap", "cpu/rows.cpp",
+        "  for (int i = n; i < W; ++i) z[i] = fill;\n", "",
+        TESTS + "test_values.py -k values_and_gradients",
+    ),
+    Mutation(
+        "C++ lanes: the gradient forgets tanh", "cpu/lanes.h",
+        "    g = g * fused(-tanh, tanh, splat(1.0f));", "    (void)tanh;",
+        TESTS + "test_values.py -k softcap_and",
+    ),
+    Mutation(
+        "C++ rows: masked rows keep what lay in memory", "cpu/rows_ops.cpp",
+        "        std::memset(target, 0, length * size);\n", "",
+        TESTS + "test_values.py -k masked_tokens",
+    ),
+    Mutation(
+        "C++ columns: the sum of the tiles before is not rescaled", "cpu/columns.cpp",
+        "    total = factor[i] * total + others[i];", "    total = total + others[i];",
+        TESTS + "test_linear_values.py -k test_values_and_gradients",
+    ),
+    Mutation(
+        "C++ tokens: 1 - p of a confident action by subtraction", "cpu/tokens.cpp",
+        "- d.dlog_prob * std::expm1(log_p)", "- d.dlog_prob * (p - 1.0f)",
+        TESTS + "test_values.py -k confident_action",
+    ),
+    Mutation(
+        "C++ bellman: a segment takes the next one's first token", "cpu/bellman.cpp",
+        "i < bounds_[b + 1]; ++i", "i < std::min(bounds_[b + 1] + 1, bounds_.back()); ++i",
+        TESTS + "test_bellman.py",
+    ),
+    Mutation(
+        "C++ bellman: the next state is this one", "cpu/bellman.cpp",
+        "dv.set(at[h + 1], -scale * error);", "dv.set(at[h], -scale * error);",
+        TESTS + "test_bellman.py",
+    ),
+    Mutation(
+        "C++ bellman: the residual's gradient reaches every state's value", "cpu/bellman.cpp",
+        "(i == at.front() ? of_residual[b] : 0.0)", "of_residual[b]",
+        TESTS + "test_bellman.py",
+    ),
+    Mutation(
+        "C++ linear: blocks of the weight's gradient replace each other", "cpu/linear_backward.cpp",
+        "            b > 0, to + d, width);", "            false, to + d, width);",
+        TESTS + "test_linear_values.py -k accumulates",
+    ),
+    Mutation(
+        "C++ linear: a frozen head's sum takes the action in", "cpu/linear_forward.cpp",
+        "{ x[own * kStrip + r] = 0; }", "{ (void)r, (void)own; }",
+        TESTS + "test_linear_values.py -k frozen_head_of",
+    ),
+    Mutation(
+        "C++ linear: the action's gradient is that of any word", "cpu/linear_backward.cpp",
+        "{ out[own * ld + r] = own_gradients[r]; }", "{ (void)r, (void)own; }",
+        TESTS + "test_linear_values.py -k softcap_temperature",
+    ),
 ]  # fmt: skip
 
 
@@ -189,10 +276,22 @@ def backend_of(mutation: Mutation) -> str:
     return folder if folder in ("triton", "cpu") else "portable"
 
 
+def build(copy: Path) -> None:
+    """The C++ kernels of the copy; only what changed since the last time is compiled."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    torch = importlib.util.find_spec("torch")
+    assert torch and torch.origin, "torch is not installed"
+    configure = ["cmake", "-S", ".", "-B", "build", f"-DTORCH_DIR={Path(torch.origin).parent}"]
+    for command in (configure, ["cmake", "--build", "build"]):
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
 def run(copy: Path, mutation: Mutation) -> tuple[int, str]:
     """pytest's exit status and output."""
-    if mutation.build:
-        subprocess.run(mutation.build, shell=True, cwd=copy, check=True)
+    if backend_of(mutation) == "cpu":
+        build(copy)
     files, _, expression = mutation.tests.partition(" -k ")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files.split()]
     environment = os.environ | {"PYTHONPATH": str(copy), "REVAL_TEST_BACKENDS": backend_of(mutation)}
@@ -203,7 +302,7 @@ def run(copy: Path, mutation: Mutation) -> tuple[int, str]:
 
 
 def red_test(output: str) -> str:
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     return found[1] if found else output.strip().split("\n")[-1]
 
 
@@ -226,31 +325,50 @@ def check(mutation: Mutation, copy: Path) -> str | None:
     return None
 
 
+class Progress:
+    """How far, how fast, and how long still."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.start = total, 0, time.monotonic()
+
+    def step(self, what: str = "") -> None:
+        self.done += 1
+        each = (time.monotonic() - self.start) / self.done
+        left = each * (self.total - self.done) / 60
+        what = what and what + "\n"
+        print(f"{what}         [{self.done} of {self.total}, {each:.1f} s each, {left:.0f} min left]", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", nargs="*", help="only mutations whose name contains one of these")
+    parser.add_argument("name", nargs="*", help="only mutations whose name or file contains one of these")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if not options.name or any(part in m.name for part in options.name)]
+    chosen = [m for m in MUTATIONS if not options.name or any(part in m.name + m.file for part in options.name)]
     if options.list:
         print("\n".join(m.name for m in chosen))
         return
     wrong = {}
+    baselines = {(m.tests, backend_of(m)): m for m in chosen}
+    progress = Progress(len(baselines) + len(chosen))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
             elif (ROOT / name).exists():
                 shutil.copy(ROOT / name, copy / name)
-        for mutation in {(m.tests, backend_of(m)): m for m in chosen}.values():
+        (copy / "tests" / "conftest.py").write_text(CONFTEST)
+        for mutation in baselines.values():
             status, output = run(copy, mutation)
             if status != 0:
                 wrong[mutation.tests] = f"red (or nothing to run) before anything was broken: {output[-1500:]}"
+            progress.step(f"{'green' if status == 0 else 'WRONG'}  unbroken: {mutation.tests}")
         for mutation in chosen:
             if problem := check(mutation, copy):
                 wrong[mutation.name] = problem
                 print(f"WRONG  {mutation.name}\n         {problem}", flush=True)
+            progress.step()
     for name, problem in wrong.items():
         print(f"{name}: {problem}")
     print(f"{len(chosen) - len(wrong)} of {len(chosen)} breakages noticed")

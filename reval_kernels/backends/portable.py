@@ -56,15 +56,55 @@ def token_values_backward(
 
 def linear_token_values(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool,
+    with_entropy: bool, with_expected: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V], a chunk of them at a time."""
-    rows, actions = _unmasked(actions, mask, weight.shape[0], transform)
-    values = [
-        row_values(_logits(hidden[at], weight, bias), actions[c], transform.at(at), with_entropy)
-        for c, at in _chunks(rows, LINEAR_CHUNK // weight.shape[0])
-    ]
-    return _per_token(values, rows, hidden)
+    """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V], a chunk of them at a time; `expected` as
+    in `values_by_chunks`."""
+    head = Head(hidden, weight, bias, (with_expected, False, False), wide=True)
+    return values_by_chunks(head, actions, mask, transform, with_entropy)
+
+
+def values_by_chunks(
+    head: Head, actions: Tensor, mask: Tensor | None, transform: Transform, with_entropy: bool
+) -> tuple[Tensor, ...]:
+    """The six numbers of each token, and `expected` [..., D] if the head gathers a gradient of its hidden states.
+
+    With a frozen head, expected = sum over all words but the action of p * dz/dlogit * weight[word] is all that the
+    gradient of the hidden states needs of the logits, whatever the upstream gradient (`linear_expected_backward`):
+    4 M V D operations instead of 6. The action stays out, or a confident state's 1 - p would be lost beside its p.
+    """
+    rows, actions = _unmasked(actions, mask, len(head.weight), transform)
+    values, logits = [], None
+    for c, at in _chunks(rows, head.size):
+        logits = None  # the last chunk's room is free before the next takes its own
+        logits, numbers = head.values(at, actions[c], transform.at(at), with_entropy)
+        values.append(numbers)
+        if head.needs[0]:
+            _, _, log_prob, entropy, row_max, log_sum = numbers
+            zero, one = torch.zeros_like(log_prob), torch.ones_like(log_prob)
+            # -d log_prob, but for the action's own term
+            by = (-log_prob.expm1(), zero, -one, zero)
+            head.add_gradient_(at, logits, actions[c], transform.at(at), (row_max, log_sum, entropy), by)
+    return *_per_token(values, rows, head.hidden), head.d_hidden
+
+
+def linear_expected_backward(
+    expected: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
+    transform: Transform, log_prob: Tensor, cotangents: tuple[Tensor, ...],
+) -> Tensor:  # fmt: skip
+    """d_hidden from the `expected` of `values_by_chunks`; cotangents: dq, dv, dlog_prob [...]."""
+    rows, actions = _unmasked(actions, mask, len(weight), transform)
+    d_hidden = hidden.new_zeros(hidden.shape)
+    for c, at in _chunks(rows, ROWS_CHUNK // max(1, hidden.shape[-1])):
+        word, of = weight[actions[c]].to(expected.dtype), transform.at(at)
+        log_pi, dq, dv, dlog = (x[at][:, None] for x in (log_prob, *cotangents))
+        at_action = dq + dv * log_pi.exp() - dlog * log_pi.expm1()  # as in row_gradient_
+        if of.softcap is not None:
+            logit = (_wide(hidden[at]) * word).sum(-1, keepdim=True)
+            at_action = at_action * of.slope(logit if bias is None else logit + bias[actions[c]][:, None])
+        at_action = at_action / of.temperature
+        d_hidden[at] = ((dv - dlog) * expected[at] + at_action * word).to(hidden.dtype)
+    return d_hidden
 
 
 def linear_token_values_backward(
@@ -93,12 +133,18 @@ def linear_reval_loss(
     cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
     level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed)."""
-    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs)
+    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed; `wide_loss`)."""
+    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs, wide_loss(hidden, weight, bias))
     return whole_trajectory_loss(
         head, hidden.shape, actions, mask, cu_seqlens, transform, reference, rewards, beta, level, semi_gradient,
         normalizer,
     )
+
+
+def wide_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the loss's gradients are kept in fp32 (fp64) until the upstream gradient is known: in fp16 they would
+    underflow before a loss scale could save them."""
+    return any(x is not None and x.dtype == torch.float16 for x in (hidden, weight, bias))
 
 
 def whole_trajectory_loss(
@@ -233,10 +279,13 @@ class Head:
 
     bellman_loss = staticmethod(bellman_loss)
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
-        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], wide: bool = False
+    ):
+        """`wide`: all gradients in fp32 (fp64), rather than in the dtypes of what they are gradients of."""
+        self.hidden, self.weight, self.bias, self.needs, self.wide = hidden, weight, bias, needs, wide
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
+        self.d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,), dtype=dtype if wide else hidden.dtype)
         self.d_weight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=dtype)
         self.d_bias = weight.new_zeros(len(weight) if needs[2] else 0, dtype=dtype)
 
@@ -250,11 +299,11 @@ class Head:
         return _logits(self.hidden[at], self.weight, self.bias)
 
     def values(
-        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform
+        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform, with_entropy: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The logits, and the six numbers [C] of each row."""
         logits = self.logits(at)
-        return logits, row_values(logits, actions, transform, with_entropy=False)
+        return logits, row_values(logits, actions, transform, with_entropy)
 
     def add_gradient_(
         self, at: tuple[Tensor, ...], logits: Tensor, actions: Tensor, transform: Transform,
@@ -269,14 +318,16 @@ class Head:
             d_hidden = dlogits.new_zeros(len(dlogits), self.weight.shape[1])
             for words, tile in _tiles(self.weight, dlogits.dtype):
                 d_hidden.addmm_(dlogits[:, words], tile)
-            self.d_hidden[at] = d_hidden.to(self.hidden.dtype)
+            self.d_hidden[at] = d_hidden.to(self.d_hidden.dtype)
         if self.needs[1]:
             self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))
         if self.needs[2]:
             self.d_bias += dlogits.sum(0)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """d_hidden, d_weight, d_bias in the dtypes of what they are gradients of; empty where not needed."""
+        """d_hidden, d_weight, d_bias; empty where not needed."""
+        if self.wide:
+            return self.d_hidden, self.d_weight, self.d_bias
         bias = self.weight if self.bias is None else self.bias
         return self.d_hidden, self.d_weight.to(self.weight.dtype), self.d_bias.to(bias.dtype)
 

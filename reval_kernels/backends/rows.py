@@ -39,6 +39,11 @@ class Transform(NamedTuple):
             z = z / (self.temperature.to(z.dtype) if isinstance(self.temperature, Tensor) else self.temperature)
         return z, tanh
 
+    def slope(self, logits: Tensor) -> Tensor:
+        """The derivative of softcap * tanh(logits / softcap), without the cancellation of 1 - tanh^2 far out."""
+        e = torch.exp(-2 / self.softcap * logits.abs())
+        return 4 * e / (1 + e).square()
+
 
 def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entropy: bool) -> tuple[Tensor, ...]:
     """q, v, log_prob, entropy (0 if not wanted), row_max, log_sum: each [C].

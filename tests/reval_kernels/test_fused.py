@@ -219,6 +219,15 @@ def test_two_backwards_with_different_gradients(backend):
     assert_same_bits(torch.autograd.grad(loss, leaves), once)
 
 
+def test_a_loss_scale_saves_small_gradients_in_fp16(backend):
+    """At a normalizer of 1e10 every gradient of the loss is 0 in fp16; times a scale of 2^33 it is not."""
+    inputs = inputs_of(torch.float16, bias=True)
+    options = {"reference": anchor_of(inputs["actions"], None, True), "rewards": REWARDS, "beta": 0.5}
+    unscaled = evaluate(linear_reval_loss, inputs, ONE, normalizer=1e10, backend=backend, **options)
+    assert (unscaled["d weight"] == 0).all()
+    compare(backend, "linear_reval_loss", inputs, {"loss": torch.tensor(2.0**33)}, normalizer=1e10, **options)
+
+
 @pytest.mark.parametrize(
     ("hidden", "weight", "bias"),
     [

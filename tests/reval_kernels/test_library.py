@@ -51,6 +51,7 @@ def test_token_values(backend, optional, dtype):
         check(op, logits.detach(), t["actions"], *extra, statistics, by, backend)
 
 
+@pytest.mark.parametrize("expected", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "optional", "needs"),
     [
@@ -59,18 +60,31 @@ def test_token_values(backend, optional, dtype):
         (torch.bfloat16, False, (False, True, False)),
     ],
 )
-def test_linear_token_values(backend, optional, dtype, needs):
+def test_linear_token_values(backend, optional, dtype, needs, expected):
+    """`expected` is of use for the second of these, and must do no harm in the others."""
     t = tensors(dtype, requires_grad=False)
     for name, need in zip(("hidden", "weight", "bias"), needs, strict=True):
         t[name].requires_grad_(need)
     hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
     extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
-    check(library.linear_token_values, hidden, t["weight"], bias, t["actions"], *extra, optional, backend)
+    check(library.linear_token_values, hidden, t["weight"], bias, t["actions"], *extra, optional, expected, backend)
+    if expected:
+        return
     statistics, by = [torch.randn(B, T) for _ in range(3)], [torch.randn(B, T) for _ in range(4)]
     needs = [*needs[:2], needs[2] and bias is not None]
     rest = (t["actions"], *extra, statistics, by, needs, backend)
     check(library.linear_token_values_backward, hidden.detach(), t["weight"].detach(),
           None if bias is None else bias.detach(), *rest)  # fmt: skip
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_linear_expected_backward(optional):
+    t = tensors(torch.bfloat16, requires_grad=False)
+    extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
+    hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
+    by = [torch.randn(B, T) for _ in range(3)]
+    check(library.linear_expected_backward, torch.randn(B, T, D), hidden, t["weight"], bias, t["actions"], *extra,
+          -torch.rand(B, T), by)  # fmt: skip
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -95,7 +109,9 @@ def test_bellman_loss(backend, level):
         cu_seqlens, mask = torch.tensor([0, 4, 10]), t["mask"].flatten()
         values, reference = ([x.flatten() for x in part] for part in (values, reference))
     op_level = "trajectory" if level == "returns" else level
-    check(library.bellman_loss, *values, reference, t["rewards"], mask, cu_seqlens, 0.5, op_level, False, 2.0, backend)
+    normalizer = None if level == "returns" else torch.tensor(2.0, dtype=torch.float64)
+    check(library.bellman_loss, *values, reference, t["rewards"], mask, cu_seqlens, 0.5, op_level, False, normalizer,
+          backend)  # fmt: skip
     unit = [torch.randn_like(x) for x in values]
     check(library.bellman_loss_backward, torch.randn(()), torch.randn(B), unit, mask, cu_seqlens, backend)
 
@@ -108,7 +124,8 @@ def test_linear_reval_loss(backend, optional, dtype):
     reference = [t["q_ref"], t["v_ref"], t["log_ref"]] if optional else [t["returns"]]
     needs = [True, True, bias is not None]
     check(library.linear_reval_loss, hidden, t["weight"], bias, t["actions"], *extra, reference, t["rewards"], 0.5,
-          "trajectory", False, 2.0, needs, backend)  # fmt: skip
+          "trajectory", False, torch.tensor(2.0, dtype=torch.float64) if optional else None, needs,
+          backend)  # fmt: skip
 
 
 def test_backends_run_without_autocast(monkeypatch):
@@ -189,6 +206,19 @@ def test_every_function_is_one_graph(backend, name):
     assert_same_bits(results(function, t), results(compiled, t))
 
 
+def test_a_frozen_head_is_one_graph(backend):
+    """Whether the head is frozen is known while the graph is made."""
+    t = tensors(torch.bfloat16) | {"weight": tensors(torch.bfloat16)["weight"].detach()}
+
+    def function(t):
+        return call("linear_token_values", t, backend, mask=t["mask"], softcap=5.0)[:3]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager = results(function, t)
+    assert eager[0].grad_fn is None and any(x is not None for x in eager[3:])
+    assert_same_bits(eager, results(compiled, t))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_dynamic_shapes(backend, fused):
     """One forward and one backward graph serve batches of any size and length."""
@@ -211,6 +241,22 @@ def test_dynamic_shapes(backend, fused):
             both.append((out.loss.detach(), out.residual.detach(), *torch.autograd.grad(out.loss, (hidden, weight))))
         assert_same_bits(*both)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("function", ["bellman_loss", "linear_reval_loss"])
+def test_a_normalizer_that_changes_needs_no_graph_of_its_own(function):
+    """The number of tokens or trajectories of the whole batch, another one in every step: nothing compiled after the
+    second, and the values of eager code."""
+    t = tensors()
+
+    def loss(normalizer):
+        return call(function, t, "portable", beta=0.5, normalizer=normalizer)[0]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for normalizer in (2.0, 3.5, 8.25, 21.0):
+        assert_same_bits(loss(normalizer).detach(), compiled(normalizer).detach())
+    assert counter.frame_count <= 2
 
 
 def test_inplace_gradient_is_ignored_when_compiled(backend):

@@ -73,6 +73,7 @@ def cases(backend: str) -> None:
         check(inputs_of(), backend, upstream(TOKENS, output))
     masked(backend)
     minus_infinity(backend)
+    tied(backend)
     common_offset(backend)
     confident(backend)
     wanted(backend)
@@ -96,6 +97,13 @@ def minus_infinity(backend):
         bias[finite] = inputs["bias"][finite]
         inputs["actions"] = inputs["actions"] % (finite.stop - finite.start) + finite.start
         check(inputs | {"bias": bias}, backend)
+
+
+def tied(backend):
+    """The first word and the last, in different slices, share the maximum, to the bit."""
+    inputs = inputs_of()
+    inputs["weight"][[0, -1]], inputs["bias"][[0, -1]] = 0.0, 20.0
+    check(inputs, backend)
 
 
 def common_offset(backend):

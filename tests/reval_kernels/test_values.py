@@ -82,7 +82,7 @@ def test_upstream_gradient_of_any_strides(backend, layout):
         lambda x: x[:, ::2, 3:-3],
         lambda x: x[..., ::3],
         lambda x: x.transpose(0, 1),
-        lambda x: x.permute(1, 2, 0),
+        lambda x: x[..., :20].permute(1, 2, 0),
         lambda x: x[:1].expand(5, -1, -1),
         lambda x: x[:, :, :1].expand(-1, -1, 9),
         lambda x: x.reshape(-1)[1 : 1 + 4 * 129].view(4, 129),

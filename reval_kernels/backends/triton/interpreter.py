@@ -9,8 +9,9 @@ themselves hold no line of code for the interpreter.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -74,13 +75,16 @@ class Traffic:
     loaded: dict[str, int] = field(default_factory=dict)
     """By all load instructions together."""
     distinct: dict[str, int] = field(default_factory=dict)
-    """The same, but what one program loads again counts once: a tile that it finds in its cache."""
+    """The same, but what a program, or a unit of several, loads again counts once: it comes from a cache."""
     stored: dict[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def counted(**tensors: torch.Tensor) -> Iterator[Traffic]:
-    """Count what kernels launched within load from and store to the named tensors, and to "other" memory."""
+def counted(unit: Callable[[tuple], Any] = lambda program: program, **tensors: torch.Tensor) -> Iterator[Traffic]:
+    """Count what kernels launched within load from and store to the named tensors, and to "other" memory.
+
+    `unit` says which unit a program [three ids] belongs to: those of one unit share a cache large enough for them.
+    """
     traffic = Traffic()
     spans = {
         name: (t.untyped_storage().data_ptr(), t.untyped_storage().data_ptr() + t.untyped_storage().nbytes())
@@ -105,7 +109,7 @@ def counted(**tensors: torch.Tensor) -> Iterator[Traffic]:
             # addresses repeated within one instruction (a broadcast) are one transaction
             addresses = np.unique(addresses)
             add(traffic.loaded, owner(addresses), addresses.size * size)
-            seen.setdefault((owner(addresses), size, tuple(self.grid_idx)), []).append(addresses)
+            seen.setdefault((owner(addresses), size, unit(tuple(self.grid_idx))), []).append(addresses)
         return load(self, ptrs, mask, *rest)
 
     def counting_store(self, ptrs, value, mask, *rest):

@@ -149,11 +149,14 @@ def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
 
 def linear_token_values(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool,
+    with_entropy: bool, with_expected: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V]."""
+    """As `portable.linear_token_values`; without `expected` no logits are written down."""
+    if with_expected:
+        head = _head_type(hidden, weight)(hidden, weight, bias, (True, False, False), wide=True)
+        return portable.values_by_chunks(head, actions, mask, transform, with_entropy)
     if not _same_dtype(hidden, weight):
-        return portable.linear_token_values(hidden, weight, bias, actions, mask, transform, with_entropy)
+        return portable.linear_token_values(hidden, weight, bias, actions, mask, transform, with_entropy, False)
     check_tokens(actions, mask, len(weight), transform)
     out = new_values(hidden, mask, 6)
     index = _unmasked(actions, mask)
@@ -161,7 +164,7 @@ def linear_token_values(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, index, actions.reshape(-1)[index],
         transform.flattened().at((index,)), with_entropy, None, out,
     )  # fmt: skip
-    return tuple(out)
+    return *out, out[0].new_empty(0)
 
 
 def _forward(
@@ -205,7 +208,8 @@ def linear_reval_loss(
     Trajectories of more than LINEAR_CHUNK // V actions together do not fit one chunk; one alone that does not has its
     logits computed twice (8 N V D operations).
     """
-    head = _head_type(hidden, weight)(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs)
+    wide = portable.wide_loss(hidden, weight, bias)
+    head = _head_type(hidden, weight)(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs, wide)
     return portable.whole_trajectory_loss(
         head, hidden.shape, actions, mask, cu_seqlens, transform, reference, rewards, beta, level, semi_gradient,
         normalizer,
@@ -221,6 +225,11 @@ class Head(portable.Head):
     def size(self) -> int:
         return max(1, backend.LINEAR_CHUNK // len(self.weight))
 
+    @property
+    def narrow(self) -> bool:
+        # AMD builds of torch have no matmul from bf16 to fp32; there the weight is widened a part at a time
+        return self.weight.dtype == torch.bfloat16 and torch.version.hip is None
+
     def logits(self, at: tuple[Tensor, ...]) -> Tensor:
         hidden = self.hidden[at]
         logits = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
@@ -229,20 +238,20 @@ class Head(portable.Head):
         return logits
 
     def values(
-        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform
+        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform, with_entropy: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         hidden = self.hidden[at]
         logits = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
         everything = torch.arange(len(hidden), device=hidden.device)
         out = new_values(hidden, None, 6)
-        _forward(hidden, self.weight, self.bias, everything, actions, transform, False, logits, out)
+        _forward(hidden, self.weight, self.bias, everything, actions, transform, with_entropy, logits, out)
         return logits, tuple(out)
 
     def add_gradient_(
         self, at: tuple[Tensor, ...], logits: Tensor, actions: Tensor, transform: Transform,
         statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
     ) -> None:  # fmt: skip
-        narrow = self.weight.dtype == torch.bfloat16 and not self.needs[2]
+        narrow = self.narrow and not self.needs[2]
         dlogits = torch.empty_like(logits, dtype=torch.bfloat16) if narrow else logits
         rows.backward(logits, rows.two_strides(logits), dlogits, actions, None, transform, statistics, cotangents)
         self.gather(at, dlogits)
@@ -250,20 +259,19 @@ class Head(portable.Head):
     def gather(self, at: tuple[Tensor, ...], dlogits: Tensor) -> None:
         """bf16 operands stay narrow in the matmuls. A bias wants the sum of what was not rounded; a rare word's p is 0
         in fp16, so that dtype is widened."""
-        if self.weight.dtype != torch.bfloat16:
+        if not self.narrow:
             return super().gather(at, dlogits)
         if self.needs[2]:
             self.d_bias += dlogits.sum(0)
         dlogits = dlogits.bfloat16()
         if self.needs[0]:
-            self.d_hidden[at] = _product(dlogits, self.weight).bfloat16()
+            self.d_hidden[at] = _product(dlogits, self.weight).to(self.d_hidden.dtype)
         if self.needs[1]:
             _add_product_(self.d_weight, dlogits.T, self.hidden[at])
 
 
 def _head_type(hidden: Tensor, weight: Tensor) -> type[portable.Head]:
-    # AMD builds of torch have no matmul from bf16 to fp32; the portable head widens the weight a part at a time
-    return Head if _same_dtype(hidden, weight) and torch.version.hip is None else portable.Head
+    return Head if _same_dtype(hidden, weight) else portable.Head
 
 
 def _same_dtype(hidden: Tensor, weight: Tensor) -> bool:

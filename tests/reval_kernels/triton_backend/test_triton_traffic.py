@@ -58,8 +58,9 @@ def test_masked_rows_are_not_read():
     assert within(traffic.loaded["logits"], 2 * logits.nbytes // 2)
 
 
-def test_linear_forward_reads_the_head_once_per_block_of_tokens():
-    """Of the hidden states each tile reads its block again, from the L2 cache: that is counted apart, by program."""
+def test_linear_forward_issues_the_head_once_per_block_of_tokens():
+    """What the load instructions ask for, of the L2 cache or of memory: the head once per block of 128 tokens, the
+    hidden states once per tile of 128 words. No program asks for the same twice."""
     from reval_kernels.backends.triton.interpreter import counted
 
     hidden, weight, actions = head(200, 8192, 64, dtype=torch.bfloat16)
@@ -68,9 +69,27 @@ def test_linear_forward_reads_the_head_once_per_block_of_tokens():
     blocks, tiles = 2, 8192 // 128
     assert within(traffic.loaded["weight"], blocks * weight.nbytes)
     assert within(traffic.loaded["hidden"], tiles * hidden.nbytes)
-    assert traffic.distinct["hidden"] == traffic.loaded["hidden"]  # no program reads the same twice
+    assert traffic.distinct["weight"] == traffic.loaded["weight"]
+    assert traffic.distinct["hidden"] == traffic.loaded["hidden"]
     logits_bytes = 4 * 200 * 8192
     assert total(traffic.stored) < 0.1 * logits_bytes  # 16 bytes for 128 words
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 16])
+def test_linear_forward_needs_head_and_hidden_states_once_per_group_of_blocks(monkeypatch, blocks):
+    """What memory must supply when the hidden states of a group of `blocks` blocks stay in the L2 cache: the head once
+    per group, the hidden states once in all. 300 tokens are three blocks: three groups, two, or one."""
+    from reval_kernels.backends.triton import linear
+    from reval_kernels.backends.triton.interpreter import counted
+
+    monkeypatch.setattr(linear, "GROUP", blocks)
+    hidden, weight, actions = head(300, 2048, 64, dtype=torch.bfloat16)
+    tiles = 2048 // 128
+    with counted(lambda program: program[0] // (blocks * tiles), weight=weight, hidden=hidden) as traffic:
+        linear_token_values(hidden, weight, actions, backend="triton")
+    groups = -(-3 // blocks)
+    assert within(traffic.distinct["weight"], groups * weight.nbytes)
+    assert within(traffic.distinct["hidden"], hidden.nbytes)
 
 
 def test_bellman_reads_and_writes_each_number_at_most_twice():
