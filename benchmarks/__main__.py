@@ -1,0 +1,139 @@
+"""make bench, or python -m benchmarks [--quick] [--only OP] [--provider NAME]: times every op by every provider.
+
+Ctrl-C keeps what was measured. A trial (--quick, --only, --provider) writes to runs/bench, a full run to
+benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import reval_kernels
+
+from . import report
+from .bars import FASTEST_OF, bars
+from .ops import OPS, Shape
+from .providers import providers
+from .suite import Case, Settings, Suite
+
+FULL = Path(__file__).parent / "results"
+TRIAL = Path("runs/bench")
+F32, BF16 = torch.float32, torch.bfloat16
+ROWS, BOTH, LINEAR, LOSS, BELLMAN = OPS
+OURS = ("triton", "cpu")
+
+
+def tables(device: str, quick: bool) -> list[Case]:
+    """The cases of the tables. N = B x T."""
+    if quick:
+        rows, head, heads, values = Shape(8, 4, 8192), Shape(8, 4, 4096, 64), [Shape(8, 4, 4096, 64)], Shape(8, 64)
+    elif device == "cpu":  # the shapes of the bars
+        rows, head, values = Shape(8, 64, 151_936), Shape(8, 128, 49_152, 576), Shape(64, 1024)
+        heads = [head, Shape(8, 128, 151_936, 576)]
+    else:
+        rows, head, values = Shape(8, 512, 151_936), Shape(8, 512, 151_936, 2048), Shape(256, 4096)
+        heads = [head]
+    few = {"memory": (*OURS, "torch eager")}  # a child for each provider of each case would take too long
+    cases = [Case(ROWS, rows, dtype, **few) for dtype in (F32, BF16)]
+    cases += [Case(BOTH, rows, F32, **few), Case(BOTH, rows, BF16)]
+    cases += [Case(LINEAR, head, dtype, **few) for dtype in (F32, BF16)]
+    cases += [Case(LOSS, heads[0], F32, **few), Case(LOSS, heads[0], BF16)]
+    # the larger head: ours, and who the bar names
+    cases += [Case(LOSS, h, dtype, only=(*OURS, *FASTEST_OF), **few) for h in heads[1:] for dtype in (F32, BF16)]
+    return [*cases, Case(BELLMAN, values, F32)]
+
+
+def curves(device: str, quick: bool) -> list[Case]:
+    """Time and memory against N at fixed V, and against V at fixed N: ours, eager, and the fastest peer on a CPU."""
+    ours = next(name for name, info in reval_kernels.backends().items() if {device, "*"} & set(info.default_for))
+    who = (ours, "torch eager", "cut-cross-entropy torch_compile" if device == "cpu" else "cut-cross-entropy")
+    lengths, vocabularies = [8, 16, 32, 64], [16_384, 32_768, 65_536, 131_072]
+    width, length = (576, 32) if device == "cpu" else (2048, 256)
+    head, vocabulary = 49_152, 151_936
+    if quick:
+        lengths, vocabularies, width, length, head, vocabulary = [2, 4], [1024, 2048], 64, 4, 2048, 4096
+    loss = {"dtype": BF16, "only": who, "memory": who[:2]}
+    rows = {"dtype": F32, "only": who[:2]}
+    return [
+        *(Case(LOSS, Shape(8, t, head, width), curve="N", **loss) for t in lengths),
+        *(Case(LOSS, Shape(8, length, v, width), curve="V", **loss) for v in vocabularies),
+        *(Case(BOTH, Shape(8, t, vocabulary), curve="N", **rows) for t in lengths),
+        *(Case(BOTH, Shape(8, length, v), curve="V", **rows) for v in vocabularies),
+    ]
+
+
+class Progress:
+    """What is being done, how far along, how long it will take."""
+
+    def __init__(self, weights: list[float]) -> None:
+        self.weights, self.done, self.start = weights, 0, time.monotonic()
+
+    def begin(self, what: str) -> None:
+        share = sum(self.weights[: self.done]) / sum(self.weights)
+        gone = time.monotonic() - self.start
+        left = f"about {gone / share * (1 - share) / 60:.1f} min left" if share > 0.02 else "estimating the time left"
+        self.done += 1
+        print(f"[{gone / 60:4.1f} min, {share:4.0%}, {left}] {self.done}/{len(self.weights)} {what}", flush=True)
+
+
+def weight(case: Case, settings: Settings) -> float:
+    """Roughly the seconds that a case takes, at 100 GFLOP/s and 10 GB/s."""
+    op = OPS[case.op]
+    once = op.flops(case.shape) / 1e11 + op.bytes(case.shape, case.dtype.itemsize) / 1e10
+    members = len(case.only) or len(providers(op.family))
+    return members * (2 + max(settings.budget / (5 if case.curve else 1), (settings.least + 3) * once))
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    names = sorted({p.name for op in OPS.values() for p in providers(op.family)})
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small shapes, a minute or two: a trial")
+    parser.add_argument("--only", action="append", choices=OPS, metavar="OP", help=f"an op: {', '.join(OPS)}")
+    parser.add_argument("--provider", action="append", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, help="per provider and case [1; quick: 0.2]")
+    parser.add_argument("--runs", type=int, default=3, help="at least, per provider and case [3]")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="times alone")
+    parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
+    parser.add_argument("--output", type=Path, help=f"a folder [{FULL}; trials: {TRIAL}]")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    args = arguments(words)
+    trial = args.quick or args.only or args.provider or not (args.memory and args.curves)
+    seconds = args.seconds or (0.2 if args.quick else 1.0)
+    settings = Settings(torch.device(args.device), seconds, least=args.runs, memory=args.memory)
+    cases = tables(args.device, args.quick) + (curves(args.device, args.quick) if args.curves else [])
+    cases = [case for case in cases if not args.only or case.op in args.only]
+    where = report.stamp(settings.device)
+    suite = Suite(settings, say=lambda line: print(line, flush=True))
+    progress = Progress([weight(case, settings) for case in cases])
+    interrupted = False
+    try:
+        for case in cases:
+            chosen = [p for p in providers(OPS[case.op].family) if not args.provider or p.name in args.provider]
+            progress.begin(str(case))
+            rows = suite.run(case, chosen)
+            suite.measure_memory(case, rows)
+            if not case.curve:
+                print("\n".join(report.case_table(rows)), flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted; writing what was measured", file=sys.stderr)
+    paths = report.write(args.output or (TRIAL if trial else FULL), where, suite.rows, interrupted)
+    if args.device == "cpu":
+        print("\n".join(report.bar_table(bars(suite.rows))))
+    print("written:", *paths, sep="\n  ")
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` keeps what was measured, as Ctrl-C does
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The ops that are timed: inputs, bytes and FLOPs by formula, the limit of each, and the truth in float64.
+
+Letters: N tokens = B trajectories x T, V vocabulary, D width, s bytes an entry. A *case* is an op, a shape and a dtype.
+
+FLOPs count a multiplication, an addition, a comparison and an exponential as one each. Bytes are what has to cross the
+memory bus when nothing is kept in a cache, each input read as often as the result demands, each output written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Function = Callable[..., Tensors]
+"""A provider's forward: tensors by name in, tensors by name out."""
+
+BETA = 0.5
+
+
+class Shape(NamedTuple):
+    """The size of a case."""
+
+    trajectories: int  # B
+    length: int  # T
+    vocabulary: int = 0  # V
+    width: int = 0  # D
+
+    @property
+    def tokens(self) -> int:
+        return self.trajectories * self.length
+
+    def __str__(self) -> str:
+        parts = [f"N = {self.tokens:,}"] if self.vocabulary else [f"B = {self.trajectories:,}", f"T = {self.length:,}"]
+        parts += [f"D = {self.width:,}"] if self.width else []
+        return ", ".join(parts + ([f"V = {self.vocabulary:,}"] if self.vocabulary else []))
+
+
+@dataclass(frozen=True)
+class Op:
+    """One thing to time."""
+
+    name: str
+    family: str
+    """Which functions of the providers compute it."""
+    inputs: Callable[[Shape, torch.dtype, torch.device], Tensors]
+    bytes: Callable[[Shape, int], int]
+    """Of (shape, bytes an entry)."""
+    flops: Callable[[Shape], int]
+    formula: str
+    """`bytes` and `flops` in words."""
+    limit: Callable[[Tensors], Callable[[], object]]
+    """Makes the run that no implementation can do without; its time is the limit."""
+    limit_name: str
+    wrt: tuple[str, ...] = ()
+    """The inputs that want a gradient; none: the op is forward only, under no_grad."""
+    upstream: tuple[str, ...] = ()
+    """The outputs that the gradient comes from, as far as a provider has them."""
+    chunk: int = 1 << 30
+    """Rows or trajectories whose truth is computed at a time."""
+
+    def run(self, function: Function, x: Tensors) -> Tensors:
+        """The outputs of `function`, and as "d <name>" the gradients."""
+        arguments = {k: t for k, t in x.items() if not k.startswith("d ")}
+        if not self.wrt:
+            with torch.no_grad():
+                return function(**arguments)
+        leaves = {k: arguments[k].detach().requires_grad_() for k in self.wrt}
+        out = function(**arguments | leaves)
+        sources = [k for k in self.upstream if k in out]
+        cotangents = [x[f"d {k}"].to(out[k].dtype) if f"d {k}" in x else None for k in sources]
+        gradients = torch.autograd.grad([out[k] for k in sources], list(leaves.values()), cotangents)
+        return {k: t.detach() for k, t in out.items()} | dict(zip((f"d {k}" for k in leaves), gradients, strict=True))
+
+    def truth(self, definition: Function, x: Tensors) -> Tensors:
+        """`run` in float64, some rows or trajectories at a time so that it fits: the last word on every output."""
+        wide = {k: t.double() if t.is_floating_point() else t for k, t in x.items()}
+        whole = {"weight"} & wide.keys()
+        rows = len(next(t for k, t in wide.items() if k not in whole))
+        parts = -(-rows // self.chunk)
+        if rows % parts:
+            raise ValueError(f"{self.name}: {rows} rows do not divide into {parts} equal parts")
+        pieces = {k: [t] * parts if k in whole else t.chunk(parts) for k, t in wide.items()}
+        out: dict[str, list[Tensor]] = {}
+        total: Tensors = {}
+        for i in range(parts):
+            for k, t in self.run(definition, {k: p[i] for k, p in pieces.items()}).items():
+                mean = t / parts if t.dim() == 0 or (k.startswith("d ") and "loss" in self.upstream) else t
+                if t.dim() == 0 or k.removeprefix("d ") in whole:
+                    total[k] = total[k] + mean if k in total else mean
+                else:
+                    out.setdefault(k, []).append(mean)
+        return total | {k: torch.cat(parts) for k, parts in out.items()}
+
+
+def error(out: Tensors, truth: Tensors) -> float:
+    """The largest error of any output in units of that output's largest entry; inf for NaN or a wrong shape."""
+    if out.keys() != truth.keys():
+        return math.inf
+    worst = 0.0
+    for k, t in truth.items():
+        if out[k].shape != t.shape:
+            return math.inf
+        pieces = zip(*(x.flatten().split(1 << 24) for x in (out[k], t)), strict=True)  # a float64 copy is large
+        apart = [(mine.double() - true).abs().max() for mine, true in pieces]
+        relative = float(torch.stack(apart).max() / t.abs().max().clamp(min=torch.finfo(t.dtype).tiny))
+        worst = math.inf if math.isnan(relative) else max(worst, relative)
+    return worst
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def logits_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """logits [N, V] of deviation 2, actions [N], and a random upstream gradient for v and log_prob."""
+    g = _generator(device)
+    logits = torch.empty(shape.tokens, shape.vocabulary, dtype=dtype, device=device).normal_(0, 2, generator=g)
+    d_v, d_log_prob = torch.randn(2, shape.tokens, device=device, generator=g)
+    actions = torch.randint(shape.vocabulary, (shape.tokens,), device=device, generator=g)
+    return {"logits": logits, "actions": actions, "d v": d_v, "d log_prob": d_log_prob}
+
+
+def head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """hidden [B, T, D], weight [V, D], actions [B, T]; the logits have deviation 2."""
+    g = _generator(device)
+    deviation = 2 / shape.width**0.5
+    hidden = torch.randn(shape.trajectories, shape.length, shape.width, device=device, generator=g).to(dtype)
+    weight = torch.empty(shape.vocabulary, shape.width, dtype=dtype, device=device).normal_(0, deviation, generator=g)
+    actions = torch.randint(shape.vocabulary, hidden.shape[:2], device=device, generator=g)
+    return {"hidden": hidden, "weight": weight, "actions": actions}
+
+
+def loss_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """`head_inputs`, and returns [B] of a reference near the policy, and rewards [B] of 0 and 1."""
+    value = math.log(shape.vocabulary) + 2  # logsumexp of logits of deviation 2
+    return head_inputs(shape, dtype, device) | outcomes(shape, value * (1 - shape.length), device)
+
+
+def values_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """q, v, log_prob [B, T], and returns and rewards [B], in float32 as every backend hands them over."""
+    q = torch.randn(shape.trajectories, shape.length, device=device, generator=_generator(device))
+    v = 12 + q / 4
+    return {"q": q, "v": v, "log_prob": q - v} | outcomes(shape, 12.0 * (1 - shape.length), device)
+
+
+def outcomes(shape: Shape, returns: float, device: torch.device) -> Tensors:
+    g = _generator(device)
+    spread = torch.randn(shape.trajectories, device=device, generator=g)
+    rewards = torch.randint(2, (shape.trajectories,), device=device, generator=g).float()
+    return {"returns": returns + spread, "rewards": rewards}
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def read(x: Tensor) -> Callable[[], object]:
+    """One streaming read. bf16 is summed as int32 words: torch adds those as fast as the memory gives them."""
+    words = x if x.element_size() >= 4 else x.flatten()[: x.numel() // 2 * 2].view(torch.int32)
+    return lambda: words.sum()
+
+
+def read_twice_write_once(x: Tensor) -> Callable[[], object]:
+    once, out = read(x), torch.empty_like(x)
+    return lambda: (once(), out.copy_(x))
+
+
+def matmuls(x: Tensors, backward: bool) -> Callable[[], object]:
+    """logits = hidden @ weight.T and, backward, dhidden = g @ weight and dweight = g.T @ hidden, into ready memory."""
+    hidden, weight = x["hidden"].flatten(0, 1), x["weight"]
+    logits = hidden.new_empty(len(hidden), len(weight))
+    if not backward:
+        return lambda: torch.mm(hidden, weight.T, out=logits)
+    g = torch.randn(len(hidden), len(weight), device=hidden.device).to(hidden.dtype)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    return lambda: (
+        torch.mm(hidden, weight.T, out=logits), torch.mm(g, weight, out=d_hidden), torch.mm(g.T, hidden, out=d_weight)
+    )  # fmt: skip
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+OPS = {op.name: op for op in (
+    Op(
+        "token_values forward", "token_values", logits_inputs,
+        # logits once, actions; q, v, log_prob
+        bytes=lambda n, s: n.tokens * n.vocabulary * s + n.tokens * (8 + 3 * 4),
+        # an entry: compare with the maximum, subtract it, exponentiate, add
+        flops=lambda n: 4 * n.tokens * n.vocabulary,
+        formula="bytes N V s + 20 N; FLOPs 4 N V",
+        limit=lambda x: read(x["logits"]), limit_name="one read of the logits: sum", chunk=64,
+    ),
+    Op(
+        "token_values forward+backward", "token_values", logits_inputs,
+        # two reads and a write of N V; a token: actions twice, three outputs, two upstream gradients, two statistics
+        bytes=lambda n, s: 3 * n.tokens * n.vocabulary * s + n.tokens * (2 * 8 + 7 * 4),
+        # forward 4; backward: subtract, exponentiate, multiply twice
+        flops=lambda n: 8 * n.tokens * n.vocabulary,
+        formula="bytes 3 N V s + 44 N; FLOPs 8 N V",
+        limit=lambda x: read_twice_write_once(x["logits"]), limit_name="two reads and a write: sum and copy_",
+        wrt=("logits",), upstream=("v", "log_prob"), chunk=64,
+    ),
+    Op(
+        "linear_token_values forward", "linear_token_values", head_inputs,
+        bytes=lambda n, s: (n.tokens + n.vocabulary) * n.width * s + n.tokens * (8 + 3 * 4),
+        # one matmul, and 4 an entry of the logits
+        flops=lambda n: 2 * n.tokens * n.vocabulary * n.width + 4 * n.tokens * n.vocabulary,
+        formula="bytes (N + V) D s + 20 N; FLOPs 2 N V D + 4 N V",
+        limit=lambda x: matmuls(x, backward=False), limit_name="one bare matmul", chunk=1,
+    ),
+    Op(
+        "linear_reval_loss forward+backward", "linear_reval_loss", loss_inputs,
+        # hidden and weight read, their gradients written, once each
+        bytes=lambda n, s: 2 * (n.tokens + n.vocabulary) * n.width * s + n.tokens * 8,
+        # three matmuls (an implementation that drops the logits does a fourth), and 8 an entry of the logits
+        flops=lambda n: 6 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
+        formula="bytes 2 (N + V) D s + 8 N; FLOPs 6 N V D + 8 N V",
+        limit=lambda x: matmuls(x, backward=True), limit_name="three bare matmuls",
+        wrt=("hidden", "weight"), upstream=("loss",), chunk=1,
+    ),
+    Op(
+        "bellman_loss forward+backward", "bellman_loss", values_inputs,
+        # log_prob read, dlog_prob and dv written; v of the first token alone
+        bytes=lambda n, s: 3 * n.tokens * 4,
+        flops=lambda n: n.tokens,
+        formula="bytes 12 N (always fp32); FLOPs N",
+        limit=lambda x: read_twice_write_once(x["log_prob"]), limit_name="two reads and a write of N numbers",
+        wrt=("v", "log_prob"), upstream=("loss",),
+    ),
+)}  # fmt: skip

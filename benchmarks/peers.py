@@ -1,0 +1,130 @@
+"""What other libraries offer for the same work, called as their documentation says. None of them returns V.
+
+Most compute less than ours; `computes` in each row of the results says what.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import Function, Tensors
+from .providers import Provider
+
+
+def needs(module: str, *names: str, device: str = "") -> Callable[[str], str | None]:
+    """A `Provider.missing` for names of a module that only run on `device`."""
+
+    def missing(here: str) -> str | None:
+        if device and here != device:
+            return f"its kernels need a GPU, this is the {here}"
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:  # a peer may fail to import in any way, and that is the answer
+            return f"{module} does not import: {type(error).__name__}: {error}; see pip install reval[bench]"
+        absent = [name for name in names if not hasattr(found, name)]
+        return f"{module} has no {', '.join(absent)} in this version" if absent else None
+
+    return missing
+
+
+def by_token(loss: Callable[..., Tensor]) -> Function:
+    """From a cross entropy per token of (hidden [N, D], weight, actions [N]) to log_prob."""
+
+    def run(hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensors:
+        return {"log_prob": -loss(hidden.flatten(0, 1), weight, actions.flatten(), reduction="none").view_as(actions)}
+
+    return run
+
+
+def mean(loss: Callable[..., Tensor]) -> Function:
+    """The same loss, averaged over the tokens."""
+
+    def run(hidden: Tensor, weight: Tensor, actions: Tensor, returns: Tensor, rewards: Tensor) -> Tensors:
+        return {"loss": loss(hidden.flatten(0, 1), weight, actions.flatten(), reduction="mean")}
+
+    return run
+
+
+# --- cross entropy of (hidden, weight, actions) ----------------------------------------------------------------------
+
+
+def torch_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+    return F.linear_cross_entropy(hidden, weight, actions, reduction=reduction)
+
+
+def torch_chunked_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+    """torch picks the chunks and the accumulation by device and dtype."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, actions, reduction=reduction, options=options)
+
+
+def cce_loss(implementation: str) -> Callable[..., Tensor]:
+    def loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, weight, actions, reduction=reduction, impl=implementation)
+
+    return loss
+
+
+def liger_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, actions, reduction=reduction)
+
+
+def trl_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+    """As TRL's trainers call it: vocabulary chunks of 32,768 and no optional output."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    log_prob = ChunkedLogProbFunction.apply(hidden, weight, None, actions, 1.0, 32768, None, 1.0, ())[0]
+    return -log_prob if reduction == "none" else -log_prob.mean()
+
+
+# --- log_prob of (logits, actions) -----------------------------------------------------------------------------------
+
+
+def trl_token_values(logits: Tensor, actions: Tensor) -> Tensors:
+    from trl.trainer.utils import selective_log_softmax
+
+    return {"log_prob": selective_log_softmax(logits, actions)}
+
+
+def liger_token_values(logits: Tensor, actions: Tensor) -> Tensors:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return {"log_prob": -liger_cross_entropy(logits, actions, reduction="none")}
+
+
+# --- the list --------------------------------------------------------------------------------------------------------
+
+
+def linear(name: str, loss: Callable[..., Tensor], missing: Callable[[str], str | None], **options) -> list[Provider]:
+    return [
+        Provider(name, "linear_token_values", "log_prob", lambda: by_token(loss), missing, **options),
+        Provider(name, "linear_reval_loss", "cross entropy", lambda: mean(loss), missing, **options),
+    ]
+
+
+TORCH = needs("torch.nn.functional", "linear_cross_entropy")
+CCE, CCE_GPU = needs("cut_cross_entropy"), needs("cut_cross_entropy", device="cuda")
+LIGER = needs("liger_kernel.transformers.functional", device="cuda")
+TRL = needs("trl.trainer.utils", "selective_log_softmax")
+
+PEERS = [
+    *linear("F.linear_cross_entropy", torch_loss, TORCH),
+    *linear("F.linear_cross_entropy options", torch_chunked_loss, TORCH),
+    *linear("cut-cross-entropy", cce_loss("cce"), CCE_GPU),
+    *linear("cut-cross-entropy torch_compile", cce_loss("torch_compile"), CCE, compiled=True),
+    *linear("Liger", liger_loss, LIGER),
+    *linear("TRL fused head", trl_loss, needs("trl.kernels", "ChunkedLogProbFunction")),
+    Provider("TRL selective_log_softmax", "token_values", "log_prob", lambda: trl_token_values, TRL),
+    Provider(
+        "Liger", "token_values", "log_prob", lambda: liger_token_values, LIGER, overwrites="logits"
+    ),
+]  # fmt: skip

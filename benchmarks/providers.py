@@ -1,0 +1,164 @@
+"""Who computes an op: plain PyTorch, eager and compiled; our backends and the definition; the peers (peers.py).
+
+A provider's function takes the op's inputs by name and returns its outputs by name; `Op.run` adds the backward.
+`computes` says what comes out, and the provider is checked against the float64 definition of just that.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import reval_kernels
+from reval_kernels import TokenValues, reference
+
+from .ops import BETA, Function, Tensors
+
+COMPUTES = {
+    "token values": "q, v and log_prob of every token",
+    "log_prob": "log_prob of every token; no q, no v",
+    "ReVal loss": "V(s_1) + sum of log_prob over each trajectory, its residual, the mean square",
+    "cross entropy": "the mean cross entropy of all tokens: the same matmuls, but no values and nothing by trajectory",
+    "Bellman loss": "the mean squared residual of trajectories, from token values",
+}
+FAMILIES = {
+    "token_values": "token values",
+    "linear_token_values": "token values",
+    "linear_reval_loss": "ReVal loss",
+    "bellman_loss": "Bellman loss",
+}
+"""The families of functions, and what ours computes in each."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the ops of a family."""
+
+    name: str
+    family: str
+    computes: str
+    load: Callable[[], Function]
+    """Makes the function: imports what it needs, and compiles if it is compiled."""
+    missing: Callable[[str], str | None] = lambda device: None
+    """Why it cannot run on this device type; None when it can."""
+    compiled: bool = False
+    overwrites: str = ""
+    """The input that it destroys: it is given a copy, made outside the time taken."""
+
+
+# --- plain PyTorch: what one writes by hand; its error is the yardstick ----------------------------------------------
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def eager_token_values(logits: Tensor, actions: Tensor) -> Tensors:
+    z = wide(logits)
+    q, v = z.gather(-1, actions[..., None])[..., 0], z.logsumexp(-1)
+    return {"q": q, "v": v, "log_prob": q - v}
+
+
+def eager_linear_token_values(hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensors:
+    """The logits are in the inputs' dtype, as a model's head makes them."""
+    return eager_token_values(hidden @ weight.T, actions)
+
+
+def eager_bellman_loss(q: Tensor, v: Tensor, log_prob: Tensor, returns: Tensor, rewards: Tensor) -> Tensors:
+    residual = v[:, 0] + log_prob.sum(1) - returns - rewards / BETA
+    return {"loss": residual.square().mean(), "residual": residual}
+
+
+def eager_linear_reval_loss(
+    hidden: Tensor, weight: Tensor, actions: Tensor, returns: Tensor, rewards: Tensor
+) -> Tensors:
+    return eager_bellman_loss(**eager_linear_token_values(hidden, weight, actions), returns=returns, rewards=rewards)
+
+
+def eager_cross_entropy(hidden: Tensor, weight: Tensor, actions: Tensor, **unused: Tensor) -> Tensors:
+    return {"loss": F.cross_entropy(wide(hidden @ weight.T).flatten(0, -2), actions.flatten())}
+
+
+EAGER: dict[str, Function] = {
+    "token_values": eager_token_values,
+    "linear_token_values": eager_linear_token_values,
+    "linear_reval_loss": eager_linear_reval_loss,
+    "bellman_loss": eager_bellman_loss,
+}
+
+
+def no_compiler(device: str) -> str | None:
+    if device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        return "no C++ compiler, which torch.compile needs for the CPU"
+    return None
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def library_function(library: ModuleType, family: str, **options) -> Function:
+    """The public function of this name in reval_kernels or in reval_kernels.reference."""
+
+    def run(**x) -> Tensors:
+        if "returns" in x:
+            x |= {"reference": x.pop("returns"), "beta": BETA}
+        if family == "bellman_loss":
+            x["values"] = TokenValues(x.pop("q"), x.pop("v"), x.pop("log_prob"))
+        out = getattr(library, family)(**x, **options)
+        return {k: t for k, t in out._asdict().items() if t is not None}
+
+    return run
+
+
+def backend_missing(backend: str, device: str) -> str | None:
+    if backend == "triton" and device == "cpu":
+        return "on a CPU its kernels run in Triton's interpreter, for tests"
+    if backend == "cpu" and device != "cpu":
+        return "for tensors on the CPU"
+    return reval_kernels.backends()[backend].reason
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+def providers(family: str) -> list[Provider]:
+    """All of a family, ours first; those that cannot run here included."""
+    from .peers import PEERS  # it needs Provider from here
+
+    computes, eager = FAMILIES[family], EAGER[family]
+    ours = [
+        Provider(
+            name, family, computes, lambda b=name: library_function(reval_kernels, family, backend=b),
+            lambda device, b=name: backend_missing(b, device),
+        )
+        for name in reval_kernels.backends()
+    ]  # fmt: skip
+    plain = [
+        Provider("reference", family, computes, lambda: library_function(reference, family)),
+        Provider("torch eager", family, computes, lambda: eager),
+        Provider(
+            "torch.compile", family, computes, lambda: torch.compile(eager, fullgraph=True, dynamic=False),
+            no_compiler, compiled=True,
+        ),
+    ]  # fmt: skip
+    return ours + plain + [p for p in PEERS if p.family == family]
+
+
+def definition(family: str, computes: str) -> tuple[Function, Function]:
+    """What is right when run in float64, and plain PyTorch's way to it, whose error is the yardstick."""
+    if computes == "cross entropy":
+        return eager_cross_entropy, eager_cross_entropy
+    truth, plain = library_function(reference, family), EAGER[family]
+    if computes == "log_prob":
+        return _only_log_prob(truth), _only_log_prob(plain)
+    return truth, plain
+
+
+def _only_log_prob(function: Function) -> Function:
+    return lambda **x: {"log_prob": function(**x)["log_prob"]}

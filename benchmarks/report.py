@@ -1,0 +1,189 @@
+"""The results as JSON, as a Markdown page and as plots, stamped with where and when they come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from .bars import Bar, bars
+from .ops import OPS, Shape
+from .plots import save_bars, save_curves
+from .suite import LIMIT, Row
+from .timing import summary
+
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "transformers", "reval")
+
+
+def stamp(device: torch.device) -> dict[str, object]:
+    """Processor, versions, commit, date: what a number means nothing without."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MKL_", "REVAL_"))},
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "load average before": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """The processor's model; the operating system's word for it where Linux does not say."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    def git(*words: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def file_name(where: dict[str, object]) -> str:
+    """One name per device: amd-epyc-2-threads, nvidia-h100-80gb-hbm3."""
+    cpu = where["device"] == "cpu"
+    name = f"{where['processor']} {where['threads']} threads" if cpu else str(where["device"])
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write(folder: Path, where: dict[str, object], rows: list[Row], interrupted: bool) -> list[Path]:
+    """<device>.json, <device>.md and its plots; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = file_name(where)
+    held = bars(rows) if where["device"] == "cpu" else []
+    data, page = folder / f"{name}.json", folder / f"{name}.md"
+    parts = {"stamp": [where], "bars": [asdict(bar) for bar in held], "rows": [row.as_json() for row in rows]}
+    data.write_text(_json(parts | {"interrupted": [interrupted]}))
+    images = []
+    if any(r.status == "timed" and not r.curve for r in rows):
+        images.append(save_bars(folder / f"{name}-times.png", rows))
+    if any(r.status == "timed" and r.curve for r in rows):
+        images.append(save_curves(folder / f"{name}-curves.png", rows))
+    page.write_text("\n".join(markdown(where, rows, held, images, interrupted)) + "\n")
+    return [data, page, *images]
+
+
+def _json(parts: dict[str, list]) -> str:
+    """An object of lists, one entry a line, which is what git shows differences of."""
+    lists = (f'"{k}": [\n' + ",\n".join(json.dumps(entry) for entry in v) + "\n]" for k, v in parts.items())
+    return "{" + ",\n".join(lists) + "}\n"
+
+
+def markdown(
+    where: dict[str, object], rows: list[Row], held: list[Bar], images: list[Path], interrupted: bool
+) -> Iterator[str]:
+    yield f"# Benchmarks: {where['processor'] if where['device'] == 'cpu' else where['device']}\n"
+    yield "Made by `make bench`; how to read it: docs/benchmarks.md.\n"
+    if interrupted:
+        yield "**Interrupted: some of it was not measured.**\n"
+    for key, value in where.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items() if v) if isinstance(value, dict) else value
+        yield f"- {key}: {shown}"
+    if held:
+        yield "\n## The bars\n"
+        yield from bar_table(held)
+    for image in images:
+        yield f"\n![{image.stem}]({image.name})"
+    for title, case in cases([r for r in rows if not r.curve]):
+        yield f"\n## {title}\n"
+        yield from case_table(case)
+    curves = [r for r in rows if r.curve and r.provider != LIMIT]
+    if curves:
+        yield "\n## Scaling\n"
+        yield from curve_table(curves)
+
+
+def cases(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    def key(row: Row) -> str:
+        return f"{row.op}, {row.dtype}, {Shape(**row.shape)}"
+
+    for title, group in groupby(rows, key):
+        yield title, list(group)
+
+
+def bar_table(held: list[Bar]) -> Iterator[str]:
+    yield "| op | against | bar | measured | |\n| --- | --- | --- | --- | --- |"
+    for bar in held:
+        yield f"| {bar.case} | {bar.against} | {bar.bar} | {bar.measured} | {bar.verdict} |"
+    yield f"\n{sum(bar.met is True for bar in held)} of {len(held)} met."
+
+
+def case_table(rows: list[Row]) -> Iterator[str]:
+    """What was timed, fastest first; then what was not, and why."""
+    timed = [r for r in rows if r.status == "timed"]
+    timed.sort(key=lambda r: (r.provider != LIMIT, summary(r.seconds)["median"]))
+    if timed:
+        op, first = OPS[timed[0].op], timed[0]
+        yield (
+            f"{op.formula}: {first.bytes / 1e6:,.1f} MB, {first.flops / 1e9:,.2f} GFLOP. "
+            f"Limit: {op.limit_name}.{_memory_error(rows)}\n"
+        )
+        yield (
+            "| provider | median ms | quartiles | runs | share of limit | GB/s | GFLOP/s | MiB beyond "
+            "| error (torch's) | computes |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"
+        )
+        limit = next((summary(r.seconds)["median"] for r in timed if r.provider == LIMIT), None)
+        for row in timed:
+            yield _line(row, limit)
+    yield ""
+    for row in rows:
+        if row.status != "timed" and row.provider != LIMIT:
+            yield f"- {row.provider}: {row.status}: {row.reason or 'the run was interrupted'}"
+
+
+def _line(row: Row, limit: float | None) -> str:
+    s = summary(row.seconds)
+    spread = f"{s['q1'] * 1e3:.4g} – {s['q3'] * 1e3:.4g}" if s["runs"] > 1 else ""
+    share = f"{limit / s['median']:.0%}" if limit else ""
+    memory = _memory(row) if row.provider != LIMIT else ""
+    errors = f"{row.error:.1e} ({row.torch_error:.1e})" if row.error is not None else ""
+    rates = [f"{row.bytes / s['median'] / 1e9:.3g}", f"{row.flops / s['median'] / 1e9:.3g}"]
+    cells = [row.provider, f"{s['median'] * 1e3:.4g}", spread, str(s["runs"]), share, *rates, memory, errors]
+    return f"| {' | '.join(cells)} | {row.computes} |"
+
+
+def _memory(row: Row) -> str:
+    return f"{round(row.memory / 2**20, 1) + 0.0:,.1f}" if row.memory is not None else row.memory_reason
+
+
+def _memory_error(rows: list[Row]) -> str:
+    control = next((r for r in rows if r.provider == LIMIT and r.memory is not None), None)
+    return f" Making the outputs alone shows {_memory(control)} MiB beyond them." if control else ""
+
+
+def curve_table(rows: list[Row]) -> Iterator[str]:
+    yield "| op | axis | shape | provider | median ms | MiB beyond |\n|---|---|---|---|--:|--:|"
+    for row in sorted(rows, key=lambda r: (r.op, r.dtype, r.curve, r.provider)):
+        time = f"{summary(row.seconds)['median'] * 1e3:.4g}" if row.seconds else f"{row.status}: {row.reason}"
+        where = f"{row.op}, {row.dtype} | {row.curve} | {Shape(**row.shape)}"
+        yield f"| {where} | {row.provider} | {time} | {_memory(row)} |"

@@ -1,0 +1,51 @@
+"""The command, on the smallest shapes and with the providers that need no compiling."""
+
+import json
+
+import pytest
+
+from benchmarks.__main__ import Progress, main
+
+TRIAL = ["--quick", "--seconds", "0.01", "--no-memory", "--provider", "portable", "--provider", "torch eager"]
+
+
+def test_a_quick_run_writes_data_page_and_plots(tmp_path, capsys):
+    assert main([*TRIAL, "--output", str(tmp_path)]) == 0
+    written = sorted(p.suffix for p in tmp_path.iterdir())
+    assert written == [".json", ".md", ".png", ".png"]  # times and curves
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert {r["provider"] for r in rows if r["status"] == "timed"} == {"limit", "portable", "torch eager"}
+    assert len({r["op"] for r in rows}) == 5 and {r["curve"] for r in rows} == {"", "N", "V"}
+    assert "not measured" in capsys.readouterr().out  # the bars want other shapes
+
+
+def test_only_takes_an_op_by_its_name(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "no such op"])
+    assert "bellman_loss forward+backward" in capsys.readouterr().err
+    assert main([*TRIAL, "--only", "bellman_loss forward+backward", "--output", str(tmp_path)]) == 0
+    assert {r["op"] for r in json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]} == {
+        "bellman_loss forward+backward"
+    }
+
+
+def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch):
+    from benchmarks.suite import Suite
+
+    monkeypatch.setattr(Suite, "measure_memory", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*TRIAL, "--output", str(tmp_path)]) == 130
+    data = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert data["interrupted"] == [True] and {r["op"] for r in data["rows"]} == {"token_values forward"}
+
+
+def test_progress_says_how_far_and_how_long(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.__main__.time.monotonic", lambda: now[0])
+    progress = Progress([1.0, 3.0])
+    progress.begin("first")
+    now[0] = 60.0
+    progress.begin("second")
+    assert capsys.readouterr().out.splitlines() == [
+        "[ 0.0 min,   0%, estimating the time left] 1/2 first",
+        "[ 1.0 min,  25%, about 3.0 min left] 2/2 second",
+    ]

@@ -1,0 +1,30 @@
+"""Memory beyond inputs and outputs, in children that run one call each."""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.memory import CLEAR, CONTROL, NotMeasured, beyond_inputs_and_outputs
+from benchmarks.ops import Shape
+
+if not os.access(CLEAR, os.W_OK):
+    pytest.skip(f"needs {CLEAR}", allow_module_level=True)
+
+OP, SHAPE, CPU = "token_values forward+backward", Shape(8, 8, 40_000), torch.device("cpu")
+LOGITS = 64 * 40_000 * 4  # bytes of float32
+
+
+def beyond(provider):
+    return beyond_inputs_and_outputs(OP, provider, SHAPE, torch.float32, CPU)
+
+
+def test_outputs_alone_are_nothing_and_eager_keeps_copies_of_the_logits():
+    """Eager exponentiates into a new tensor of the logits' size, if not into two; 1 MiB is what Linux may be off by."""
+    assert abs(beyond(CONTROL)) < 1 << 20
+    assert beyond("torch eager") > LOGITS - (1 << 20)
+
+
+def test_a_child_that_fails_says_why():
+    with pytest.raises(NotMeasured, match="StopIteration"):
+        beyond("no such provider")
