@@ -10,6 +10,7 @@ from ..config import Config
 from ..errors import RunError
 
 if TYPE_CHECKING:  # so that a server starts without them
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,13 +66,14 @@ class RolloutEngine(Protocol):
 
 
 def make_rollout(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, share: bool = True
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | None = None
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names, for this policy.
 
     Args:
-        model: the policy as from_pretrained gives it: before LoRA and sharding, unless the hf engine shares it.
-        share: whether the hf engine may generate with `model` itself; False where it will be sharded.
+        model: the policy itself, which the hf engine generates with where the dtypes agree. With a `device`: a model of
+            its shape that the hf engine may keep; no weights are read from it, they come with the first sync.
+        device: the policy's device.
 
     A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.
     """
@@ -82,10 +84,12 @@ def make_rollout(
     if settings.engine == "hf":
         from .hf import HFRollout
 
-        return HFRollout(model, tokenizer, batch_size=settings.batch_size, dtype=dtype, share=share)
+        if device is not None:
+            model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` untyped
+        return HFRollout(model, tokenizer, batch_size=settings.batch_size, dtype=dtype, private=device is not None)
     from .vllm import make_vllm
 
-    return make_vllm(config, model, tokenizer, dtype)
+    return make_vllm(config, model, tokenizer, dtype, device or model.device)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -24,8 +24,8 @@ class HFRollout:
         tokenizer: pads on the left.
         batch_size: sequences decoded at once.
         dtype: of the weights that generate; None: the model's.
-        share: generate with the policy's own weights where the dtype allows it. A policy that will be sharded, or
-            trained while this generates, needs False.
+        private: `model` is this engine's own, to keep; its weights come with `sync`. Else the policy itself generates
+            where the dtype allows it, and a copy of it elsewhere.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class HFRollout:
         *,
         batch_size: int,
         dtype: torch.dtype | None = None,
-        share: bool = True,
+        private: bool = False,
     ):
-        self.shares_weights = share and dtype in (None, model.dtype)
-        self._model = model
+        self.shares_weights = not private and dtype in (None, model.dtype)
+        self._model: Any = model
         if not self.shares_weights:
-            copied: Any = copy.deepcopy(model).requires_grad_(False).eval()
-            self._model = copied.to(dtype or model.dtype)
+            own: Any = model if private else copy.deepcopy(model)
+            self._model = own.requires_grad_(False).eval().to(dtype or model.dtype)
             self._expected = expected_weights(model)
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._lock = threading.Lock()

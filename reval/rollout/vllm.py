@@ -36,9 +36,9 @@ ENVIRONMENT = {
 
 
 def make_vllm(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
 ) -> RolloutEngine:
-    """The vllm engine that the settings ask for; ValueError when it cannot be had here."""
+    """The vllm engine that the settings ask for, beside a policy on `device`; ValueError when it cannot be had here."""
     settings = config.rollout
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(f"rollout.engine=vllm needs the package vllm, which is not installed: {INSTALL}")
@@ -52,7 +52,7 @@ def make_vllm(
             "rollout.vllm_devices must be null with rollout.vllm_mode=colocated, which uses this process's own GPU; "
             f"got {settings.vllm_devices!r}"
         )
-    devices, tensor_parallel = engine_devices(settings.vllm_devices, model.device.index, os.environ)
+    devices, tensor_parallel = engine_devices(settings.vllm_devices, device.index, os.environ)
     folder = tempfile.TemporaryDirectory(prefix="reval-vllm-")
     model.config.save_pretrained(folder.name)
     expected = expected_weights(model)

@@ -1,11 +1,20 @@
-"""HF rollouts: the shared prefill must not change what is generated; ids come back up to the first end of sequence."""
+"""The rollout protocol on HF rollouts: the shared prefill must not change what is generated; ids come back up to the
+first end of sequence; a sync brings every weight or is refused. And what of vLLM can be tested without it."""
 
 from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from reval.rollout import end_tokens, make_rollout
 from reval.rollout.hf import HFRollout
+from reval.rollout.probe import choose, mismatch
+from reval.rollout.vllm import _check_version, engine_devices, request_seed
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]  # unequal, so that padding on the left matters
 
@@ -91,15 +100,206 @@ def test_a_response_ends_with_its_first_end_of_sequence(tiny):
         assert r.finished or len(r.token_ids) == 24
 
 
-def test_a_copy_in_another_dtype_follows_only_when_synced(tiny):
+# ---- Weights ----
+
+
+def changed(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5).add_(0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_follows_only_when_synced(tiny, dtype):
+    model, tokenizer = tiny
+    rollout = HFRollout(copy.deepcopy(model), tokenizer, batch_size=8, dtype=dtype, private=True)
+    assert not rollout.shares_weights
+    before = rollout.log_probs([PROMPTS[0]], [1])
+    changed(model)
+    assert rollout.log_probs([PROMPTS[0]], [1]) == before
+    rollout.sync(iter(model.state_dict().items()))
+    for name, weight in rollout._model.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name].to(dtype)), name
+    assert rollout.log_probs([PROMPTS[0]], [1]) != before
+
+
+def test_an_engine_that_shares_the_weights_still_reads_them_to_the_end(tiny):
+    model, tokenizer = tiny
+    rollout = HFRollout(model, tokenizer, batch_size=8)
+    assert rollout.shares_weights and rollout._model is model
+    assert not HFRollout(model, tokenizer, batch_size=8, dtype=torch.bfloat16).shares_weights
+    weights = iter(model.state_dict().items())
+    rollout.sync(weights)
+    assert next(weights, None) is None
+    rollout.close()
+
+
+def without(weights, name):
+    return {k: v for k, v in weights.items() if k != name}
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: without(w, NORM), r"sync got 20 weights, but 1 of the model's are missing \(model\.norm\.weight\)"),
+        (lambda w: {"base_model." + k: v for k, v in w.items()}, "the prefix 'base_model.' of a wrapper must be taken"),
+        (lambda w: w | {"extra": w[NORM]}, "sync got a weight 'extra' that the model does not have$"),
+        (lambda w: w | {NORM: w[NORM][:32]}, r"model.norm.weight of shape \[32\]; the model's is \[64\] \(whole"),
+    ],
+)
+def test_a_sync_that_would_leave_old_weights_is_refused(tiny, change, message):
     model, tokenizer = tiny
     rollout = HFRollout(model, tokenizer, batch_size=8, dtype=torch.bfloat16)
-    before = rollout._model.lm_head.weight.clone()
-    with torch.no_grad():
-        model.lm_head.weight.add_(1.0)
-    assert torch.equal(rollout._model.lm_head.weight, before)
-    rollout.sync(model)
+    weights = iter(change(model.state_dict()).items())
+    with pytest.raises(ValueError, match=message):
+        rollout.sync(weights)
+    assert next(weights, None) is None  # another rank may be waiting for this one in a gather
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_weights_may_come_under_one_of_their_names(tiny, name):
+    model, tokenizer = tiny
+    rollout = HFRollout(model, tokenizer, batch_size=8, dtype=torch.bfloat16)
+    changed(model)
+    rollout.sync(without(model.state_dict(), name).items())
     assert torch.equal(rollout._model.lm_head.weight, model.lm_head.weight.bfloat16())
+    with pytest.raises(ValueError, match=r"missing \(lm_head.weight\)"):
+        rollout.sync(without(without(model.state_dict(), "lm_head.weight"), "model.embed_tokens.weight").items())
+
+
+# ---- Log-probabilities, and the probe ----
+
+
+@torch.no_grad()
+def policy_log_probs(model, sequences, starts):
+    """One token at a time, each from its own forward pass."""
+    def one(ids, i):
+        return float(model(input_ids=torch.tensor([ids[:i]])).logits[0, -1].double().log_softmax(-1)[ids[i]])
+    return [[one(ids, i) for i in range(start, len(ids))] for ids, start in zip(sequences, starts, strict=True)]
+
+
+def test_log_probs_are_those_of_the_tokens_from_start_on(tiny):
+    model, tokenizer = tiny
+    rollout = HFRollout(model, tokenizer, batch_size=8)
+    starts = [2, 1, 3]
+    got, expected = rollout.log_probs(PROMPTS, starts), policy_log_probs(model, PROMPTS, starts)
+    assert [len(row) for row in got] == [3, 1, 0]
+    assert [x for row in got for x in row] == pytest.approx([x for row in expected for x in row], abs=1e-5)
+
+
+def test_the_probe_is_small_after_a_sync_and_large_without_one(tiny):
+    model, tokenizer = tiny
+    rollout = HFRollout(copy.deepcopy(model), tokenizer, batch_size=8, private=True)
+    ask = lambda sequences, starts: policy_log_probs(model, sequences, starts)  # noqa: E731
+    assert mismatch(rollout, ask, PROMPTS, [1, 1, 1])["rollout/mismatch_max"] < 1e-5
+    changed(model)
+    stale = mismatch(rollout, ask, PROMPTS, [1, 1, 1])
+    assert stale["rollout/mismatch_max"] > stale["rollout/mismatch_mean"] > 1e-3
+    rollout.sync(model.state_dict().items())
+    assert mismatch(rollout, ask(PROMPTS, [1, 1, 1]), PROMPTS, [1, 1, 1])["rollout/mismatch_max"] < 1e-5
+
+
+class Says:
+    def __init__(self, *rows):
+        self.log_probs = lambda sequences, starts: list(rows)
+
+
+def test_the_probe_by_hand():
+    metrics = mismatch(Says([-1.0, -2.0], [-3.0]), [[-1.5, -2.0], [-2.0]], [[1, 2, 3], [1, 2]], [1, 1])
+    assert metrics == {"rollout/mismatch_mean": 0.5, "rollout/mismatch_max": 1.0}
+    assert mismatch(Says(), [], [], []) == {}
+    broken = mismatch(Says([-1.0, math.nan, -1.0]), [[-1.0, -1.0, -1.0]], [[1, 2, 3, 4]], [1])
+    assert all(math.isnan(value) for value in broken.values())
+    with pytest.raises(ValueError):
+        mismatch(Says([-1.0]), [[-1.0, -2.0]], [[1, 2]], [1])
+
+
+def test_the_probe_takes_the_first_tokens_of_several_responses():
+    sequences = [[1, 2, *range(10, 30)], [1, 2, 3, 40, 41], [5, 60, 61, 62], [9, 70]]
+    starts = [2, 3, 1, 1]
+    assert choose(sequences, starts, 7, per_sequence=4) == ([[1, 2, 10, 11, 12, 13], sequences[1], [5, 60]], [2, 3, 1])
+    assert choose(sequences, starts, 0) == ([], [])
+
+
+# ---- Which engine ----
+
+
+def with_rollout(config, **changes):
+    return replace(config, rollout=replace(config.rollout, **changes))
+
+
+def test_the_settings_choose_the_engine_and_its_type(tiny, tiny_config):
+    shared = make_rollout(tiny_config, *tiny)
+    assert isinstance(shared, HFRollout) and shared.shares_weights
+    assert not make_rollout(tiny_config, *tiny, device=tiny[0].device).shares_weights
+    copied = make_rollout(with_rollout(tiny_config, dtype="bfloat16"), *tiny)
+    assert not copied.shares_weights and copied._model.dtype == torch.bfloat16
+
+
+def test_a_missing_vllm_says_what_to_install(tiny, tiny_config, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
+    with pytest.raises(ValueError, match="^rollout.engine=vllm needs the package vllm, which is not installed: pip "):
+        make_rollout(with_rollout(tiny_config, engine="vllm"), *tiny)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "rollout.vllm_mode must be server when 2 processes train"),
+        ({"vllm_devices": "1"}, "rollout.vllm_devices must be null with rollout.vllm_mode=colocated"),
+    ],
+)
+def test_what_cannot_be_colocated_is_refused(tiny, tiny_config, monkeypatch, changes, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object())
+    monkeypatch.setenv("WORLD_SIZE", "1" if changes else "2")
+    with pytest.raises(ValueError, match=message):
+        make_rollout(with_rollout(tiny_config, engine="vllm", vllm_mode="colocated", **changes), *tiny)
+
+
+def test_each_training_process_has_its_gpus():
+    def get(devices, gpu=None, rank=0, world=1, **env):
+        return engine_devices(devices, gpu, {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} | env)
+
+    assert engine_devices(None, None, {}) == ({"CUDA_VISIBLE_DEVICES": "0"}, 1)
+    assert get(None, gpu=1) == ({"CUDA_VISIBLE_DEVICES": "1"}, 1)
+    assert get(None, rank=2, world=4) == ({"CUDA_VISIBLE_DEVICES": "2"}, 1)
+    assert get(None, rank=1, world=2, CUDA_VISIBLE_DEVICES="5,7") == ({"CUDA_VISIBLE_DEVICES": "7"}, 1)
+    assert get(None, rank=1, world=2, CUDA_VISIBLE_DEVICES="5") == ({"CUDA_VISIBLE_DEVICES": "5"}, 1)
+    assert get(None, rank=1, world=2, CUDA_VISIBLE_DEVICES="") == ({"CUDA_VISIBLE_DEVICES": ""}, 1)
+    assert get("4,5,6,7") == ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 4)
+    assert get("4,5,6,7", rank=1, world=2) == ({"CUDA_VISIBLE_DEVICES": "6,7"}, 2)
+    with pytest.raises(ValueError, match=r"must hold a multiple of 2 GPUs, .*; got 3 \(1,2,3\)"):
+        get("1,2,3", world=2)
+
+
+def test_every_response_has_a_seed_of_its_own():
+    seeds = {request_seed(s, i, j) for s in (0, 1, 2**40) for i in range(20) for j in range(20)}
+    assert len(seeds) == 3 * 400 and all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(1, 11, 1) != request_seed(1, 1, 11) != request_seed(11, 1, 1)
+    assert request_seed(7, 2, 3) == request_seed(7, 2, 3)
+
+
+def test_an_old_vllm_is_refused_and_a_new_one_comes_with_a_warning():
+    with pytest.raises(ValueError, match="needs vllm 0.32 or newer; installed is 0.31.2"):
+        _check_version("0.31.2")
+    with pytest.warns(UserWarning, match="vllm 0.33.0 is newer .* rollout/mismatch_max"):
+        _check_version("0.33.0")
+    _check_version("0.32.1+cpu")
+
+
+def test_the_end_is_what_the_model_and_the_tokenizer_say(tiny):
+    model, tokenizer = tiny
+    model.generation_config.eos_token_id = [7, 5]
+    assert end_tokens(model, tokenizer) == [1, 5, 7]
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, tokenizer) == [1]
+
+
+# ---- The rest ----
 
 
 def test_training_mode_is_left_as_it_was(tiny):

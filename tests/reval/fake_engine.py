@@ -1,0 +1,52 @@
+"""An engine for the tests of the process protocol: it does what the first token of the first prompt says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from reval.rollout import Response
+from reval.rollout.weights import read_weights
+
+ECHO, SLEEP, EXIT, KILL, WRONG, BROKEN, CHILD = range(7)
+
+
+class Fake:
+    """Weights: their sum is the "log-probability" of every token."""
+
+    def __init__(self, dtype: str, fail: str = ""):
+        self._dtype, self._sum = getattr(torch, dtype), 0.0
+        if fail == "usage":
+            raise ValueError("dtype must be something else")
+        if fail == "crash":
+            print("the last words", flush=True)
+            os._exit(3)
+        if fail == "hang":
+            time.sleep(1000)
+
+    def generate(self, prompts, *, responses, max_new_tokens, temperature, seed):
+        match prompts[0][0]:
+            case 1:
+                time.sleep(1000)
+            case 2:
+                os._exit(3)
+            case 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 4:
+                raise ValueError("a prompt is too long")
+            case 5:
+                raise RuntimeError("no blocks left")
+            case 6:  # a worker process that keeps the socket open when this process dies
+                if os.fork() == 0:
+                    time.sleep(1000)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return [[Response([*p, seed, r], r % 2 == 0) for r in range(responses)] for p in prompts]
+
+    def log_probs(self, sequences, starts):
+        return [[self._sum] * (len(ids) - start) for ids, start in zip(sequences, starts, strict=True)]
+
+    def load(self, path, index):
+        self._sum = sum(float(w.double().sum()) for _, w in read_weights(path, index, self._dtype))
