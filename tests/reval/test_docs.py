@@ -1,17 +1,53 @@
-"""The Python shown in README.md and CONTRIBUTING.md runs."""
+"""What the pages say exists: their Python runs or compiles, their commands and settings are real, their links lead
+somewhere.
+
+A page may define a config file by a yaml block whose first line is its name as a comment (`# mine.yaml`), and then use
+it in commands.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
+from reval import cli, config_io
+from reval.config import Config, load_config
+
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+SETTINGS = set(config_io.settings(Config))
+SECTIONS = {name.partition(".")[0] for name in SETTINGS}
+FILE_ENDINGS = {"py", "md", "yaml", "jsonl", "json", "parquet", "safetensors", "txt", "png", "cpp", "h"}
+SOURCES = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "reval").rglob("*.py"))
+
+page = pytest.mark.parametrize("page", PAGES)
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    # every third piece is prose, then come a block's language and its text
+    pieces = re.split(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in zip(pieces[1::3], pieces[2::3], strict=True) if name == language]
+
+
+def prose(page: str) -> str:
+    return "".join(re.split(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.DOTALL | re.MULTILINE)[::3])
+
+
+# ---- Python ----
+
+
+@page
+def test_python_compiles(page):
+    for block in blocks(page):
+        compile(block, page, "exec")
 
 
 def test_readme_code_runs():
@@ -23,26 +59,183 @@ def test_readme_code_runs():
     assert names["loss"].requires_grad and names["hidden"].grad.abs().sum() > 0
 
 
-def test_the_loss_in_contributing_is_one(tiny, tiny_config, trajectories):
+def test_code_in_the_method_runs():
+    [block] = blocks("docs/method.md")
+    exec(compile(block, "docs/method.md", "exec"), {})
+
+
+def test_the_loss_in_extending_is_one(tiny, tiny_config, trajectories):
     from reval import objectives
     from reval.batching import collate
-    from reval.models import head_of, last_hidden
+    from reval.models import with_hidden
     from reval.reference_policy import ReferencePolicy, reference_of
 
-    loss_block, reward_block = blocks("CONTRIBUTING.md")
     names = {**vars(objectives), "bellman_loss": __import__("reval_kernels").bellman_loss}
-    exec(compile(loss_block, "CONTRIBUTING.md", "exec"), names)
+    exec(compile(block_with("docs/extending.md", "def huber"), "docs/extending.md", "exec"), names)
     model, _ = tiny
     members = trajectories(6)
     ReferencePolicy(model, tiny_config).annotate(members)
     batch = collate(members, model.device)
-    hidden = last_hidden(model, batch, tiny_config.model)
-    reference, head = reference_of(members, batch), head_of(model)
-    loss, residual = names["huber"](hidden, head, batch, reference, tiny_config.objective, 6)
+    reference = reference_of(members, batch)
+
+    def losses(hidden, head):
+        return names["huber"](hidden, head, batch, reference, tiny_config.objective, 6)
+
+    loss, residual = with_hidden(model, batch, tiny_config.model, losses)
     loss.backward()
     expected = torch.nn.functional.huber_loss(residual, torch.zeros_like(residual))
     torch.testing.assert_close(loss.detach(), expected)
     assert model.lm_head.weight.grad.abs().sum() > 0
 
-    exec(compile(reward_block, "CONTRIBUTING.md", "exec"), names)
-    assert names["shorter_is_better"](["p"], ["ab"], [[1, 2]]) == [0.5]
+
+def test_the_reward_in_extending_scores(tmp_path):
+    from reval.rewards import RewardPool
+
+    (tmp_path / "rewards.py").write_text(block_with("docs/extending.md", "def shorter_is_better"))
+    with RewardPool(f"{tmp_path}/rewards.py:shorter_is_better", workers=1, timeout=10.0) as pool:
+        scores = pool.score(["p", "p"], ["ab", "b"], [[1, 2], [2]], {"answer": ["x", "y"]})
+    assert scores.rewards == [0.5, 1.0] and scores.errors == 0
+
+
+def test_the_rollout_engine_in_extending_has_every_method_of_the_protocol():
+    from reval.rollout import RolloutEngine
+
+    names: dict = {}
+    exec(compile(block_with("docs/extending.md", "class Echo"), "docs/extending.md", "exec"), names)
+    wanted = {name for name in vars(RolloutEngine) if not name.startswith("_")} | {*RolloutEngine.__annotations__}
+    assert wanted <= {name for name in vars(names["Echo"]) if not name.startswith("_")}
+    [[first, second]] = names["Echo"]().generate([[5, 6]], responses=2, max_new_tokens=4, temperature=1.0, seed=0)
+    assert first.token_ids == second.token_ids == [6] and first.finished
+
+
+def block_with(page: str, start: str) -> str:
+    [block] = [block for block in blocks(page) if start in block]
+    return block
+
+
+# ---- Settings ----
+
+
+@page
+def test_settings_exist(page):
+    shown = re.findall(r"`[^`\n]+`", prose(page)) + blocks(page, "") + blocks(page, "bash")
+    wrong = []
+    for section, name in re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(\w+)", "\n".join(shown)):
+        if name not in FILE_ENDINGS and f"{section}.{name}" not in SETTINGS:
+            wrong.append(f"{section}.{name}")
+    assert not wrong, f"{page} names settings that do not exist: {wrong}"
+
+
+@page
+def test_yaml_is_a_config(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        path = tmp_path / "x.yaml"
+        path.write_text(block)
+        load_config([path])
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code():
+    """Each part of a message between its dots; in the source a message goes on over several lines."""
+    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCES)
+    messages = re.findall(r'^\| "(.+?)" \|', text_of("docs/troubleshooting.md"), re.MULTILINE)
+    assert len(messages) > 5
+    for part in (part.strip() for message in messages for part in message.split("...")):
+        assert part in joined, part
+
+
+# ---- Commands ----
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of each command in the page's code blocks, without comments, with continued lines joined."""
+    text = "\n".join(blocks(page, "") + blocks(page, "bash"))
+    found = []
+    for line in text.replace("\\\n", " ").split("\n"):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue  # not a command: output, a formula
+        while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
+            words = words[1:]
+        if words:
+            found.append([words[0].removeprefix(".venv/bin/"), *words[1:]])
+    return found
+
+
+def reval_arguments(words: list[str]) -> list[str] | None:
+    """What the reval command gets, None for another command."""
+    if words[0] == "reval":
+        return words[1:]
+    if words[0] in ("python", "python3", "torchrun") and "reval.train" in words:
+        return ["train", *words[words.index("reval.train") + 1 :]]
+    return None
+
+
+@page
+def test_reval_commands_are_accepted(page, tmp_path, monkeypatch):
+    for block in blocks(page, "yaml"):
+        if named := re.match(r"# (\S+\.yaml)\n", block):
+            (tmp_path / named[1]).write_text(block)
+    for words in commands(page):
+        arguments = reval_arguments(words)
+        if arguments is None:
+            continue
+        command, *rest = arguments or [""]
+        if command.startswith("-"):
+            continue
+        assert command in cli.COMMANDS, f"{page}: {' '.join(words)}"
+        for flag in (word.partition("=")[0] for word in rest if word.startswith("-")):
+            assert flag in re.findall(r"--[\w-]+", cli.USAGE), f"{page}: {' '.join(words)}"
+        if command not in ("train", "evaluate"):
+            continue
+        overrides = [a for a in rest if config_io.is_override(a) and not a.startswith("-")]
+        files = [a for a in rest if a.endswith(".yaml")]
+        paths = [tmp_path / f if (tmp_path / f).exists() else ROOT / f for f in files]
+        load_config(paths, overrides)
+
+
+@page
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE))
+    named = [w[1] for w in commands(page) if w[0] == "make" and len(w) > 1]
+    named += re.findall(r"`make ([\w-]+)", prose(page))
+    assert set(named) <= targets, f"{page}: {set(named) - targets}"
+
+
+# ---- Names of metrics, links ----
+
+
+@page
+def test_metrics_and_source_files_exist(page):
+    """`eval/accuracy`, `reval/loop.py`: the last part of a metric's name is in the source, a file's path is there."""
+    missing = []
+    for name in re.findall(r"`((?:reval|reval_kernels|docs|configs|tests|benchmarks|tools)/[\w./-]+)`", prose(page)):
+        if "." in name and not (ROOT / name).exists():
+            missing.append(name)
+    for name in re.findall(r"`((?:reval|eval|rollout|buffer|completions|reference|time|replay)/[\w/]+)`", prose(page)):
+        if name.rpartition("/")[2] not in SOURCES and not (ROOT / name).exists():
+            missing.append(name)
+    assert not missing, f"{page} names what does not exist: {missing}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page} links to {target}"
+
+
+def test_the_index_lists_every_page():
+    linked = set(re.findall(r"\]\((\w+\.md)", text_of("docs/README.md")))
+    assert linked >= {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"}

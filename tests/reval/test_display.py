@@ -1,0 +1,102 @@
+"""What the terminal shows. Time is a number that the tests set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from reval import display
+from reval.config import Config, RunConfig
+from reval.display import Display
+from reval.evaluate import Answered, Evaluation
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list whose last number is the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(display.time, "perf_counter", lambda: now[-1])
+    return now
+
+
+def settings(**run) -> Config:
+    return replace(Config(), run=RunConfig(**{"iterations": 10, "display": "plain"} | run))
+
+
+METRICS = {"reward": 0.5, "step_time": 3.0, "reward_errors": 2.0, "eval/accuracy": 0.25}
+
+
+def test_one_plain_line_an_iteration(clock, capsys):
+    with Display(settings()) as shown:
+        clock.append(104.0)
+        shown.iteration(1, METRICS)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "1/10 | reward 0.50 | 2 reward errors! | held-out accuracy 0.25 | 3.0 s | 36 s left"
+
+
+def test_the_time_left_of_a_resumed_run_is_that_of_its_own_iterations(clock, capsys):
+    with Display(settings(), iteration=6) as shown:
+        clock.append(130.0)
+        with shown.busy("answering"):
+            clock.append(150.0)  # before the first iteration: does not come again
+        clock.append(160.0)
+        shown.iteration(7, METRICS)
+        with shown.busy("answering"):
+            clock.append(190.0)  # between iterations: comes again
+        clock.append(200.0)
+        shown.iteration(8, METRICS)
+    lines = capsys.readouterr().out.splitlines()
+    assert "resumed after iteration 6" in lines[0]
+    assert lines[-4].endswith(" 30 s left") and lines[-1].endswith(" 50 s left")
+
+
+def test_long_times_are_in_minutes_and_hours(clock, capsys):
+    with Display(settings(iterations=650)) as shown:
+        clock.append(160.0)
+        shown.iteration(1, METRICS)
+        shown.iteration(640, METRICS | {"step_time": 60.0})
+        clock.append(100.0 + 640 * 60)
+        shown.iteration(640, METRICS)
+    ends = [line.rsplit(" | ", 1)[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert ends == ["10.8 h left", "1 s left", "10 min left"]
+
+
+def test_quiet_prints_nothing(capsys):
+    with Display(settings(display="rich"), quiet=True) as shown:
+        with shown.busy("answering"):
+            pass
+        shown.iteration(1, METRICS)
+        shown.note("note")
+        shown.results(None, None, "folder")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_rich_display_counts_from_the_resumed_iteration(capsys):
+    with Display(settings(display="rich"), iteration=6) as shown:
+        assert shown._progress.tasks[0].completed == 6
+        shown.iteration(7, METRICS)
+        assert shown._progress.tasks[0].completed == 7 and shown._progress.tasks[0].total == 10
+    assert "held-out accuracy 0.25" in capsys.readouterr().out
+
+
+def answered(prompt, text: str, score: float, benchmark: str | None = None) -> Answered:
+    return Answered(prompt, [text, "x"], [score, 0.0], greedy=text, greedy_score=score, benchmark=benchmark)
+
+
+def test_the_results_compare_what_was_answered_before_and_after(capsys):
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "[1] + 1"}]
+    before = [answered("gone", "a", 1.0), answered(chat, "b[/]", 0.0), answered("2 + 2", "1", 0.0, "aime24")]
+    after = [answered(chat, "c" * 400 + "end", 1.0), answered("new", "d", 1.0), answered("2 + 2", "4", 1.0, "aime24")]
+    Display(settings()).results(Evaluation(before), Evaluation(after), "folder")
+    out = capsys.readouterr().out
+    assert "[1] + 1" in out and "b[/]" in out and "end" in out and "gone" not in out and "new" not in out
+    assert "✗" in out and "✓" in out and out.count("c") < 400
+    assert "held-out accuracy, temperature 1 (2 problems x 4 answers): 0.250 -> 0.500" in out
+    assert "held-out accuracy, greedy: 0.500 -> 1.000" in out and "aime24, avg@2: 0.000 -> 0.500" in out
+
+
+def test_without_held_out_problems_the_accuracy_is_the_benchmarks(capsys):
+    run = Evaluation([answered("2 + 2", "4", 1.0, "aime24")])
+    Display(settings()).results(run, run, "folder")
+    assert "mean accuracy of the benchmarks: 0.500 -> 0.500" in capsys.readouterr().out
