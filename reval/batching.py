@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import OptimConfig
+from .config import Config, OptimConfig
 from .distributed import World
 from .replay import Trajectory
 
@@ -52,32 +52,30 @@ class MicroBatch(NamedTuple):
     batch: Batch
 
 
-def plan(trajectories: list[Trajectory], world: World, device: torch.device, config: OptimConfig) -> list[MicroBatch]:
+def plan(trajectories: list[Trajectory], world: World, device: torch.device, config: Config) -> list[MicroBatch]:
     """This process's micro-batches of a batch that all processes hold: as many on each, or they would wait forever."""
+    # FSDP frees a layer's weights after its backward, and a shared prompt's keys would need them again; and
+    # transformers keeps no cache while it checkpoints activations
+    share = world.size == 1 and not config.model.gradient_checkpointing
     own = _partition(trajectories, world.size)[world.rank]
-    parts = [[own[i] for i in part] for part in micro_batches([trajectories[i] for i in own], config)]
+    parts = [[own[i] for i in part] for part in micro_batches([trajectories[i] for i in own], config.optim, share)]
     parts += [[]] * (max(world.gather(len(parts))) - len(parts))
-    # FSDP frees a layer's weights after its backward, and a shared prompt's keys would need them again
-    share = world.size == 1
     members = [[trajectories[i] for i in part or [0]] for part in parts]
     return [
-        MicroBatch(part, these, collate(these, device, share=share, packed=config.packing))
+        MicroBatch(part, these, collate(these, device, share=share, packed=config.optim.packing))
         for part, these in zip(parts, members, strict=True)
     ]
 
 
 def _partition(trajectories: list[Trajectory], parts: int) -> list[list[int]]:
-    """Indices, in so many parts of about as many tokens; responses to one prompt stay together."""
-    groups: dict[bytes, list[int]] = {}
-    for i, t in enumerate(trajectories):
-        groups.setdefault(t.prefix.tobytes(), []).append(i)
+    """Indices, in so many parts of about as many tokens."""
     out: list[list[int]] = [[] for _ in range(parts)]
     load = [0] * parts
-    for group in sorted(groups.values(), key=lambda g: -sum(len(trajectories[i]) for i in g)):
+    for i in sorted(range(len(trajectories)), key=lambda i: -len(trajectories[i])):
         lightest = load.index(min(load))
-        out[lightest] += group
-        load[lightest] += sum(len(trajectories[i]) for i in group)
-    return out
+        out[lightest].append(i)
+        load[lightest] += len(trajectories[i])
+    return [sorted(part) for part in out]
 
 
 def collate(
@@ -98,16 +96,16 @@ def collate(
     return Batch._make([*(torch.from_numpy(x).to(device) for x in arrays), share, packed])
 
 
-def micro_batches(trajectories: list[Trajectory], config: OptimConfig) -> Iterator[list[int]]:
+def micro_batches(trajectories: list[Trajectory], config: OptimConfig, share: bool = True) -> Iterator[list[int]]:
     """Indices of the trajectories that go together: responses to one prompt first of all, prompts alike in length, at
-    most `optim.micro_batch_tokens` with padding (one trajectory alone may have more)."""
+    most `optim.micro_batch_tokens` with padding (one trajectory alone may have more). `share`: prompts count once."""
     order = sorted(
         range(len(trajectories)),
         key=lambda i: (-len(trajectories[i].prefix), trajectories[i].prefix.tobytes(), -len(trajectories[i])),
     )
     held: list[int] = []
     for i in order:
-        if held and _tokens([trajectories[j] for j in (*held, i)], config.packing) > config.micro_batch_tokens:
+        if held and _tokens([trajectories[j] for j in (*held, i)], config.packing, share) > config.micro_batch_tokens:
             yield held
             held = []
         held.append(i)
@@ -115,13 +113,13 @@ def micro_batches(trajectories: list[Trajectory], config: OptimConfig) -> Iterat
         yield held
 
 
-def _tokens(trajectories: list[Trajectory], packed: bool) -> int:
+def _tokens(trajectories: list[Trajectory], packed: bool, share: bool) -> int:
     """Tokens that a batch of these computes, padding included."""
     if packed:
         return sum(map(len, trajectories))
-    prompts = {t.prefix.tobytes() for t in trajectories}
+    prompts = len({t.prefix.tobytes() for t in trajectories}) if share else len(trajectories)
     longest = max(len(t.prefix) for t in trajectories)
-    return len(prompts) * longest + len(trajectories) * max(len(t) - len(t.prefix) for t in trajectories)
+    return prompts * longest + len(trajectories) * max(len(t) - len(t.prefix) for t in trajectories)
 
 
 def _pad(rows: list[np.ndarray], left: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,12 @@
 """The run folder: what it may hold before a run, and the checkpoints in it.
 
 A checkpoint is a folder that from_pretrained loads, with all that a run needs to go on in `training/`
-(training_state.py). It is written under another name and renamed when whole.
+(training_run.py). It is written under another name and renamed when whole.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -23,10 +24,12 @@ from .replay import Trajectory
 
 WRITTEN = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations", "tensorboard", "curves.png", "checkpoint", "best",
-    "checkpoints", "reward_errors.txt",
+    "checkpoints", "reward_errors.txt", "nonfinite.jsonl",
 )  # fmt: skip
 """What a run writes. Overwriting removes these and leaves the rest of the folder alone."""
 STATE = "training/state.json"
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+"""What only sampling uses, in a generation config."""
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -51,13 +54,20 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("iteration-*"))
 
 
-def prepare_folder(config: Config, resumed: bool) -> Path:
-    """The run's folder, with the resolved settings in it. Raises ConfigError where an earlier run's results lie, unless
-    the run goes on from a checkpoint or they may be overwritten."""
+def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path:
+    """The run's folder, with the resolved settings in it.
+
+    Where the run goes on from a checkpoint of its own (`resumed`, after `iteration`), later ones are renamed to left-*:
+    they belong to a branch that is left. Raises ConfigError where another run's results lie and may not be overwritten.
+    """
     folder = Path(config.run.dir)
     found = [name for name in WRITTEN if os.path.lexists(folder / name)]
-    if resumed:
+    if resumed is not None and resumed.is_relative_to(folder.resolve()):
         found = []
+        for path in checkpoints_in(folder):
+            if path.name > _name(iteration):
+                _leave(path)
+        _link(folder / "checkpoint", folder / resumed.relative_to(folder.resolve()))
     elif found and not (config.run.overwrite or config.run.resume == "auto"):
         raise ConfigError(
             f"run.dir {str(folder)!r} already has results ({', '.join(found)}); give another run.dir, set "
@@ -76,8 +86,9 @@ def start_checkpoint(folder: Path, world: World) -> Path:
     unfinished = ""
     if world.main:
         (folder / "checkpoints").mkdir(exist_ok=True)
-        for left in (folder / "checkpoints").glob(".*"):
-            shutil.rmtree(left)  # by a run that was killed while it saved
+        for pattern in (".unfinished-*", ".old-*"):
+            for left in (folder / "checkpoints").glob(pattern):
+                shutil.rmtree(left)  # by a run that was killed while it saved
         unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=folder / "checkpoints")
         os.chmod(unfinished, 0o755)
     return Path(world.broadcast(unfinished))
@@ -85,7 +96,7 @@ def start_checkpoint(folder: Path, world: World) -> Path:
 
 def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Config) -> Path:
     """Give a whole checkpoint its name, point the link `checkpoint` to it, and remove what need not be kept."""
-    target = folder / "checkpoints" / f"iteration-{iteration:06d}"
+    target = folder / "checkpoints" / _name(iteration)
     if target.exists():
         _hide(target)
     unfinished.rename(target)
@@ -115,7 +126,10 @@ def save_model(model: PreTrainedModel, folder: Path, write: bool) -> None:
     if write:
         with torch.device("meta"):
             shell = type(model)(model.config)
-        shell.generation_config = model.generation_config
+        generation = shell.generation_config = copy.deepcopy(model.generation_config)
+        # transformers would refuse to save, say, a temperature without sampling, though it loads it
+        unused = [getattr(generation, name, None) not in (None, default) for name, default in SAMPLING.items()]
+        generation.do_sample = generation.do_sample or any(unused)
         shell.save_pretrained(folder, state_dict=weights)
 
 
@@ -142,6 +156,18 @@ def _best(folder: Path, metric: str | None) -> Path | None:
 def _hide(checkpoint: Path) -> None:
     """Take a checkpoint's name away before it is deleted, or a run killed meanwhile would leave half of it."""
     checkpoint.rename(checkpoint.with_name(f".old-{checkpoint.name}"))
+
+
+def _leave(checkpoint: Path) -> None:
+    """Take a checkpoint out of the run without deleting it."""
+    target = checkpoint.with_name(f"left-{checkpoint.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    checkpoint.rename(target)
+
+
+def _name(iteration: int) -> str:
+    return f"iteration-{iteration:06d}"
 
 
 def _link(link: Path, target: Path) -> None:

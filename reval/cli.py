@@ -22,11 +22,14 @@ USAGE = """\
 usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--resume auto|PATH|false] [--dry-run]
        reval evaluate CHECKPOINT [CONFIG.yaml ...] [section.setting=value ...] [--dry-run]
        reval compare RUN_A RUN_B [--resamples 10000] [--seed 0]
+       reval plot RUN [RUN ...] [--out curves.png] [--metrics eval/accuracy,reward] [--axis rollouts]
        reval env
 
   train      train a model; `python -m reval.train` is the same
   evaluate   answer the held-out problems and benchmarks with a checkpoint, given as its folder or its run's
   compare    the difference of two evaluations of the same problems, with a bootstrap interval
+  plot       learning curves of several runs: mean and range of those that differ in their seed only, over rollouts,
+             updates or iterations
   env        versions, backends and devices: what a bug report needs
 
   --help, -h   this text; after train or evaluate, every setting too
@@ -121,6 +124,22 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
+def _plot(arguments: list[str]) -> int:
+    flags, folders = _flags(arguments, ("--help", "--out", "--metrics", "--axis"))
+    if "--help" in flags:
+        print(USAGE)
+        return 0
+    if not folders:
+        raise ConfigError("name one run folder or more")
+    from reval.curves import table
+    from reval.plots import compare_runs
+
+    out, metrics = flags.get("--out", "curves.png"), flags.get("--metrics", "eval/accuracy,reward").split(",")
+    print(table(compare_runs(out, folders, metrics, flags.get("--axis", "rollouts"))))
+    print(f"drawn in {out}")
+    return 0
+
+
 def _env(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("--help", "-h"):
         print(USAGE)
@@ -133,9 +152,12 @@ def _env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "evaluate": _evaluate, "compare": _compare, "env": _env,
+    "train": _train, "evaluate": _evaluate, "compare": _compare, "plot": _plot, "env": _env,
 }  # fmt: skip
-FLAG_VALUES = {"--resume": "auto, false or a checkpoint's folder", "--gpus": "N", "--resamples": "N", "--seed": "N"}
+FLAG_VALUES = {
+    "--resume": "auto, false or a checkpoint's folder", "--gpus": "N", "--resamples": "N", "--seed": "N",
+    "--out": "FILE.png", "--metrics": "NAME,NAME", "--axis": "rollouts, updates or iterations",
+}  # fmt: skip
 
 
 def _sort(arguments: list[str], valued: tuple[str, ...] = ()) -> tuple[dict[str, str], list[str], list[str]]:

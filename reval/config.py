@@ -21,7 +21,8 @@ BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench"
 # arguments of vllm.LLM that decide which policy answers, and how: not the user's to change behind the trainer's back
 VLLM_OURS = {
     "model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode",
-    "worker_extension_cls", "gpu_memory_utilization", "quantization", "hf_overrides", "max_num_seqs", "tensor_parallel_size",
+    "worker_extension_cls", "gpu_memory_utilization", "quantization", "hf_overrides", "max_num_seqs",
+    "tensor_parallel_size",
 }  # fmt: skip
 
 
@@ -166,8 +167,8 @@ class RolloutConfig(_Section):
     vllm_mode: Literal["server", "colocated"] = "server"
     """server: vLLM in a process of its own that this run starts and ends; colocated: vLLM in this process."""
     vllm_devices: str | None = None
-    """GPUs of the server, numbered as in CUDA_VISIBLE_DEVICES (4,5,6,7), shared out evenly among this machine's training
-    processes; null: each uses the GPU that its process trains on."""
+    """GPUs of the server, numbered as in CUDA_VISIBLE_DEVICES (4,5,6,7), shared out evenly among this machine's
+    training processes; null: each uses the GPU that its process trains on."""
     vllm_gpu_memory: float = 0.4
     """Part of a GPU's memory that vLLM takes for weights and cache; without a GPU see VLLM_CPU_KVCACHE_SPACE."""
     vllm_options: dict[str, Any] = field(default_factory=dict)

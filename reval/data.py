@@ -81,9 +81,13 @@ class ProblemSampler:
 
     def draw(self, count: int) -> list[Problem]:
         """The next `count` problems."""
-        places = range(self.drawn, self.drawn + count)
-        self.drawn += count
-        return [self.problems[self._order(i // len(self.problems))[i % len(self.problems)]] for i in places]
+        out: list[Problem] = []
+        while len(out) < count:
+            epoch, place = divmod(self.drawn, len(self.problems))
+            taken = self._order(epoch)[place : place + count - len(out)]
+            out += [self.problems[i] for i in taken]
+            self.drawn += len(taken)
+        return out
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.problems)))

@@ -78,7 +78,8 @@ def world(device: str, timeout: float) -> Iterator[World]:
         return
     gpu = device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # some launchers show each process its own GPU only
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # gloo too where there are GPUs: objects and CPU shards travel through it
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
     try:

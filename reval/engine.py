@@ -32,11 +32,6 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, config: Config, world: World | None = None):
         self.model, self._config, self._world, self.updates = model, config, world or World(), 0
-        if config.model.gradient_checkpointing:
-            model.train()  # transformers checkpoints in training mode only; what else that means is dropout:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
         if config.model.compile:
             for layer in layers_of(model):
                 layer.compile(dynamic=True)
@@ -62,10 +57,12 @@ class Engine:
         Returns the loss, the gradient norm before clipping, and `parts`: tensors [B] of what the residuals are made of.
         Raises NonFiniteError before the weights move.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for layer in layers_of(self.model):
+            # transformers checkpoints layers in training mode only; what lies in them stays without dropout
+            layer.training = self._config.model.gradient_checkpointing
         own_losses: list[float] = []
         own_parts: list[dict[str, Tensor]] = []
-        for micro in plan(trajectories, self._world, self.model.device, self._config.optim):
+        for micro in plan(trajectories, self._world, self.model.device, self._config):
             loss, parts = self._backward(micro, len(trajectories))
             if micro.indices:
                 own_losses.append(loss)
@@ -80,6 +77,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = self._config.optim.lr * self._schedule()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now: the memory is wanted for generating
         self.updates += 1
         for t in trajectories:
             t.uses += 1
@@ -105,6 +103,9 @@ class Engine:
         return get_optimizer_state_dict(self.model, self.optimizer)
 
     def load_state(self, state: dict[str, Any], updates: int) -> None:
-        """Go on from what `state` returned after that many updates."""
+        """Go on from what `state` returned after that many updates, with the settings as they are now."""
         set_optimizer_state_dict(self.model, self.optimizer, state)
+        optim = self._config.optim
+        for group in self.optimizer.param_groups:
+            group.update(betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         self.updates = updates

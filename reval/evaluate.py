@@ -225,7 +225,8 @@ def _extracted(extractor: Extractor | None, texts: list[str]) -> list[str | None
 
 def decode(responses: list[Response], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the reward function and people read; training uses the token ids."""
-    return tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
+    ids = [r.token_ids for r in responses]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # it makes one text of no ids
 
 
 def score(problems: list[Problem], texts: list[str], token_ids: list[list[int]], pool: RewardPool) -> Scores:

@@ -141,7 +141,10 @@ Row = tuple[int, Problem, Response, str, float | None]
 
 def _trajectories(config: Config, rows: list[Row], iteration: int) -> list[Trajectory]:
     raw = [row[4] for row in rows]
-    shaped = shape_rewards(raw, [row[0] for row in rows], config.reward.shaping)
+    try:
+        shaped = shape_rewards(raw, [row[0] for row in rows], config.reward.shaping)
+    except ValueError as error:
+        raise RewardError(f"reward.shaping={config.reward.shaping}: {error}") from error
     return [
         Trajectory(
             token_ids=np.array(p.token_ids + r.token_ids),

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from .checkpoint import find_checkpoint, save_trajectories
-from .config import Config
+from .config import Config, ConfigError
 from .engine import NonFiniteError
 from .errors import RunError
 from .evaluate import Evaluation, evaluate
@@ -39,14 +40,17 @@ def train(config: Config) -> dict[str, float]:
     check_installed(config)
     checkpoint = find_checkpoint(config)
     with build(config, checkpoint) as parts, ExitStack() as stack:
-        run = TrainingRun(config, parts, checkpoint, stack)
+        try:
+            run = TrainingRun(config, parts, checkpoint, stack)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         try:
             return _train(run, parts)
         except RewardError as error:
             where = f"the newest checkpoint is {run.folder / 'checkpoint'}" if run.saved else "nothing was saved yet"
             raise RunError(f"iteration {run.iteration + 1}: {error}\n{where}") from error
         except NonFiniteError as error:
-            path = run.folder / f"nonfinite-{run.iteration + 1}.jsonl"
+            path = run.folder / "nonfinite.jsonl"
             if parts.world.main:
                 save_trajectories(path, error.trajectories)
             raise RunError(
@@ -120,7 +124,7 @@ def _sync(run: TrainingRun, parts: Parts, fresh: list[Trajectory]) -> dict[str, 
         return {}
     found = mismatch(parts.rollout, log_probs(parts.model, *chosen, run.config.model), *chosen)
     worst = parts.world.gather(found)
-    return {name: max(other[name] for other in worst) for name in found}
+    return {name: float(np.max([other[name] for other in worst])) for name in found}  # a NaN stays one
 
 
 def _evaluate_first(run: TrainingRun, parts: Parts) -> Evaluation | None:

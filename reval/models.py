@@ -99,8 +99,12 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
     else:
         path = _smollm2() if name == SMOLLM2 else name
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=config.attn_implementation)
+        everywhere = config.attn_implementation in ("sdpa", "eager")
+        attention = config.attn_implementation if everywhere else "sdpa"  # the check comes before the GPU
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     check_head(model)
+    if model.config._attn_implementation != config.attn_implementation:
+        model.set_attn_implementation(config.attn_implementation)
     return model, tokenizer
 
 
@@ -112,7 +116,7 @@ def _main_first(
     if world.main:
         try:
             model, tokenizer = load()
-        except (ValueError, OSError) as caught:
+        except (ValueError, OSError, ImportError) as caught:  # ImportError: an attention that is not installed
             error = str(caught)
     kind = None if model is None else (type(model), model.config, model.generation_config)
     error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
@@ -130,7 +134,10 @@ def with_hidden(
     model: PreTrainedModel, batch: Batch, config: ModelConfig, function: Callable[[Tensor, Head], Result]
 ) -> Result:
     """function(hidden [B, T, D], head) of the batch's states, where the head's weight is whole."""
-    return inside(model, lambda: function(last_hidden(model, batch, config), head_of(model)))
+    out = inside(model, lambda: function(last_hidden(model, batch, config), head_of(model)))
+    if not torch.is_grad_enabled():
+        reshard(model)  # no backward will do it
+    return out
 
 
 def last_hidden(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
@@ -149,9 +156,7 @@ def last_hidden(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Te
         if batch.packed:
             return _packed_hidden(body, whole, attention.bool())[:, prefixes.shape[1] :]
         positions = (attention.cumsum(1) - 1).clamp(min=0)
-        # transformers keeps no cache while it checkpoints activations
-        checkpointing = model.is_gradient_checkpointing and torch.is_grad_enabled()
-        if batch.share and not checkpointing:
+        if batch.share:
             cache = body(
                 input_ids=prefixes, attention_mask=prefix_mask, use_cache=True,
                 position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),

@@ -64,6 +64,7 @@ def _rollout(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     alike = settings.engine == "hf" and settings.dtype in ("same", config.model.dtype)
     if alike and world.size == 1 and not settings.ahead and settings.sync_every == 1:
         return make_rollout(config, model, tokenizer)
-    rollout = make_rollout(config, unsharded(model), tokenizer, share=False)
+    dtype = getattr(torch, config.model.dtype if settings.dtype == "same" else settings.dtype)
+    rollout = make_rollout(config, unsharded(model, dtype), tokenizer, device=model.device)
     rollout.sync(whole_weights(model))
     return rollout

@@ -50,7 +50,7 @@ class ReferencePolicy:
         if self._world.size == 1:
             return copy.deepcopy(policy).to("cpu" if offload else policy.device)  # type: ignore[arg-type]
         new = empty(type(policy), policy.config, policy.generation_config, policy.dtype)
-        shard(new, self._world, policy.device, compute_dtype(self._config.model), offload=offload)
+        shard(new, self._world, policy.device, compute_dtype(self._config.model), offload=offload, fill=False)
         copy_weights(policy, new)
         return new
 
@@ -68,17 +68,23 @@ class ReferencePolicy:
 
     def annotate(self, trajectories: list[Trajectory]) -> int:
         """Compute what is missing or stale of the reference's view of each; returns how many that were."""
-        stale = [t for t in trajectories if t.reference.get("version") != self.version]
+        stale = [t for t in trajectories if not self._known(t)]
         if not stale:
             return 0
         found: dict[int, dict[str, Any]] = {}
         with self._ready() as model:
-            for micro in plan(stale, self._world, self._policy.device, self._config.optim):
+            for micro in plan(stale, self._world, self._policy.device, self._config):
                 found.update(zip(micro.indices, self._views(model, micro), strict=False))
         for others in self._world.gather(found):
             for i, view in others.items():
                 stale[i].reference = view
         return len(stale)
+
+    def _known(self, trajectory: Trajectory) -> bool:
+        """Whether the trajectory carries all that the loss needs, and of this version."""
+        known = trajectory.reference
+        needs_values = self._config.objective.level != "trajectory"
+        return known.get("version") == self.version and ("values" in known or not needs_values)
 
     @contextmanager
     def _ready(self) -> Iterator[PreTrainedModel]:

@@ -38,21 +38,27 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def shard(
-    model: PreTrainedModel, world: World, device: torch.device, compute_dtype: torch.dtype, *, offload: bool = False
-) -> None:
+    model: PreTrainedModel, world: World, device: torch.device, compute_dtype: torch.dtype, *, offload: bool = False,
+    fill: bool = True,
+) -> None:  # fmt: skip
     """Spread `model`, which the main process holds and the others have only the shape of, over all processes.
 
     The layers compute in `compute_dtype`; what is kept, the head, and the sum of the gradients stay in the parameters'
-    own type. Gradients are summed over the processes, not averaged: every loss is divided by the global count.
+    own type. Gradients are summed over the processes, not averaged: every loss is divided by the global count. Without
+    `fill` the main process's weights are not handed out: they are to be set later.
     """
-    whole = dict(model.named_parameters()) if world.main else {}
+    # detached: FSDP moves the parameters themselves to the device, and these shall not go with them
+    whole = {name: p.detach() for name, p in model.named_parameters()} if world.main and fill else {}
     mesh = init_device_mesh(device.type, (world.size,))
     offload &= device.type != "cpu"  # there already; FSDP's policy would free what it takes for copies
     policy: Any = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     layers = layers_of(model)
     for layer in layers:
         cast = compute_dtype != model.dtype
-        mixed = MixedPrecisionPolicy(compute_dtype, reduce_dtype=model.dtype) if cast else MixedPrecisionPolicy()
+        # inputs stay as they are: autocast narrows what it must, and an attention mask in bf16 would overflow
+        mixed = MixedPrecisionPolicy(
+            compute_dtype if cast else None, reduce_dtype=model.dtype if cast else None, cast_forward_inputs=False
+        )
         fully_shard(layer, mp_policy=mixed, **policy)
     fully_shard(model, **policy)
     for module in (*layers, model):
@@ -61,7 +67,7 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     setattr(model, "inside", types.MethodType(lambda self, function: function(), model))  # noqa: B010
     register_fsdp_forward_method(model, "inside")
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if fill else ():
         _take(parameter, whole.pop(name, None))
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
@@ -86,7 +92,7 @@ def inside(model: PreTrainedModel, function: Callable[[], Result]) -> Result:
 def empty(
     kind: type[PreTrainedModel], config: PreTrainedConfig, generation_config: Any, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A model of that architecture on the CPU, frozen, in memory that nothing has been written to."""
+    """A model of that architecture on the CPU, in memory that nothing has been written to."""
     with torch.device("meta"):
         model = kind(copy.deepcopy(config)).to(dtype or config.dtype)  # type: ignore[arg-type]
     model.to_empty(device="cpu").tie_weights()  # type: ignore[arg-type]
@@ -94,13 +100,13 @@ def empty(
     return model.eval()
 
 
-def unsharded(model: PreTrainedModel) -> PreTrainedModel:
-    """A model like `model` on its device, but whole and without adapters, whose weights are not set."""
-    new = empty(type(model), model.config, model.generation_config, model.dtype).requires_grad_(False)
+def unsharded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model like `model`, but whole, without adapters, on the CPU, whose weights are not set."""
+    new = empty(type(model), model.config, model.generation_config, dtype).requires_grad_(False)
     own = dict(new.named_buffers())
     for name, buffer in model.named_buffers():  # those that no checkpoint holds too, such as rotary frequencies
         own[name].copy_(buffer)
-    return new.to(model.device)  # type: ignore[arg-type]
+    return new
 
 
 def reshard(model: PreTrainedModel) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from .checkpoint import STATE, finish_checkpoint, prepare_folder, read_state, save_model, start_checkpoint
-from .config import Config, ConfigError
+from .config import Config, ConfigError, load_config
 from .data import ProblemSampler
 from .display import Display
 from .distributed import World
@@ -62,7 +62,9 @@ class TrainingRun:
         if checkpoint is not None:
             _load_checkpoint(checkpoint, self)
         main = parts.world.main
-        self.folder = prepare_folder(config, checkpoint is not None) if main else Path(config.run.dir)
+        self.folder = prepare_folder(config, checkpoint, self.iteration) if main else Path(config.run.dir)
+        self.previous = checkpoint
+        """The checkpoint that this run last loaded or saved."""
         parts.world.barrier()
         tracked = read_state(checkpoint)["tracker"] if checkpoint is not None else None
         self.tracker = stack.enter_context(Tracker(self.folder, config, self.iteration, tracked, main))
@@ -77,7 +79,7 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
     save_adapters(model, unfinished, world.main)
     with _alone(world):
         dcp.save(run.engine.state(), checkpoint_id=unfinished / "training" / "optimizer")
-    _save_reference(folder / "checkpoint", unfinished, run)
+    _save_reference(run.previous, unfinished, run)
     generators = world.gather(_generators())
     ahead = run.generation.state()
     if world.main:
@@ -96,7 +98,7 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
         (unfinished / STATE).write_text(json.dumps(state), encoding="utf-8")
     world.barrier()
     if world.main:
-        finish_checkpoint(folder, unfinished, run.iteration, run.config)
+        run.previous = finish_checkpoint(folder, unfinished, run.iteration, run.config)
     world.barrier()
 
 
@@ -105,6 +107,7 @@ def _load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     state, training = read_state(checkpoint), checkpoint / "training"
     if state["format"] != FORMAT:
         raise ConfigError(f"{checkpoint} has format {state['format']}; this version of reval reads {FORMAT}")
+    _check_settings(run.config, checkpoint, bool(state["ahead"]["requests"]))
     run.iteration = state["iteration"]
     run.reference.version = state["reference_version"]
     run.problems.drawn = state["problems_drawn"]
@@ -126,12 +129,27 @@ def _preloaded(path: str, parts: Parts) -> list[Trajectory]:
         raise ConfigError(str(error)) from error
 
 
-def _save_reference(previous: Path, unfinished: Path, run: TrainingRun) -> None:
+def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
+    """Settings that decide the shape of what is saved must not change. Raises ConfigError with the first that did."""
+    saved, now = load_config([checkpoint / "config.yaml"]).to_dict(), config.to_dict()
+    fixed = ["model.dtype", "lora.rank", "lora.targets"]
+    fixed += ["rollout.prompts", "rollout.responses"] if ahead else []  # of what was generated ahead
+    for name in fixed:
+        section, key = name.split(".")
+        if saved[section][key] != now[section][key]:
+            raise ConfigError(
+                f"{name} must stay {saved[section][key]!r} to go on from {checkpoint}; got {now[section][key]!r}"
+            )
+
+
+def _save_reference(previous: Path | None, unfinished: Path, run: TrainingRun) -> None:
     """The reference's weights: written once for each version, linked where the checkpoint before has them."""
     if run.reference.model is None:
         return
-    source, target = previous / "training" / "reference", unfinished / "training" / "reference"
-    same = source.is_dir() and read_state(previous)["reference_version"] == run.reference.version
+    target, same = unfinished / "training" / "reference", False
+    if run.world.main and previous is not None and previous.is_dir():
+        source = previous / "training" / "reference"
+        same = source.is_dir() and read_state(previous)["reference_version"] == run.reference.version
     if not run.world.broadcast(same):
         save_model(run.reference.model, target, run.world.main)
         if run.world.main:

@@ -35,7 +35,7 @@ def endogenous_scorer(model: PreTrainedModel, config: Config, world: World | Non
     def scores(pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         trajectories = [_trajectory(*pair) for pair in pairs]
         found: dict[int, float] = {}
-        for micro in plan(trajectories, world, model.device, config.optim) if trajectories else ():
+        for micro in plan(trajectories, world, model.device, config) if trajectories else ():
             batch = micro.batch
 
             def sums(hidden: Tensor, head: Head, batch=batch) -> Tensor:

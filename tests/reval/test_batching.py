@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,11 +119,10 @@ def test_packed_micro_batches_count_true_tokens():
     assert all(sum(len(members[i]) for i in part) <= 60 for part in parts)
 
 
-def test_processes_share_a_batch_and_keep_in_step():
-    """Every trajectory on one process; the responses to a prompt on the same; about as many tokens on each; stand-ins
-    where a process has less to do."""
+def test_processes_share_a_batch_and_keep_in_step(tiny_config):
+    """Every trajectory on one process; about as many tokens on each; stand-ins where a process has less to do."""
     members, counts = groups(7, 3), []
-    config = OptimConfig(micro_batch_tokens=40)
+    config = replace(tiny_config, optim=OptimConfig(micro_batch_tokens=40))
 
     class One(World):
         def gather(self, item):
@@ -130,12 +131,11 @@ def test_processes_share_a_batch_and_keep_in_step():
 
     plans = [plan(members, One(rank, 3), CPU, config) for rank in range(3)]
     assert all(len(p) == 9 for p in plans)
-    owner = {i: rank for rank, p in enumerate(plans) for micro in p for i in micro.indices}
     assert sorted(i for p in plans for micro in p for i in micro.indices) == list(range(21))
-    for t in members:
-        assert len({owner[i] for i, u in enumerate(members) if u.prefix.tobytes() == t.prefix.tobytes()}) == 1
-    tokens = [sum(len(t) for i, t in enumerate(members) if owner[i] == rank) for rank in range(3)]
-    assert max(tokens) < 1.5 * min(tokens)
+    tokens = [sum(len(members[i]) for micro in p for i in micro.indices) for p in plans]
+    assert max(tokens) < 1.2 * min(tokens)
+    for micro in (micro for p in plans for micro in p if len(micro.indices) > 1):
+        assert micro.batch.prefixes[micro.batch.prefix_of].numel() + micro.batch.states.numel() <= 40
     stand_ins = [micro for p in plans for micro in p if not micro.indices]
     assert stand_ins and all(len(micro.trajectories) == len(micro.batch.mask) == 1 for micro in stand_ins)
     assert not any(micro.batch.share for p in plans for micro in p), "FSDP computes each prompt with each response"

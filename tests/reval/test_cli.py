@@ -4,6 +4,7 @@ The two things that only a fresh process shows, that `python -m reval.train` wor
 are tested in one.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -125,8 +126,8 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "reval: give a command: train, evaluate, compare, env (reval --help)"),
-        (["tarin"], "reval: no command 'tarin'; there are train, evaluate, compare, env (reval --help)"),
+        ([], "reval: give a command: train, evaluate, compare, plot, env (reval --help)"),
+        (["tarin"], "reval: no command 'tarin'; there are train, evaluate, compare, plot, env (reval --help)"),
         (["train"], "reval train: name a config file, such as configs/demo.yaml (--help lists every setting)"),
         (
             ["train", TINY, "--lr=1"],
@@ -245,3 +246,19 @@ def test_env_survives_what_is_not_installed(capsys, monkeypatch):
         out = capsys.readouterr().out
         assert "torch          not installed\n" in out and "threads " in out
         monkeypatch.undo()
+
+
+def test_plot_draws_runs_that_were_logged(tmp_path, capsys):
+    for seed in (0, 1):
+        run = tmp_path / f"run{seed}"
+        run.mkdir()
+        config = load_config(["configs/tiny.yaml"], [f"run.seed={seed}"])
+        (run / "config.yaml").write_text(config.to_yaml())
+        rows = [{"iteration": i, "reward": i / 4 + seed} for i in (1, 2, 3)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "x.png"
+    runs = [str(tmp_path / "run0"), str(tmp_path / "run1")]
+    assert main(["plot", *runs, "--out", str(out), "--metrics=reward", "--axis", "iterations"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and "2" in capsys.readouterr().out
+    assert main(["plot"]) == 2 and "name one run folder or more" in capsys.readouterr().err
+    assert main(["plot", str(tmp_path), "--metrics=reward"]) == 2

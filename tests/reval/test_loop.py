@@ -157,13 +157,13 @@ def some(prompts, completions, completion_ids, **columns):
 """
 
 
-@pytest.mark.parametrize(("name", "message"), [("short", "short"), ("nan", "nan"), ("huge", "nonfinite-1.jsonl")])
+@pytest.mark.parametrize(("name", "message"), [("short", "short"), ("nan", "nan"), ("huge", "nonfinite.jsonl")])
 def test_a_broken_reward_stops_the_run_and_loses_nothing(tmp_path, name, message):
     (tmp_path / "rewards.py").write_text(REWARDS)
     done = run(tmp_path / "run", f"reward.function={tmp_path}/rewards.py:{name}", "data.held_out=0", check=False)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     if name == "huge":
-        rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite-1.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
         assert len(rows) == 16 and all(len(r["token_ids"]) == len(r["action_mask"]) for r in rows)
     else:
         assert "nothing was saved yet" in done.stderr  # since there is no better checkpoint than the model itself

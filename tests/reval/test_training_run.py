@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import reval.loop
+from reval.checkpoint import save_model
 from reval.config import ConfigError, load_config
 from reval.loop import train
 
@@ -179,3 +180,60 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path):
     assert [row["iteration"] for row in rows(tmp_path / "two")] == [3, 4]
     shutil.rmtree(tmp_path / "one")
     AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint")
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(tmp_path):
+    keep = ["run.save_total_limit=3", "reference.reset_every=4"]
+    train(configured(tmp_path, "run.iterations=6", *keep))
+    whole = rows(tmp_path)
+    early = tmp_path / "checkpoints" / "iteration-000002"
+    train(configured(tmp_path, "run.iterations=4", "optim.lr=5e-3", f"run.resume={early}", *keep))
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"iteration-000002", "iteration-000004", "left-iteration-000004", "left-iteration-000006"}
+    assert (tmp_path / "checkpoint").resolve().name == "iteration-000004"
+    assert [row["iteration"] for row in rows(tmp_path)] == [1, 2, 3, 4] and rows(tmp_path)[:2] == whole[:2]
+    # both have a reference of version 1, but not the same
+    new, old = (
+        (tmp_path / "checkpoints" / f"{name}iteration-000004" / "training" / "reference" / "model.safetensors")
+        for name in ("", "left-")
+    )
+    assert new.read_bytes() != old.read_bytes()
+
+
+def test_another_runs_folder_is_not_taken_over(tmp_path):
+    train(configured(tmp_path / "one", "run.iterations=2"))
+    train(configured(tmp_path / "two", "run.iterations=1"))
+    before = (tmp_path / "two" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="already has results"):
+        train(configured(tmp_path / "two", f"run.resume={tmp_path / 'one'}", "run.overwrite=false"))
+    assert (tmp_path / "two" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("change", ["lora.rank=2", "model.dtype=bfloat16"])
+def test_settings_that_must_stay_are_named(tmp_path, change):
+    train(configured(tmp_path, "run.iterations=1"))
+    with pytest.raises(ConfigError, match=change.partition("=")[0]):
+        train(configured(tmp_path, "run.iterations=2", "run.resume=auto", change))
+
+
+def test_settings_that_may_change_are_taken(tmp_path):
+    train(configured(tmp_path, "run.iterations=2"))
+    changes = ["objective.level=token", "optim.weight_decay=0.3", "replay.capacity=16", "run.iterations=3"]
+    train(configured(tmp_path, "run.resume=auto", *changes))
+    last = rows(tmp_path)[-1]
+    assert last["iteration"] == 3 and last["buffer/size"] == 16
+
+
+def test_a_generation_config_that_samples_without_saying_so_is_saved(tiny, tmp_path):
+    model, _ = tiny
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    save_model(model, tmp_path, write=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.6
+    assert model.generation_config.do_sample is False
+
+
+def test_what_is_not_ours_in_the_folder_stays(tmp_path):
+    (tmp_path / "checkpoints" / ".mine").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".DS_Store").write_text("x")
+    train(configured(tmp_path, "run.iterations=1", "run.overwrite=true", "run.resume=auto"))
+    assert (tmp_path / "checkpoint" / "config.json").exists()

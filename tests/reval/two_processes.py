@@ -48,7 +48,14 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
     """Three updates with a reset in between; the optimizer's state after two of them goes into `folder`."""
     model, _ = load_model(config.model, 0, config.lora, processes)
     reference, engine = ReferencePolicy(model, config, processes), Engine(model, config, processes)
-    trajectories, done = batch_for(case), []
+    trajectories, done, gradients = batch_for(case), [], {}
+    step_now = engine.optimizer.step
+
+    def step_and_note() -> None:
+        gradients.update({n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None})
+        step_now()
+
+    engine.optimizer.step = step_and_note
     for step in range(3):
         if step == 2 and folder is not None:
             dcp.save({"optimizer": engine.state(), "weights": model.state_dict()}, checkpoint_id=folder)
@@ -60,7 +67,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
     ids = trajectories[0].token_ids.tolist()
     return {
         "updates": done,
-        "gradients": {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None},
+        "gradients": gradients,
         "weights": {name: w.clone() for name, w in whole_weights(model)},
         "reference": [t.reference for t in trajectories],
         "log_probs": log_probs(model, [ids, ids[:3]], [1, 2], config.model),
