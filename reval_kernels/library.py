@@ -333,9 +333,10 @@ def _linear_reval_loss_gradient(ctx, d_loss, *_):
 def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
     """gradient * d_loss: in place in an eager backward that does not retain its graph, where nothing asks for it again.
     Otherwise the head's gradient would be in memory twice."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * d_loss
-    return gradient.detach().mul_(d_loss)
+    return gradient.data.mul_(d_loss)
 
 
 linear_reval_loss.register_autograd(_linear_reval_loss_gradient, setup_context=_save_linear_reval_loss)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import random_trajectories
+from made import random_trajectories
 
 from reval.batching import collate, micro_batches, plan
 from reval.config import ModelConfig, OptimConfig

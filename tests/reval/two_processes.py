@@ -34,7 +34,7 @@ CASES = {
 
 def batch_for(case: str) -> list[Trajectory]:
     """Unequal lengths, several turns, prompts that some share: nothing that divides evenly by two."""
-    from conftest import random_trajectories
+    from made import random_trajectories
 
     made = [*random_trajectories(7, seed=3), *random_trajectories(2, seed=5, turns=3)]
     for t in made[:3]:

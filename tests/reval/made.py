@@ -1,0 +1,22 @@
+"""Trajectories made up for tests. Apart from conftest.py, whose name every folder of tests has."""
+
+import numpy as np
+
+from reval.replay import Trajectory
+
+
+def random_trajectories(count: int, seed: int = 0, turns: int = 1, vocabulary: int = 102) -> list[Trajectory]:
+    """Trajectories of unequal lengths; with several turns the environment's tokens lie between the actions."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        mask = np.concatenate(
+            [
+                np.repeat([False, True], [rng.integers(1, 6), rng.integers(1, 9)])
+                for _ in range(turns)
+            ]
+        )
+        ids = rng.integers(6, vocabulary, len(mask))
+        reward = float(rng.normal())
+        out.append(Trajectory(token_ids=ids, action_mask=mask, reward=reward, score=reward, iteration=1))
+    return out
