@@ -39,6 +39,7 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+            fused=model.device.type in ("cpu", "cuda"),  # one pass over the weights instead of eight
         )  # fmt: skip
 
     def _schedule(self) -> float:
