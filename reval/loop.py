@@ -47,7 +47,7 @@ def train(config: Config) -> dict[str, float]:
         try:
             return _train(run, parts)
         except RewardError as error:
-            where = f"the newest checkpoint is {run.folder / 'checkpoint'}" if run.saved else "nothing was saved yet"
+            where = f"the newest checkpoint is {run.previous}" if run.previous else "nothing was saved yet"
             raise RunError(f"iteration {run.iteration + 1}: {error}\n{where}") from error
         except NonFiniteError as error:
             path = run.folder / "nonfinite.jsonl"
@@ -65,6 +65,8 @@ def _train(run: TrainingRun, parts: Parts) -> dict[str, float]:
     config, display, tracker = run.config, run.display, run.tracker
     before, after = _evaluate_first(run, parts), None
     metrics: dict[str, float] = {}
+    if run.iteration >= config.run.iterations:
+        display.note(f"nothing to do: the checkpoint is after {run.iteration} of {config.run.iterations} iterations")
     with Interruptible(lambda: display.note("finishing this iteration, then saving; again to stop at once")) as stop:
         for iteration in range(run.iteration + 1, config.run.iterations + 1):
             clock = Clock()
@@ -99,7 +101,6 @@ def _train(run: TrainingRun, parts: Parts) -> dict[str, float]:
             display.iteration(iteration, metrics)
             if saving:
                 save_checkpoint(run.folder, run, metrics)
-                run.saved = True
             if stopping and not last:
                 display.note(f"interrupted after iteration {iteration}; go on with --resume auto")
                 raise KeyboardInterrupt

@@ -39,7 +39,7 @@ from .lora import save_adapters
 from .model_card import model_card
 from .parts import Parts
 from .reference_policy import ReferencePolicy
-from .replay import ReplayBuffer, Trajectory, load_rollouts
+from .replay import ReplayBuffer, load_rollouts
 from .tracking import Tracker
 
 FORMAT = 1
@@ -50,11 +50,11 @@ class TrainingRun:
 
     def __init__(self, config: Config, parts: Parts, checkpoint: Path | None, stack: ExitStack):
         self.config, self.world, self.tokenizer = config, parts.world, parts.tokenizer
-        self.iteration, self.saved, self.rng = 0, checkpoint is not None, Random(config.run.seed)
+        self.iteration, self.rng = 0, Random(config.run.seed)
         self.problems = ProblemSampler(parts.training, config.run.seed)
         self.buffer = ReplayBuffer(config.replay.capacity)
         if config.replay.preload and checkpoint is None:
-            self.buffer.add(_preloaded(config.replay.preload, parts))
+            self.buffer.add(load_rollouts(config.replay.preload, parts.model.config.get_text_config().vocab_size))
         self.reference = ReferencePolicy(parts.model, config, parts.world, checkpoint)
         self.engine = Engine(parts.model, config, parts.world)
         self.generation = Generation(parts.rollout, self.problems, config, parts.world)
@@ -97,9 +97,8 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
         }  # fmt: skip
         (unfinished / STATE).write_text(json.dumps(state), encoding="utf-8")
     world.barrier()
-    if world.main:
-        run.previous = finish_checkpoint(folder, unfinished, run.iteration, run.config)
-    world.barrier()
+    finished = finish_checkpoint(folder, unfinished, run.iteration, run.config) if world.main else None
+    run.previous = world.broadcast(finished)
 
 
 def _load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
@@ -120,13 +119,6 @@ def _load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     run.engine.load_state(optimizer, state["updates"])
     run.generation.load_state(state["ahead"])
     _set_generators(load_tensors(training / "rng.safetensors"), run.world.rank)
-
-
-def _preloaded(path: str, parts: Parts) -> list[Trajectory]:
-    try:
-        return load_rollouts(path, parts.model.config.get_text_config().vocab_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:

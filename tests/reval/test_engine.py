@@ -107,3 +107,12 @@ def test_gradient_checkpointing_and_bf16_compute_change_little(tiny_config, traj
         _, got = gradient_of(config, members)
         for name, gradient in expected.items():
             assert (got[name] - gradient).norm() <= allowed * gradient.norm(), name
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same_update(tiny_config, trajectories):
+    members = annotated(tiny_config, trajectories)
+    plain, expected = gradient_of(tiny_config, members)
+    compiled, got = gradient_of(replace(tiny_config, model=replace(tiny_config.model, compile=True)), members)
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert all((got[name] - g).norm() <= 1e-5 * g.norm() for name, g in expected.items())

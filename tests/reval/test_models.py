@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+)
 
 from reval.batching import collate
 from reval.config import ModelConfig
@@ -99,3 +106,18 @@ def test_smollm2_is_a_plain_checkpoint():
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     ids = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
+
+
+def test_an_attention_that_runs_on_gpus_only_loads_here(tmp_path, tiny):
+    """The head is checked before the model moves to its device, with an attention that runs everywhere."""
+
+    def refuses(*args, **kwargs):
+        raise RuntimeError("needs a GPU")
+
+    AttentionInterface.register("gpu_only", refuses)
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    model, _ = load_model(ModelConfig(name=str(tmp_path), attn_implementation="gpu_only"))
+    assert model.config._attn_implementation == "gpu_only"
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        model(input_ids=torch.tensor([[7, 8]]))

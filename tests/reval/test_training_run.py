@@ -237,3 +237,11 @@ def test_what_is_not_ours_in_the_folder_stays(tmp_path):
     (tmp_path / "checkpoints" / ".DS_Store").write_text("x")
     train(configured(tmp_path, "run.iterations=1", "run.overwrite=true", "run.resume=auto"))
     assert (tmp_path / "checkpoint" / "config.json").exists()
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path, capsys):
+    train(configured(tmp_path, "run.iterations=2"))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert train(configured(tmp_path, "run.iterations=2", "run.resume=auto")) == {}
+    assert "nothing to do: the checkpoint is after 2 of 2 iterations" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == before

@@ -305,3 +305,23 @@ def test_common_offset_costs_no_precision(backend):
     plain = evaluate(reference.reval_loss, inputs, by, **options)["d logits"]
     ours = evaluate(reval_loss, inputs | {"logits": logits + 1e4}, by, backend=backend, **options)["d logits"]
     assert_no_worse_than_torch(ours, plain, truth, scale=truth.abs().amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_heads_gradient_is_in_memory_once(retain):
+    """What was saved becomes the gradient, unless another backward may ask for it."""
+    hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    saved = []
+
+    def note(x):
+        saved.append((x.shape, x.data_ptr(), x.clone()))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = linear_reval_loss(
+            hidden, weight, torch.randint(11, (2, 3)), torch.randn(2), torch.rand(2), beta=0.3, backend="portable"
+        ).loss
+    (gradient,) = torch.autograd.grad(loss, weight, torch.tensor(3.0), retain_graph=retain)
+    [(_, address, before)] = [entry for entry in saved if entry[0] == weight.shape]
+    assert (gradient.data_ptr() == address) == (not retain)
+    torch.testing.assert_close(gradient, 3 * before)
