@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from .checkpoint import find_checkpoint, save_trajectories
@@ -22,7 +21,7 @@ from .models import log_probs, whole_weights
 from .parts import Parts, build
 from .replay import Trajectory
 from .rewards import RewardError
-from .rollout.probe import choose, mismatch
+from .rollout.probe import choose, mismatch, worst
 from .tracking import check_installed
 from .training_run import TrainingRun, save_checkpoint
 
@@ -124,8 +123,7 @@ def _sync(run: TrainingRun, parts: Parts, fresh: list[Trajectory]) -> dict[str, 
     if not chosen[0]:
         return {}
     found = mismatch(parts.rollout, log_probs(parts.model, *chosen, run.config.model), *chosen)
-    worst = parts.world.gather(found)
-    return {name: float(np.max([other[name] for other in worst])) for name in found}  # a NaN stays one
+    return worst(parts.world.gather(found))
 
 
 def _evaluate_first(run: TrainingRun, parts: Parts) -> Evaluation | None:

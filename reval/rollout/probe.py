@@ -50,3 +50,8 @@ def mismatch(
         return {}
     # a NaN stays one, so that no threshold lets it pass
     return {"rollout/mismatch_mean": float(differences.mean()), "rollout/mismatch_max": float(differences.max())}
+
+
+def worst(reports: list[dict[str, float]]) -> dict[str, float]:
+    """The largest of every process's numbers; a NaN stays one, whichever process has it."""
+    return {name: float(np.max([report[name] for report in reports])) for name in reports[0]}

@@ -116,3 +116,29 @@ def test_compiled_layers_compute_the_same_update(tiny_config, trajectories):
     compiled, got = gradient_of(replace(tiny_config, model=replace(tiny_config.model, compile=True)), members)
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert all((got[name] - g).norm() <= 1e-5 * g.norm() for name, g in expected.items())
+
+
+def test_checkpointing_recomputes_every_layer_and_stays_on_after_generating(tiny_config, trajectories):
+    """generate() leaves the model in evaluation mode, in which transformers would keep all activations."""
+    members = annotated(tiny_config, trajectories)
+    for checkpointing, times in ((False, 1), (True, 2)):
+        config = replace(tiny_config, model=replace(tiny_config.model, gradient_checkpointing=checkpointing))
+        model, _ = load_model(config.model, seed=0)
+        engine, passes = Engine(model, config), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        for _ in range(2):
+            passes.clear()
+            engine.update(members)
+            assert len(passes) == times
+            model.eval()
+
+
+def test_a_resumed_optimizer_takes_the_settings_as_they_are_now(tiny_config, trajectories):
+    engine = Engine(load_model(tiny_config.model, seed=0)[0], configured(tiny_config, weight_decay=0.1))
+    engine.update(annotated(tiny_config, trajectories))
+    now = configured(tiny_config, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-5)
+    other = Engine(load_model(tiny_config.model, seed=0)[0], now)
+    other.load_state(engine.state(), updates=1)
+    [group] = other.optimizer.param_groups
+    assert (group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.3, (0.5, 0.6), 1e-5)
+    assert other.updates == 1 and other.optimizer.state[next(other.model.parameters())]["step"] == 1

@@ -13,7 +13,7 @@ import torch
 
 from reval.rollout import end_tokens, make_rollout
 from reval.rollout.hf import HFRollout
-from reval.rollout.probe import choose, mismatch
+from reval.rollout.probe import choose, mismatch, worst
 from reval.rollout.vllm import _check_version, engine_devices, request_seed
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]  # unequal, so that padding on the left matters
@@ -307,3 +307,8 @@ def test_training_mode_is_left_as_it_was(tiny):
     model.train()
     generate(model, tokenizer)
     assert model.training
+
+
+def test_the_worst_mismatch_of_all_processes_keeps_a_nan():
+    assert worst([{"a": 1.0}, {"a": 3.0}]) == {"a": 3.0}
+    assert math.isnan(worst([{"a": 1.0}, {"a": float("nan")}, {"a": 2.0}])["a"])

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import reval.checkpoint
 import reval.loop
 from reval.checkpoint import save_model
 from reval.config import ConfigError, load_config
+from reval.errors import RunError
 from reval.loop import train
 
 SMALL = ["run.iterations=7", "run.save_every=2", "data.held_out=4", "evaluation.every=3", "reference.reset_every=3"]
@@ -245,3 +247,24 @@ def test_a_finished_run_has_nothing_to_do(tmp_path, capsys):
     assert train(configured(tmp_path, "run.iterations=2", "run.resume=auto")) == {}
     assert "nothing to do: the checkpoint is after 2 of 2 iterations" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_reward_that_its_shaping_cannot_take_ends_the_run_with_a_message(tmp_path):
+    (tmp_path / "threes.py").write_text("def score(prompts, completions, completion_ids, **columns):\n"
+                                        "    return [3.0] * len(completions)\n")  # fmt: skip
+    settings = [f"reward.function={tmp_path}/threes.py:score", "reward.shaping=plus_minus_one", "data.held_out=0"]
+    with pytest.raises(RunError, match="iteration 1: reward.shaping=plus_minus_one: .* expects rewards in 0..1"):
+        train(configured(tmp_path / "run", *settings))
+
+
+def test_what_is_deleted_has_lost_its_name(tmp_path, monkeypatch):
+    """A run killed in the middle of a deletion must not leave half a checkpoint that is taken for whole."""
+    deleted, rmtree = [], shutil.rmtree
+
+    def note(path, *args, **kwargs):
+        deleted.append(Path(path).name)
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(reval.checkpoint.shutil, "rmtree", note)
+    train(configured(tmp_path, "run.iterations=4", "run.save_every=1"))
+    assert [name for name in deleted if "iteration-" in name] == [f".old-iteration-00000{i}" for i in (1, 2, 3)]
