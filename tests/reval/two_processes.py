@@ -29,6 +29,7 @@ CASES = {
     "offloaded reference": ["reference.offload=true"],
     "token level": ["objective.level=token"],
     "one trajectory": [],
+    "bf16 compute": ["model.compute_dtype=bfloat16"],
 }
 
 
@@ -69,6 +70,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
         "updates": done,
         "gradients": gradients,
         "weights": {name: w.clone() for name, w in whole_weights(model)},
+        "dtypes": {p.dtype for p in model.parameters()},
         "reference": [t.reference for t in trajectories],
         "log_probs": log_probs(model, [ids, ids[:3]], [1, 2], config.model),
     }
