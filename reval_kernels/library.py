@@ -336,6 +336,8 @@ def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * d_loss
+    if d_loss.device.type == "cpu" and d_loss == 1:  # on a GPU the question would cost more than the product
+        return gradient.data
     return gradient.data.mul_(d_loss)
 
 

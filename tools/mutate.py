@@ -259,6 +259,21 @@ MUTATIONS = [
         TESTS + "test_linear_values.py -k accumulates",
     ),
     Mutation(
+        "C++ linear: the head's gradient runs over logits still kept", "cpu/linear_backward.cpp",
+        " && kept_.count() <= cut_.block)", ")",
+        TESTS + "cpu/test_kept.py -k gradients",
+    ),
+    Mutation(
+        "C++ linear: a kept action has about its logit", "cpu/linear_backward.cpp",
+        "kept_.has(s) ? action_logits_[at + r] : x[own * kStrip + r]", "x[own * kStrip + r]",
+        TESTS + "cpu/test_kept.py -k confident",
+    ),
+    Mutation(
+        "C++ kept: what does not fit into 16 bits is kept", "cpu/columns.cpp",
+        "return !any_at_least(most, splat(kMostKept));", "return true;",
+        TESTS + "cpu/test_kept.py -k far_above",
+    ),
+    Mutation(
         "C++ linear: a frozen head's sum takes the action in", "cpu/linear_forward.cpp",
         "{ x[own * kStrip + r] = 0; }", "{ (void)r, (void)own; }",
         TESTS + "test_linear_values.py -k frozen_head_of",

@@ -84,7 +84,7 @@ def linear_token_values_backward(
             hidden, weight, bias, actions, mask, transform, statistics, cotangents, needs
         )
     return tuple(_ops().linear_token_values_backward(
-        hidden, weight, bias, actions, mask, *_flat(transform), list(statistics), list(cotangents), *needs
+        hidden, weight, bias, actions, mask, *_flat(transform), list(statistics), list(cotangents), *needs, []
     ))  # fmt: skip
 
 
@@ -96,7 +96,8 @@ def linear_reval_loss(
     """As `portable.linear_reval_loss`, with two passes over the vocabulary instead of chunks of logits.
 
     With a frozen head, what the gradient of the hidden states needs of the logits is summed up beside the values, up to
-    a factor per token, and the second pass falls away.
+    a factor per token, and the second pass falls away. Else as many logits as the memory of the head's gradient holds
+    stay there until the second pass (kept.h).
     """
     if torch.float64 in _dtypes(hidden, weight, bias):
         return portable.linear_reval_loss(
@@ -106,21 +107,25 @@ def linear_reval_loss(
     if portable.wide_loss(hidden, weight, bias):
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     args = (hidden, weight, bias, actions, mask, *_flat(transform))
-    frozen_head = needs[0] and not needs[1] and not needs[2]
-    values = _ops().linear_expected(*args) if frozen_head else _ops().linear_token_values(*args, False)
-    q, v, log_prob, entropy, row_max, log_sum, *rest = values
+    frozen_head = tuple(needs) == (True, False, False)
+    if needs[1]:
+        q, v, log_prob, entropy, row_max, log_sum, *kept = _ops().linear_keeping(*args)
+    else:
+        values = linear_token_values(hidden, weight, bias, actions, mask, transform, False, frozen_head)
+        (q, v, log_prob, entropy, row_max, log_sum, expected), kept = values, []
     loss, residual, *cotangents = bellman_loss(
         q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
     )
-    after = ([row_max, log_sum, entropy], [*cotangents, torch.zeros_like(q)])
+    none = (hidden.new_empty(0), weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
     if frozen_head:
-        d_hidden = _ops().linear_expected_backward(rest[0], *args, *after)
-        gradients = (d_hidden, weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
-    elif any(needs):
-        gradients = _ops().linear_token_values_backward(*args, *after, *needs)
-    else:
-        gradients = (hidden.new_empty(0), weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
-    return loss, residual, *gradients
+        d_hidden = portable.linear_expected_backward(
+            expected, hidden, weight, bias, actions, mask, transform, log_prob, cotangents
+        )
+        return loss, residual, d_hidden, *none[1:]
+    if not any(needs):
+        return loss, residual, *none
+    after = ([row_max, log_sum, entropy], [*cotangents, torch.zeros_like(q)])
+    return loss, residual, *_ops().linear_token_values_backward(*args, *after, *needs, kept)
 
 
 def td_targets(

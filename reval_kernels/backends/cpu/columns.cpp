@@ -139,11 +139,46 @@ void gradient_bf16(
   });
 }
 
+constexpr float kLeastKept = -32768.0f, kMostKept = 32767.0f;
+constexpr float kOffset = 8192.0f;  // more room below the anchor than above it
+
+void keep(const float* x, int64_t words, float* out) {
+  for (int64_t i = 0; i < words * kStrip; i += W) store<reval::kFloat, true>(out, i, get(x, i));
+  streaming_done();
+}
+
+bool keep_steps(const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, int16_t* out) {
+  const F rounds = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole number in the low bits
+  F most = splat(kLeastKept);
+  for (int64_t word = 0; word < words; ++word) {
+    for (int64_t at = 0; at < tokens; at += W) {
+      F steps = fused(get(x, word * kStrip + at) - get(anchor, at), get(step, at), splat(kOffset));
+      most = max_(steps, most);  // no NaN: its row is NaN in any case, but the lane is not its alone
+      steps = steps > kLeastKept ? steps : splat(kLeastKept);
+      const H bits = __builtin_convertvector((U)(steps + rounds), H);
+      store_bits<true>(reinterpret_cast<uint16_t*>(out) + word * kStrip + at, bits);
+    }
+  }
+  streaming_done();
+  return !any_at_least(most, splat(kMostKept));
+}
+
+void restore_steps(const int16_t* from, int64_t words, int64_t tokens, const float* anchor, const float* inv_step, float* x) {
+  for (int64_t word = 0; word < words; ++word) {
+    for (int64_t at = 0; at < tokens; at += W) {
+      const H bits = load_bits(reinterpret_cast<const uint16_t*>(from) + word * kStrip + at);
+      const F steps = __builtin_convertvector((I)(widen(bits) << 16) >> 16, F);
+      const F logit = fused(steps - kOffset, get(inv_step, at), get(anchor, at));
+      put(x, word * kStrip + at, steps > kLeastKept ? logit : splat(-kInfinity));
+    }
+  }
+}
+
 }  // namespace
 
 namespace reval::REVAL_ISA {
 
 extern const ColumnKernels columns;
-const ColumnKernels columns = {partial, gradient, gradient_bf16};
+const ColumnKernels columns = {partial, gradient, gradient_bf16, keep, keep_steps, restore_steps};
 
 }  // namespace reval::REVAL_ISA

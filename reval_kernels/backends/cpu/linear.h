@@ -183,32 +183,35 @@ class Head {
   Scratch<E> rows_, columns_;
 };
 
-// The hidden states of the unmasked tokens as right operands, in slots for a strip each.
+// The hidden states of the unmasked tokens as right operands, in slots for a strip each: `across`, of the logits;
+// `down`, of d_weight.
 template <typename E>
 class States {
  public:
-  // `down`: also as the right operand of d_weight.
-  States(const at::Tensor& hidden, const Tokens& tokens, const Cut& cut, int64_t slots, bool down)
+  States(const at::Tensor& hidden, const Tokens& tokens, const Cut& cut, int64_t across, int64_t down)
       : hidden_(hidden), cut_(cut), offsets_(row_offsets(hidden, tokens.index)), stride_(hidden.stride(-1)),
         in_place_(
             hidden.scalar_type() == c10::CppTypeToScalarType<E>::value && hidden.is_contiguous() &&
             tokens.size() == tokens.all),
-        down_in_place_(down && in_place_ && !kPairs<E>), down_needed_(down && !down_in_place_),
+        down_in_place_(in_place_ && !kPairs<E>),
         gathered_((in_place_ ? 0 : at::get_num_threads()) * kStrip * cut.width),
-        across_(slots * kStrip * cut.width), down_((down_needed_ ? slots : 0) * kStrip * cut.width) {}
+        across_(across * kStrip * cut.width), down_((down_in_place_ ? 0 : down) * kStrip * cut.width) {}
 
-  void pack(int64_t strip, int64_t slot, int64_t thread) {
+  // Into these slots; -1: not wanted.
+  void pack(int64_t strip, int64_t across_slot, int64_t down_slot, int64_t thread) {
     const int64_t count = cut_.tokens_of(strip), width = cut_.width, first = strip * kStrip;
     constexpr int64_t entries = 4 / sizeof(E);  // in 32 bits
     const E* rows = in_place_ ? static_cast<const E*>(hidden_.const_data_ptr()) + first * width
                               : gather(first, count, gathered_.at(thread * kStrip * width));
-    E* across = across_.at(slot * kStrip * width);
-    if (count < kStrip) std::fill(across, across + kStrip * width, E(0.0f));
-    kernels().layout.transpose(
-        reinterpret_cast<const uint32_t*>(rows), width / entries, count, width / entries,
-        reinterpret_cast<uint32_t*>(across), kStrip);
-    if (!down_needed_) return;
-    E* down = down_.at(slot * kStrip * width);
+    if (across_slot >= 0) {
+      E* across = across_.at(across_slot * kStrip * width);
+      if (count < kStrip) std::fill(across, across + kStrip * width, E(0.0f));
+      kernels().layout.transpose(
+          reinterpret_cast<const uint32_t*>(rows), width / entries, count, width / entries,
+          reinterpret_cast<uint32_t*>(across), kStrip);
+    }
+    if (down_slot < 0 || down_in_place_) return;
+    E* down = down_.at(down_slot * kStrip * width);
     if constexpr (!kPairs<E>) {
       std::copy(rows, rows + count * width, down);
     } else {
@@ -241,7 +244,7 @@ class States {
   const Cut& cut_;
   std::vector<int64_t> offsets_;
   int64_t stride_;
-  bool in_place_, down_in_place_, down_needed_;
+  bool in_place_, down_in_place_;
   Scratch<E> gathered_, across_, down_;
 };
 

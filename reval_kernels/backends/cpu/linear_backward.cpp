@@ -1,12 +1,12 @@
-// Gradients of token values from hidden states: the logits computed anew, a tile of the head and a strip of tokens at a
-// time, turned into their gradients there and fed to both matmuls.
+// Gradients of token values from hidden states: the logits, kept (kept.h) or computed anew, a tile of the head and a strip
+// of tokens at a time, turned into their gradients there and fed to both matmuls.
 //
 // The outer loop runs over the tiles of the head, so a tile of the weight's gradient is finished while it is in the
 // cache, in fp32, and needs no V x D accumulator. Every sum is taken in a fixed order: no result depends on the number
 // of threads (up to 16, from where on a block grows with them).
 #include <ATen/ops/zeros.h>
 
-#include "linear.h"
+#include "kept.h"
 
 namespace reval {
 
@@ -21,18 +21,22 @@ class Backward {
  public:
   Backward(
       const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tokens& tokens,
-      const TokenInputs& inputs, float* d_hidden, const Tensor& d_weight, float* d_bias)
+      const TokenInputs& inputs, float* d_hidden, const Tensor& d_weight, float* d_bias, const KeptTensors& kept)
       : tokens_(tokens), inputs_(inputs), d_hidden_(d_hidden), d_bias_(d_bias), d_weight_(d_weight),
         needs_weight_(d_weight.numel() > 0), by_words_(needs_weight_ || d_bias),
         cut_(tokens.size(), weight.size(0), weight.size(1), sizeof(E)), head_(weight, cut_, d_hidden != nullptr),
-        bias_(wide_bias(bias)), threads_(at::get_num_threads()),
+        bias_(wide_bias(bias)), kept_(kept, cut_, tokens),
+        action_logits_(kept.room.defined() ? kept.action_logits.const_data_ptr<float>() : nullptr),
+        in_place_(d_weight.scalar_type() == at::kFloat && kept_.count() <= cut_.block),
+        threads_(at::get_num_threads()), anew_(strips_anew()),
         slots_(cut_.blocks == 1 ? cut_.strips : by_words_ ? 2 * cut_.block : threads_),
-        states_(hidden, tokens, cut_, slots_, needs_weight_), inv_temperature_(inverse_temperatures(cut_, tokens)),
+        states_(hidden, tokens, cut_, cut_.blocks == 1 ? anew_.back() : slots_, needs_weight_ ? slots_ : 0),
+        inv_temperature_(inverse_temperatures(cut_, tokens)),
         ld_(summands<E>(multiple(std::min(cut_.block * kStrip, cut_.tokens), kColumns)) + 64 / sizeof(E)),
         gradients_((by_words_ ? 2 : 0) * cut_.words * ld_), logits_(threads_ * kStrip * cut_.words),
         pairs_((kPairs<E> ? threads_ : 0) * kStrip * cut_.words),
         room_((d_hidden ? threads_ : 0) * kStrip * cut_.width),
-        tile_gradient_((needs_weight_ && d_weight.scalar_type() != at::kFloat) ? cut_.words * cut_.width : 0),
+        tile_gradient_(needs_weight_ && !in_place_ ? cut_.words * cut_.width : 0),
         part_(multiple(std::max<int64_t>(parts(cut_.words, threads_), 32), 16)),
         parts_(by_words_ ? parts(cut_.words, part_) : 0), strips_done_(cut_.strips), parts_done_(parts_) {
     prepare();
@@ -53,17 +57,19 @@ class Backward {
   struct Item {
     enum Kind { kLoad, kStrip, kWords } kind;
     int64_t index;        // of the strip; of the block and the part
-    int64_t tile_offset;  // the next tile is loaded early, and the words come a block late: nobody waits for them
+    int64_t tile_offset;  // the next tile is loaded early, and the words come half a block late: nobody waits
   };
 
   void make_items() {
     for (int64_t b = 0; b < cut_.blocks; ++b) {
+      const int64_t before = b == 0 ? cut_.blocks - 1 : b - 1, half = cut_.strips_of_block(b) / 2;
       for (int64_t s = 0; s < cut_.strips_of_block(b); ++s) {
-        if (head_.loads() && b == 0 && s == cut_.strips_of_block(0) / 2) items_.push_back({Item::kLoad, 0, 1});
+        if (s == half && head_.loads() && b == 0) items_.push_back({Item::kLoad, 0, 1});
+        for (int64_t p = 0; s == half && p < parts_; ++p) {
+          items_.push_back({Item::kWords, before * parts_ + p, b == 0 ? -1 : 0});
+        }
         items_.push_back({Item::kStrip, b * cut_.block + s, 0});
       }
-      const int64_t before = b == 0 ? cut_.blocks - 1 : b - 1;
-      for (int64_t p = 0; p < parts_; ++p) items_.push_back({Item::kWords, before * parts_ + p, b == 0 ? -1 : 0});
     }
   }
 
@@ -80,6 +86,13 @@ class Backward {
       from_entropy_[i] = row.from_entropy * inv_temperature_[i];
       with_entropy_ |= row.from_entropy != 0;
     }
+  }
+
+  // How many strips before each one, and in all, have their logits computed anew.
+  std::vector<int64_t> strips_anew() const {
+    std::vector<int64_t> before{0};
+    for (int64_t s = 0; s < cut_.strips; ++s) before.push_back(before.back() + !kept_.has(s));
+    return before;
   }
 
   // Where a strip's hidden states are packed: once and for all, or until the block's words are done, or for the moment.
@@ -104,13 +117,14 @@ class Backward {
     pipeline_.wait(strips_done_[s], tile);
     if (head_.loads()) pipeline_.wait(loaded_, tile + 1);
     pipeline_.wait(parts_done_, 0, parts_, step(tile, b) - 1);  // of gradients() and the slot, two steps ago
-    const int64_t to = slot(tile, s, thread);
-    if (tile == 0 || cut_.blocks > 1) states_.pack(s, to, thread);
-    float* x = logits_.at(thread * kStrip * cut_.words);
-    strip_logits<E>(cut_, tile, s, head_, states_.across(to), bias_, x);
+    const bool kept = kept_.has(s);
+    const int64_t down = slot(tile, s, thread), across = cut_.blocks == 1 ? anew_[s] : down;
+    if (tile == 0 || cut_.blocks > 1) states_.pack(s, kept ? -1 : across, needs_weight_ ? down : -1, thread);
+    float* room = logits_.at(thread * kStrip * cut_.words);
+    if (!kept) strip_logits<E>(cut_, tile, s, head_, states_.across(across), bias_, room);
+    const float* x = kept ? kept_.get(tile, s, room) : room;
     E* by_word = by_words_ ? gradients(step(tile, b)) + s % cut_.block * kStrip : nullptr;
-    E* pairs = pairs_.at(kPairs<E> ? thread * kStrip * cut_.words : 0);
-    const auto [right, ld_right] = differentiate(tile, s, x, by_word, pairs);
+    const auto [right, ld_right] = differentiate(tile, s, x, by_word, thread);
     if (d_hidden_) {
       float* sum = d_hidden_ + s * kStrip * width;
       matmul<E>(
@@ -122,7 +136,7 @@ class Backward {
 
   // The gradients of the logits x: by word; and as right operand for d_hidden, which is returned with its leading
   // dimension.
-  std::pair<const E*, int64_t> differentiate(int64_t tile, int64_t s, float* x, E* by_word, E* pairs) {
+  std::pair<const E*, int64_t> differentiate(int64_t tile, int64_t s, const float* x, E* by_word, int64_t thread) {
     const int64_t at = s * kStrip, words = cut_.words_of(tile), columns = multiple(cut_.tokens_of(s), kColumns);
     const float* inv = inv_temperature_.data() + at;
     const ColumnGradients by{&row_max_[at],  &log_sum_[at],      &entropy_[at],
@@ -132,10 +146,12 @@ class Backward {
     float own_gradients[kStrip];
     for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
       const int64_t token = tokens_.index[at + r];
-      own_gradients[r] = action_gradient(
-          inputs_.cotangents(token), inputs_.gradient(token), x[own * kStrip + r], tokens_.transform(at + r));
+      const float logit = kept_.has(s) ? action_logits_[at + r] : x[own * kStrip + r];
+      own_gradients[r] =
+          action_gradient(inputs_.cotangents(token), inputs_.gradient(token), logit, tokens_.transform(at + r));
     });
     if constexpr (kPairs<E>) {
+      E* pairs = pairs_.at(thread * kStrip * cut_.words);
       kernels().columns.gradient_bf16(
           x, words, columns, tokens_.softcap, inv, by, ahead, reinterpret_cast<uint16_t*>(by_word), ld_,
           reinterpret_cast<uint32_t*>(pairs));
@@ -145,7 +161,7 @@ class Backward {
       });
       return {pairs, kStrip};
     } else {
-      float* out = by_word ? by_word : x;
+      float* out = by_word ? by_word : logits_.at(thread * kStrip * cut_.words);
       const int64_t ld = by_word ? ld_ : kStrip;
       kernels().columns.gradient(x, words, columns, tokens_.softcap, inv, by, ahead, out, ld);
       for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) { out[own * ld + r] = own_gradients[r]; });
@@ -161,8 +177,7 @@ class Backward {
     const E* rows = gradients(step(tile, b)) + first * ld_;
     const int64_t word = tile * cut_.words + first, tokens = cut_.tokens_of_block(b);
     if (needs_weight_ && count > 0) {
-      const bool in_place = d_weight_.scalar_type() == at::kFloat;
-      float* to = in_place ? d_weight_.mutable_data_ptr<float>() + word * width : tile_gradient_.at(first * width);
+      float* to = in_place_ ? d_weight_.mutable_data_ptr<float>() + word * width : tile_gradient_.at(first * width);
       const E* states = states_.down(slot(tile, b * cut_.block, 0), b * cut_.block);
       constexpr int64_t panel = 64;  // columns at a time: what they take of the states then stays in the cache
       for (int64_t d = 0; d < width; d += panel) {
@@ -170,7 +185,7 @@ class Backward {
             count, std::min(panel, width - d), summands<E>(tokens), rows, ld_, states + d * (kPairs<E> ? 2 : 1), width,
             b > 0, to + d, width);
       }
-      if (!in_place && b + 1 == cut_.blocks) {
+      if (!in_place_ && b + 1 == cut_.blocks) {
         auto out = static_cast<char*>(d_weight_.mutable_data_ptr()) + word * width * d_weight_.element_size();
         kernels().layout.convert(kFloat, to, count * width, dtype_of(d_weight_), out);
       }
@@ -192,7 +207,12 @@ class Backward {
   Cut cut_;
   Head<E> head_;
   Tensor bias_;
-  int64_t threads_, slots_;
+  Kept kept_;
+  const float* action_logits_;  // of kept strips
+  bool in_place_;               // whether d_weight's own rows take its sums: when what is kept there is used up by then
+  int64_t threads_;
+  std::vector<int64_t> anew_;
+  int64_t slots_;
   States<E> states_;
   std::vector<float> inv_temperature_, row_max_, log_sum_, entropy_, from_all_, from_entropy_;
   int64_t ld_;                    // of gradients_: no power of two, or its rows would share few places in the cache
@@ -200,7 +220,7 @@ class Backward {
   Scratch<float> logits_;         // of a strip, for each thread
   Scratch<E> pairs_;              // bf16: their gradients, for each thread
   Scratch<float> room_;           // for each thread
-  Scratch<float> tile_gradient_;  // [words, D], when the weight is narrower
+  Scratch<float> tile_gradient_;  // [words, D], if not in place
   int64_t part_;                  // words of a tile's gradient that a thread takes at a time
   int64_t parts_;                 // of a tile
   std::vector<Item> items_;
@@ -275,11 +295,15 @@ void place(const Tensor& sums, const Tokens& tokens, const Tensor& out) {
 std::vector<Tensor> linear_token_values_backward(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
-    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias) {
+    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias,
+    at::TensorList kept_tensors) {
   const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
   const TokenInputs inputs(statistics, cotangents);
   Tensor d_hidden = at::empty(needs_hidden ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
-  Tensor d_weight = huge(at::empty(needs_weight ? weight.sizes() : at::IntArrayRef{0}, weight.options()));
+  const KeptTensors kept = KeptTensors::of(kept_tensors);
+  Tensor d_weight = kept.room.defined()
+                        ? kept.room
+                        : huge(at::empty(needs_weight ? weight.sizes() : at::IntArrayRef{0}, weight.options()));
   Tensor d_bias = at::zeros({needs_bias ? weight.size(0) : 0}, at::kFloat);
   if (tokens.size() == 0) {
     d_weight.zero_();
@@ -290,9 +314,9 @@ std::vector<Tensor> linear_token_values_backward(
   float* to_hidden = needs_hidden ? sums.mutable_data_ptr<float>() : nullptr;
   float* to_bias = needs_bias ? d_bias.mutable_data_ptr<float>() : nullptr;
   if (takes_bf16(hidden, weight)) {
-    Backward<BFloat16>(hidden, weight, bias, tokens, inputs, to_hidden, d_weight, to_bias);
+    Backward<BFloat16>(hidden, weight, bias, tokens, inputs, to_hidden, d_weight, to_bias, kept);
   } else {
-    Backward<float>(hidden, weight, bias, tokens, inputs, to_hidden, d_weight, to_bias);
+    Backward<float>(hidden, weight, bias, tokens, inputs, to_hidden, d_weight, to_bias, kept);
   }
   if (needs_hidden) place(sums, tokens, d_hidden);
   return {d_hidden, d_weight, d_bias.to(bias ? bias->scalar_type() : weight.scalar_type())};

@@ -2,9 +2,13 @@
 //
 // One pass over the tiles of the head: matmul, online logsumexp on the tile. With a frozen head the exponentials, while
 // they are at hand, also go through the matmul that sums the words they weigh.
+#include <ATen/ops/ones.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
-#include "linear.h"
+#include <numeric>
+
+#include "kept.h"
 
 namespace reval {
 namespace {
@@ -12,18 +16,19 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// With `expected` [M, D], also sum over all words but the action of p * dz/dlogit * weight[word].
+// With `expected` [M, D], also sum over all words but the action of p * dz/dlogit * weight[word]. With kept.room, keep
+// logits there.
 template <typename E>
 class Forward {
  public:
   Forward(
       const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tokens& tokens, bool with_entropy,
-      float* expected)
+      float* expected, const KeptTensors& kept)
       : tokens_(tokens), with_entropy_(with_entropy), expected_(expected),
         cut_(tokens.size(), weight.size(0), weight.size(1), sizeof(E)), head_(weight, cut_, expected != nullptr),
-        bias_(wide_bias(bias)), threads_(at::get_num_threads()),
-        states_(hidden, tokens, cut_, cut_.blocks > 1 ? threads_ : cut_.strips, false), sums_(cut_.strips),
-        action_logits_(cut_.tokens), inv_temperature_(inverse_temperatures(cut_, tokens)),
+        bias_(wide_bias(bias)), kept_(kept, cut_, tokens), threads_(at::get_num_threads()),
+        states_(hidden, tokens, cut_, cut_.blocks > 1 ? threads_ : cut_.strips, 0), sums_(cut_.strips),
+        action_logits_(kept.action_logits.mutable_data_ptr<float>()), inv_temperature_(inverse_temperatures(cut_, tokens)),
         logits_(threads_ * kStrip * cut_.words), pairs_(expected && kPairs<E> ? threads_ * kStrip * cut_.words : 0),
         room_(expected ? threads_ * kStrip * cut_.width : 0), strips_done_(cut_.strips) {
     for (ColumnSums& sums : sums_) std::fill_n(sums.maximum, kStrip, Sums::kLowest);
@@ -65,7 +70,7 @@ class Forward {
     const int64_t slot = cut_.blocks > 1 ? thread : s;
     if (head_.loads()) pipeline_.wait(loaded_, tile + 1);
     pipeline_.wait(strips_done_[s], tile);
-    if (tile == 0 || cut_.blocks > 1) states_.pack(s, slot, thread);
+    if (tile == 0 || cut_.blocks > 1) states_.pack(s, slot, -1, thread);
     float* x = logits_.at(thread * kStrip * cut_.words);
     strip_logits<E>(cut_, tile, s, head_, states_.across(slot), bias_, x);
     for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
@@ -74,6 +79,7 @@ class Forward {
     kernels().columns.partial(
         x, cut_.words_of(tile), multiple(cut_.tokens_of(s), kColumns), tokens_.softcap,
         inv_temperature_.data() + s * kStrip, with_entropy_, &sums_[s]);
+    if (kept_.has(s)) kept_.put(tile, s, x);
     if (expected_) expect(tile, s, x, thread);
     strips_done_[s].store(tile + 1, std::memory_order_release);
   }
@@ -125,10 +131,12 @@ class Forward {
   Cut cut_;
   Head<E> head_;
   Tensor bias_;
+  Kept kept_;
   int64_t threads_;
   States<E> states_;
   std::vector<ColumnSums> sums_;
-  std::vector<float> action_logits_, inv_temperature_;
+  float* action_logits_;
+  std::vector<float> inv_temperature_;
   Scratch<float> logits_;
   Scratch<E> pairs_;
   Scratch<float> room_;
@@ -139,11 +147,30 @@ class Forward {
 
 std::vector<Tensor> forward(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions, const Tokens& tokens,
-    bool with_entropy, float* expected) {
+    bool with_entropy, float* expected, KeptTensors kept = {}) {
+  if (!kept.action_logits.defined()) kept.action_logits = at::empty({tokens.size()}, at::kFloat);
   if (takes_bf16(hidden, weight)) {
-    return Forward<BFloat16>(hidden, weight, bias, tokens, with_entropy, expected).finish(actions.sizes());
+    return Forward<BFloat16>(hidden, weight, bias, tokens, with_entropy, expected, kept).finish(actions.sizes());
   }
-  return Forward<float>(hidden, weight, bias, tokens, with_entropy, expected).finish(actions.sizes());
+  return Forward<float>(hidden, weight, bias, tokens, with_entropy, expected, kept).finish(actions.sizes());
+}
+
+// About the logits of the actions [M]: the sums are not taken in the order of the matmuls.
+Tensor anchors(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tokens& tokens) {
+  const int64_t width = weight.size(1);
+  const auto offsets = row_offsets(hidden, tokens.index);
+  Tensor out = bias ? wide_bias(bias).index_select(0, at::tensor(tokens.actions, at::kLong))
+                    : at::zeros({tokens.size()}, at::kFloat);
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, tokens.size(), 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> word(width), state(width);
+    for (int64_t i = begin; i < end; ++i) {
+      load_row(weight, tokens.actions[i] * weight.stride(0), weight.stride(1), width, word.data());
+      load_row(hidden, offsets[i], hidden.stride(-1), width, state.data());
+      to[i] = std::inner_product(word.begin(), word.end(), state.begin(), to[i]);
+    }
+  });
+  return out;
 }
 
 }  // namespace
@@ -156,6 +183,20 @@ std::vector<Tensor> linear_token_values(
   return forward(hidden, weight, bias, actions, tokens, with_entropy, nullptr);
 }
 
+std::vector<Tensor> linear_keeping(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
+    std::optional<double> softcap) {
+  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const int64_t strips = Kept::capacity(tokens.size(), weight.size(1));
+  KeptTensors kept{
+      huge(at::empty(weight.sizes(), weight.options())), at::ones({strips}, at::kBool),
+      anchors(hidden, weight, bias, tokens), at::empty({tokens.size()}, at::kFloat)};
+  auto out = forward(hidden, weight, bias, actions, tokens, false, nullptr, kept);
+  for (const Tensor& x : kept.list()) out.push_back(x);
+  return out;
+}
+
 std::vector<Tensor> linear_expected(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
@@ -164,35 +205,6 @@ std::vector<Tensor> linear_expected(
   Tensor expected = at::empty({tokens.size(), weight.size(1)}, at::kFloat);
   auto out = forward(hidden, weight, bias, actions, tokens, false, expected.mutable_data_ptr<float>());
   out.push_back(expected);
-  return out;
-}
-
-Tensor linear_expected_backward(
-    const Tensor& expected, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-    const Tensor& actions, const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
-    std::optional<double> softcap, at::TensorList statistics, at::TensorList cotangents) {
-  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
-  const TokenInputs inputs(statistics, cotangents);
-  const int64_t width = weight.size(1);
-  const auto offsets = row_offsets(hidden, tokens.index);
-  const Tensor wide = wide_bias(bias);
-  float* sums = expected.mutable_data_ptr<float>();
-  at::parallel_for(0, tokens.size(), 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> word(width), state(width);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t token = tokens.index[i], action = tokens.actions[i];
-      load_row(weight, action * weight.stride(0), weight.stride(1), width, word.data());
-      load_row(hidden, offsets[i], hidden.stride(-1), width, state.data());
-      double logit = bias ? wide.const_data_ptr<float>()[action] : 0.0;
-      for (int64_t d = 0; d < width; ++d) logit += static_cast<double>(word[d]) * state[d];
-      const RowGradient row = inputs.gradient(token);
-      const float own =
-          action_gradient(inputs.cotangents(token), row, static_cast<float>(logit), tokens.transform(i));
-      for (int64_t d = 0; d < width; ++d) sums[i * width + d] = row.from_all * sums[i * width + d] + own * word[d];
-    }
-  });
-  Tensor out = at::empty(hidden.sizes(), hidden.options());
-  place(expected, tokens, out);
   return out;
 }
 

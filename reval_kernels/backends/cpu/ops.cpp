@@ -74,14 +74,12 @@ TORCH_LIBRARY(reval_kernels_cpu, m) {
       &reval::linear_token_values);
   m.def(
       "linear_token_values_backward(" HEAD TRANSFORM
-      ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias) "
+      ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias, "
+      "Tensor(a!)[] kept) "
       "-> Tensor[]",
       &reval::linear_token_values_backward);
+  m.def("linear_keeping(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_keeping);
   m.def("linear_expected(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_expected);
-  m.def(
-      "linear_expected_backward(Tensor(a!) expected, " HEAD TRANSFORM
-      ", Tensor[] statistics, Tensor[] cotangents) -> Tensor",
-      &reval::linear_expected_backward);
   m.def(
       "td_targets(Tensor q, Tensor v, Tensor[] reference, Tensor rewards, " LAYOUT
       ", float beta, float gamma) -> Tensor[]",

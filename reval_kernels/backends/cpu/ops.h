@@ -46,19 +46,19 @@ std::vector<at::Tensor> linear_token_values(
 std::vector<at::Tensor> linear_token_values_backward(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
-    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias);
+    at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias,
+    at::TensorList kept);
+
+// The values; and what the backward pass above takes as `kept`, which begins with d_weight, to be (kept.h).
+std::vector<at::Tensor> linear_keeping(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
+    const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap);
 
 // The values, and for every unmasked token sum over all words but the action of p * dz/dlogit * weight[word], [M, D]:
 // all of the gradient of its hidden state that does not wait for the cotangents.
 std::vector<at::Tensor> linear_expected(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap);
-
-// d_hidden from it; overwrites `expected`.
-at::Tensor linear_expected_backward(
-    const at::Tensor& expected, const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
-    const at::Tensor& actions, const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
-    std::optional<double> softcap, at::TensorList statistics, at::TensorList cotangents);
 
 std::vector<at::Tensor> td_targets(
     const at::Tensor& q, const at::Tensor& v, at::TensorList reference, const at::Tensor& rewards,

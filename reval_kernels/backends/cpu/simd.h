@@ -171,6 +171,16 @@ inline H to_half(F x) {
 }
 
 // `streaming`: past the cache; the address must then be a multiple of the vector's size.
+template <bool streaming>
+inline void store_bits(uint16_t* p, H h) {
+#if defined(__AVX512F__)
+  if constexpr (streaming) return _mm256_stream_si256((__m256i*)p, (__m256i)h);
+#elif defined(__AVX2__)
+  if constexpr (streaming) return _mm_stream_si128((__m128i*)p, (__m128i)h);
+#endif
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
 template <reval::DType type, bool streaming>
 inline void store(void* row, int64_t at, F x) {
   if constexpr (type == reval::kFloat) {
@@ -183,13 +193,7 @@ inline void store(void* row, int64_t at, F x) {
     __builtin_memcpy(p, &x, sizeof x);
   } else {
     H h = type == reval::kBFloat16 ? to_bfloat16(x) : to_half(x);
-    uint16_t* p = static_cast<uint16_t*>(row) + at;
-#if defined(__AVX512F__)
-    if constexpr (streaming) return _mm256_stream_si256((__m256i*)p, (__m256i)h);
-#elif defined(__AVX2__)
-    if constexpr (streaming) return _mm_stream_si128((__m128i*)p, (__m128i)h);
-#endif
-    __builtin_memcpy(p, &h, sizeof h);
+    store_bits<streaming>(static_cast<uint16_t*>(row) + at, h);
   }
 }
 

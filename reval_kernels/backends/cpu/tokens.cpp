@@ -102,10 +102,9 @@ at::Tensor huge(at::Tensor x) {
 
 void Sums::add(const Partial& part, float inv_temperature) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  factor = 1.0;
   if (part.maximum == kLowest) return;  // nothing but -inf
   if (maximum == kLowest) {
-    *this = {part.maximum, part.others, part.spread, 0.0};
+    *this = {part.maximum, part.others, part.spread};
     return;
   }
   const bool ahead = part.maximum > maximum;
@@ -117,7 +116,6 @@ void Sums::add(const Partial& part, float inv_temperature) {
     spread = part.spread + scale * (spread + shift * (1.0 + others));
     others = part.others + scale * (1.0 + others);
     maximum = part.maximum;
-    factor = scale;
   } else {
     spread += scale * (part.spread + shift * (1.0 + part.others));
     others += scale * (1.0 + part.others);

@@ -47,7 +47,6 @@ struct Sums {
   static constexpr float kLowest = std::numeric_limits<float>::lowest();  // the maximum of nothing
   float maximum = kLowest;
   double others = 0, spread = 0;  // as in Partial
-  double factor = 1;              // what the last `add` scaled everything before it by
 
   void add(const Partial& part, float inv_temperature);
   Row finish(Transform transform, float action_logit, bool with_entropy) const;

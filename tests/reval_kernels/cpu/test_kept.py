@@ -1,0 +1,112 @@
+"""Logits that stay in the memory of the head's gradient between the two passes of linear_reval_loss (kept.h).
+
+Strips are 64 tokens; as many are kept as D / 64. Shapes: M = 150, D = 70 keeps the first of three strips; M = 119,
+D = 200 both, one of them short; M = 910, D = 2048 all of 15 in four blocks, of which the first alone is summed up while
+others are still to be read. V = 517 and 197 end within a tile.
+"""
+
+import pytest
+import torch
+from cases import assert_same_bits, compare, evaluate, head
+
+from reval_kernels import bellman_loss, linear_reval_loss, linear_token_values
+from reval_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ backend: {cpu.missing()}")
+
+SHAPES = [(3, 50, 517, 70), (7, 17, 300, 200), (7, 130, 197, 2048)]
+ONE = {"loss": torch.tensor(1.0)}
+
+
+def inputs_of(*shape, dtype):
+    """Inputs, and the other arguments: returns near the policy's, so that no gradient is much larger than the rest."""
+    hidden, weight, actions = head(*shape, dtype=dtype)
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    values = linear_token_values(**inputs, backend="portable")
+    returns = values.v[:, 0] + values.log_prob.sum(1) + torch.randn(shape[0])
+    return inputs, {"reference": returns, "rewards": torch.randn(shape[0]), "beta": 0.5}
+
+
+def kept_strips(inputs, bias=None):
+    args = (inputs["hidden"], inputs["weight"], bias, inputs["actions"], None, 1.0, None, None)
+    return torch.ops.reval_kernels_cpu.linear_keeping(*args)[7].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients(shape, dtype):
+    inputs, options = inputs_of(*shape, dtype=dtype)
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_bias_temperature_and_softcap(dtype):
+    inputs, options = inputs_of(3, 90, 517, 130, dtype=dtype)
+    inputs["bias"], options["mask"] = torch.randn(517).to(dtype), torch.rand(3, 90) < 0.8
+    options |= {"softcap": 6.0, "temperature": 0.5 + torch.rand(3, 90)}
+    inputs["hidden"][~options["mask"]] = torch.nan
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_keeps_every_bit(shape):
+    """The same as computing the logits anew, which is what the gradient of linear_token_values does."""
+    inputs, options = inputs_of(*shape, dtype=torch.float32)
+    ours = evaluate(linear_reval_loss, inputs, ONE, backend="cpu", **options)
+
+    def in_two_steps(**leaves):
+        return bellman_loss(linear_token_values(**leaves, backend="cpu"), backend="cpu", **options)
+
+    assert_same_bits(ours, evaluate(in_two_steps, inputs, ONE))
+    assert kept_strips(inputs) == [True] * min(shape[-1] // 64, -(-shape[0] * shape[1] // 64))
+
+
+def test_a_logit_far_above_the_action():
+    """16 bits do not reach there: the second of three strips is computed anew, and the others are not."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
+    bias = torch.zeros(300, dtype=torch.bfloat16)
+    hidden = inputs["hidden"].view(-1, 200)
+    hidden[:, 0], inputs["weight"][:, 0], inputs["weight"][7, 0] = 0, 0, 8
+    hidden[70, 0] = 5  # word 7: 40 above the rest
+    assert kept_strips(inputs, bias) == [True, False, True]
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+    hidden[70, 0] = 2  # 16 above
+    assert kept_strips(inputs, bias) == [True, True, True]
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_confident_action_keeps_its_gradient(dtype):
+    """Its 1 - p of 1e-6 takes the logit that the forward pass saw, to the bit."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=dtype)
+    inputs["hidden"][..., 0], inputs["weight"][:, 0] = 0, 0
+    at, word = (1, 5), 7
+    inputs["hidden"][at][0], inputs["weight"][word, 0], inputs["actions"][at] = 2.5, 8, word
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+
+
+def test_words_far_below_the_action():
+    """Down to 40 below it a word keeps its gradient; one that lies lower counts as impossible, like one at -inf."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
+    inputs["actions"].clamp_(max=199)
+    ours = {}
+    for below in (20, 60, torch.inf):
+        inputs["bias"] = torch.zeros(300, dtype=torch.bfloat16)
+        inputs["bias"][200:] = -below
+        assert kept_strips(inputs, inputs["bias"]) == [True] * 3
+        ours[below] = evaluate(linear_reval_loss, inputs, ONE, backend="cpu", **options)
+        if below != 60:
+            compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+    assert (ours[20]["d weight"][200:] != 0).any()
+    assert_same_bits(ours[60], ours[torch.inf])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_with_its_token(dtype):
+    """Its own trajectory's loss is NaN, and so is the gradient of the head; other trajectories' is as it was."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=dtype)
+    before = evaluate(linear_reval_loss, inputs, ONE, backend="cpu", **options)["d hidden"]
+    inputs["hidden"][1, 5, 3] = torch.nan
+    after = evaluate(linear_reval_loss, inputs, ONE, backend="cpu", **options)
+    assert after["d hidden"][1].isnan().all() and after["d weight"].isnan().all()
+    assert_same_bits(after["d hidden"][[0, 2]], before[[0, 2]])
