@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,13 +40,14 @@ def tables(device: str, quick: bool) -> list[Case]:
     else:
         rows, head, values = Shape(8, 512, 151_936), Shape(8, 512, 151_936, 2048), Shape(256, 4096)
         heads = [head]
-    few = {"memory": (*OURS, "torch eager")}  # a child for each provider of each case would take too long
-    cases = [Case(ROWS, rows, dtype, **few) for dtype in (F32, BF16)]
-    cases += [Case(BOTH, rows, F32, **few), Case(BOTH, rows, BF16)]
-    cases += [Case(LINEAR, head, dtype, **few) for dtype in (F32, BF16)]
-    cases += [Case(LOSS, heads[0], F32, **few), Case(LOSS, heads[0], BF16)]
+    few = (*OURS, "torch eager")  # a child for each provider of each case would take too long
+    cases = [Case(ROWS, rows, dtype, memory=few) for dtype in (F32, BF16)]
+    cases += [Case(BOTH, rows, F32, memory=few), Case(BOTH, rows, BF16)]
+    cases += [Case(LINEAR, head, dtype, memory=few) for dtype in (F32, BF16)]
+    cases += [Case(LOSS, heads[0], F32, memory=few), Case(LOSS, heads[0], BF16)]
     # the larger head: ours, and who the bar names
-    cases += [Case(LOSS, h, dtype, only=(*OURS, *FASTEST_OF), **few) for h in heads[1:] for dtype in (F32, BF16)]
+    named = (*OURS, *FASTEST_OF)
+    cases += [Case(LOSS, h, dtype, only=named, memory=few) for h in heads[1:] for dtype in (F32, BF16)]
     return [*cases, Case(BELLMAN, values, F32)]
 
 
@@ -58,13 +60,13 @@ def curves(device: str, quick: bool) -> list[Case]:
     head, vocabulary = 49_152, 151_936
     if quick:
         lengths, vocabularies, width, length, head, vocabulary = [2, 4], [1024, 2048], 64, 4, 2048, 4096
-    loss = {"dtype": BF16, "only": who, "memory": who[:2]}
-    rows = {"dtype": F32, "only": who[:2]}
+    loss = partial(Case, LOSS, dtype=BF16, only=who, memory=who[:2])
+    rows = partial(Case, BOTH, dtype=F32, only=who[:2])
     return [
-        *(Case(LOSS, Shape(8, t, head, width), curve="N", **loss) for t in lengths),
-        *(Case(LOSS, Shape(8, length, v, width), curve="V", **loss) for v in vocabularies),
-        *(Case(BOTH, Shape(8, t, vocabulary), curve="N", **rows) for t in lengths),
-        *(Case(BOTH, Shape(8, length, v), curve="V", **rows) for v in vocabularies),
+        *(loss(shape=Shape(8, t, head, width), curve="N") for t in lengths),
+        *(loss(shape=Shape(8, length, v, width), curve="V") for v in vocabularies),
+        *(rows(shape=Shape(8, t, vocabulary), curve="N") for t in lengths),
+        *(rows(shape=Shape(8, length, v), curve="V") for v in vocabularies),
     ]
 
 

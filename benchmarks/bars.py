@@ -105,10 +105,9 @@ def _no_slower_than_the_fastest(rows, dtype, sizes) -> Bar:
 
 def _memory(rows, dtype, sizes) -> Bar:
     mine, eager = (_row(rows, LOSS, dtype, sizes, who) for who in (OURS, "torch eager"))
-    known = mine and eager and mine.memory is not None and eager.memory
-    share = max(mine.memory, 0) / eager.memory if known else None
-    measured = f"{share:.2%} ({mine.memory / 2**20:.1f} of {eager.memory / 2**20:.0f} MiB)" if known else ""
-    return Bar(
-        _name(LOSS, dtype, sizes), "torch eager, memory beyond inputs and outputs", "at most 1%", measured,
-        share <= 0.01 if known else None,
-    )  # fmt: skip
+    measured, met = "", None
+    if mine and eager and mine.memory is not None and eager.memory:
+        share = max(mine.memory, 0) / eager.memory
+        measured, met = f"{share:.2%} ({mine.memory / 2**20:.1f} of {eager.memory / 2**20:.0f} MiB)", share <= 0.01
+    against = "torch eager, memory beyond inputs and outputs"
+    return Bar(_name(LOSS, dtype, sizes), against, "at most 1%", measured, met)

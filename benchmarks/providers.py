@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -134,8 +135,8 @@ def providers(family: str) -> list[Provider]:
     computes, eager = FAMILIES[family], EAGER[family]
     ours = [
         Provider(
-            name, family, computes, lambda b=name: library_function(reval_kernels, family, backend=b),
-            lambda device, b=name: backend_missing(b, device),
+            name, family, computes, partial(library_function, reval_kernels, family, backend=name),
+            partial(backend_missing, name),
         )
         for name in reval_kernels.backends()
     ]  # fmt: skip

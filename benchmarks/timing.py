@@ -6,16 +6,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 Call = Callable[[], object]
 
 
 class CpuClock:
     """Wall time of a call on the CPU. Its result is freed after the clock has stopped."""
 
-    def seconds(self, call: Call) -> tuple[float, object]:
+    def seconds(self, call: Callable[[], T]) -> tuple[float, T]:
         start = time.perf_counter()
         out = call()
         return time.perf_counter() - start, out
@@ -28,7 +30,7 @@ class CudaClock:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
 
-    def seconds(self, call: Call) -> tuple[float, object]:
+    def seconds(self, call: Callable[[], T]) -> tuple[float, T]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         start.record()
