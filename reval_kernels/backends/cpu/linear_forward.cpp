@@ -188,10 +188,13 @@ std::vector<Tensor> linear_keeping(
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
     std::optional<double> softcap) {
   const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
-  const int64_t strips = Kept::capacity(tokens.size(), weight.size(1));
+  const bool narrow = hidden.element_size() == 2 && weight.element_size() == 2;
+  const int64_t room = weight.size(1) * weight.element_size() / (kStrip * (narrow ? 2 : 4));  // strips
   KeptTensors kept{
-      huge(at::empty(weight.sizes(), weight.options())), at::ones({strips}, at::kBool),
-      anchors(hidden, weight, bias, tokens), at::empty({tokens.size()}, at::kFloat)};
+      huge(at::empty(weight.sizes(), weight.options())),
+      at::ones({std::min(room, parts(tokens.size(), kStrip))}, at::kBool),
+      narrow ? anchors(hidden, weight, bias, tokens) : at::empty({0}, at::kFloat),
+      at::empty({tokens.size()}, at::kFloat)};
   auto out = forward(hidden, weight, bias, actions, tokens, false, nullptr, kept);
   for (const Tensor& x : kept.list()) out.push_back(x);
   return out;

@@ -39,6 +39,16 @@ def test_gradients(shape, dtype):
     compare("cpu", "linear_reval_loss", inputs, ONE, **options)
 
 
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes_are_kept_in_float32(hidden):
+    """In half as many strips where the head is bf16."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.float32)
+    inputs["hidden"] = inputs["hidden"].to(hidden)
+    inputs["weight"] = inputs["weight"].to(torch.bfloat16 if hidden == torch.float32 else torch.float32)
+    assert kept_strips(inputs) == [True] * (1 if hidden == torch.float32 else 3)
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mask_bias_temperature_and_softcap(dtype):
     inputs, options = inputs_of(3, 90, 517, 130, dtype=dtype)
