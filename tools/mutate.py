@@ -215,7 +215,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ rows: padding is filled before softcap", "cpu/rows.cpp",
-        "  for (int i = n; i < W; ++i) z[i] = fill;\n", "",
+        "  for (int i = n; i < W; ++i) z[i] = -kInfinity;\n", "",
         TESTS + "test_values.py -k values_and_gradients",
     ),
     Mutation(
