@@ -215,7 +215,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ rows: padding is filled before softcap", "cpu/rows.cpp",
-        "  for (int i = n; i < W; ++i) z[i] = fill;\n", "",
+        "  for (int i = n; i < W; ++i) z[i] = -kInfinity;\n", "",
         TESTS + "test_values.py -k values_and_gradients",
     ),
     Mutation(
@@ -270,7 +270,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ kept: what does not fit into 16 bits is kept", "cpu/columns.cpp",
-        "return !any_at_least(most, splat(kMostKept));", "return true;",
+        "return all_negative((I)(most - kMostKept));", "return true;",
         TESTS + "cpu/test_kept.py -k far_above",
     ),
     Mutation(

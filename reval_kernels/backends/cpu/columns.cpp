@@ -12,9 +12,9 @@ using reval::kStrip;
 
 constexpr int kVectors = kStrip / W;
 
-inline F get(const float* x, int64_t at) { return load<reval::kFloat>(x, at); }
+INLINE F get(const float* x, int64_t at) { return load<reval::kFloat>(x, at); }
 
-inline void put(float* x, int64_t at, F value) { store<reval::kFloat, false>(x, at, value); }
+inline void put(float* x, int64_t at, F value) { store<reval::kFloat>(x, at, value); }
 
 // One call's lanes after the sums of all calls before it, of which the maxima are in the lanes already.
 template <bool entropy>
@@ -47,21 +47,16 @@ void partial_columns(
   int64_t word = 0;
   for (; word + kUnroll <= words; word += kUnroll) {
     for (int v = 0; v < vectors; ++v) {
-      F z[kUnroll];
-      for (int k = 0; k < kUnroll; ++k) z[k] = cap<capped>(get(x, (word + k) * kStrip + v * W), softcap);
-      F maximum = max_(max_(max_(z[0], z[1]), max_(z[2], z[3])), max_(max_(z[4], z[5]), max_(z[6], z[7])));
-      const F inv = get(inv_temperature, v * W);
-      if (__builtin_expect(any_at_least(maximum, lanes[v].maximum), 0)) {
-        add_raising<kUnroll, entropy>(lanes[v], z, maximum, inv);
-      } else {
-        add<kUnroll, entropy, false>(lanes[v], z, inv);
-      }
+      take<kUnroll, entropy, false>(
+          lanes[v], [=](int k) { return cap<capped>(get(x, (word + k) * kStrip + v * W), softcap); },
+          get(inv_temperature, v * W));
     }
   }
   for (; word < words; ++word) {
     for (int v = 0; v < vectors; ++v) {
-      const F z[1] = {cap<capped>(get(x, word * kStrip + v * W), softcap)};
-      add_raising<1, entropy>(lanes[v], z, z[0], get(inv_temperature, v * W));
+      take<1, entropy, false>(
+          lanes[v], [=](int) { return cap<capped>(get(x, word * kStrip + v * W), softcap); },
+          get(inv_temperature, v * W));
     }
   }
   for (int v = 0; v < vectors; ++v) merge<entropy>(lanes[v], get(inv_temperature, v * W), v * W, sums);
@@ -78,31 +73,40 @@ void partial(
                       : partial_columns<false, false>(x, words, tokens, softcap, inv_temperature, sums);
 }
 
-// Gives `write` the gradients of W tokens' logits of the words w and w + 1 (0 where there is no such word).
+// Gives `write` the gradients of W tokens' logits of n words, for all tokens.
+template <bool capped, bool entropy, int n, typename Write>
+INLINE void gradient_words(
+    const float* x, int64_t word, int64_t tokens, float softcap, const float* inv_temperature,
+    const ColumnGradients& by, const Write& write) {
+  const float inv_softcap = capped ? 1.0f / softcap : 0.0f;
+  for (int64_t at = 0; at < tokens; at += W) {
+    F z[n];
+    for (int k = 0; k < n; ++k) z[k] = cap<capped>(get(x, (word + k) * kStrip + at), softcap);
+    gradients_of<capped, entropy>(
+        z, get(inv_temperature, at), get(by.row_max, at), get(by.log_sum, at), get(by.from_all, at),
+        entropy ? get(by.from_entropy, at) : F{}, entropy ? get(by.entropy, at) : F{}, inv_softcap);
+    write(word, at, z);
+  }
+}
+
 template <bool capped, bool entropy, typename Write>
-inline void gradient_columns(
+void gradient_columns(
     const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
     const ColumnGradients& by, Ahead ahead, const Write& write) {
-  const float inv_softcap = capped ? 1.0f / softcap : 0.0f;
   constexpr int64_t line = 64;
   const char* soon = static_cast<const char*>(ahead.memory);
-  const int64_t step = (ahead.bytes / line * 2 + words - 1) / words * line;
-  for (int64_t word = 0; word < words; word += 2) {
-    const float* row = x + word * kStrip;
-    for (int64_t i = word / 2 * step; i < word / 2 * step + step && i < ahead.bytes; i += line) {
+  const int64_t step = (ahead.bytes / line * kGroup + words - 1) / words * line;
+  int64_t word = 0;
+  for (; word + kGroup <= words; word += kGroup) {
+    for (int64_t i = word / kGroup * step; i < word / kGroup * step + step && i < ahead.bytes; i += line) {
       __builtin_prefetch(soon + i, 0, 2);
     }
-    for (int64_t at = 0; at < tokens; at += W) {
-      auto one = [&](F z) {
-        return gradient_of<capped, entropy>(
-            cap<capped>(z, softcap), get(inv_temperature, at), get(by.row_max, at), get(by.log_sum, at),
-            get(by.from_all, at), entropy ? get(by.from_entropy, at) : F{}, entropy ? get(by.entropy, at) : F{},
-            inv_softcap);
-      };
-      const F first = one(get(row, at));
-      write(word, at, first, word + 1 < words ? one(get(row, kStrip + at)) : F{});
-    }
+    gradient_words<capped, entropy, kGroup>(x, word, tokens, softcap, inv_temperature, by, write);
   }
+  for (; word + 2 <= words; word += 2) {
+    gradient_words<capped, entropy, 2>(x, word, tokens, softcap, inv_temperature, by, write);
+  }
+  if (word < words) gradient_words<capped, entropy, 1>(x, word, tokens, softcap, inv_temperature, by, write);
 }
 
 template <typename Write>
@@ -120,22 +124,22 @@ inline void gradient_any(
 void gradient(
     const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
     const ColumnGradients& by, Ahead ahead, float* out, int64_t ld_out) {
-  gradient_any(x, words, tokens, softcap, inv_temperature, by, ahead, [&](int64_t word, int64_t at, F first, F second) {
-    put(out, word * ld_out + at, first);
-    if (word + 1 < words) put(out, (word + 1) * ld_out + at, second);
+  gradient_any(x, words, tokens, softcap, inv_temperature, by, ahead, [=](int64_t word, int64_t at, const auto& g) {
+    for (const F& one : g) put(out, word++ * ld_out + at, one);
   });
 }
 
 void gradient_bf16(
     const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
     const ColumnGradients& by, Ahead ahead, uint16_t* out, int64_t ld_out, uint32_t* pairs) {
-  gradient_any(x, words, tokens, softcap, inv_temperature, by, ahead, [&](int64_t word, int64_t at, F first, F second) {
-    const H low = to_bfloat16(first), high = to_bfloat16(second);
-    const U pair = widen(low) | widen(high) << 16;
-    __builtin_memcpy(pairs + word / 2 * kStrip + at, &pair, sizeof pair);
+  gradient_any(x, words, tokens, softcap, inv_temperature, by, ahead, [=](int64_t word, int64_t at, const auto& g) {
+    constexpr int n = sizeof g / sizeof(F);
+    for (int k = 0; k < n; k += 2) {
+      const U pair = pair_bfloat16(g[k], k + 1 < n ? g[k + 1] : F{});
+      __builtin_memcpy(pairs + (word + k) / 2 * kStrip + at, &pair, sizeof pair);
+    }
     if (!out) return;
-    __builtin_memcpy(out + word * ld_out + at, &low, sizeof low);
-    if (word + 1 < words) __builtin_memcpy(out + (word + 1) * ld_out + at, &high, sizeof high);
+    for (int k = 0; k < n; ++k) store<reval::kBFloat16>(out, (word + k) * ld_out + at, g[k]);
   });
 }
 
@@ -143,33 +147,40 @@ constexpr float kLeastKept = -32768.0f, kMostKept = 32767.0f;
 constexpr float kOffset = 8192.0f;  // more room below the anchor than above it
 
 void keep(const float* x, int64_t words, float* out) {
-  for (int64_t i = 0; i < words * kStrip; i += W) store<reval::kFloat, true>(out, i, get(x, i));
+  for (int64_t i = 0; i < words * kStrip; i += W) store_bits<true>(out + i, (U)get(x, i));
   streaming_done();
 }
 
+// Two vectors of a word are kept as one, which takes turns between them.
 bool keep_steps(const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, int16_t* out) {
-  const F rounds = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole number in the low bits
   F most = splat(kLeastKept);
   for (int64_t word = 0; word < words; ++word) {
-    for (int64_t at = 0; at < tokens; at += W) {
-      F steps = fused(get(x, word * kStrip + at) - get(anchor, at), get(step, at), splat(kOffset));
-      most = max_(steps, most);  // no NaN: its row is NaN in any case, but the lane is not its alone
-      steps = steps > kLeastKept ? steps : splat(kLeastKept);
-      const H bits = __builtin_convertvector((U)(steps + rounds), H);
-      store_bits<true>(reinterpret_cast<uint16_t*>(out) + word * kStrip + at, bits);
+    for (int64_t first = 0; first < tokens; first += 2 * W) {
+      U bits[2] = {};
+      for (int64_t at = first; at < first + 2 * W && at < tokens; at += W) {
+        F steps = fused(get(x, word * kStrip + at) - get(anchor, at), get(step, at), splat(kOffset));
+        most = max_(steps, most);  // no NaN: its row is NaN in any case, but the lane is not its alone
+        steps = steps > kLeastKept ? steps : splat(kLeastKept);
+        bits[at > first] = (U)(steps + kShift);
+      }
+      store_bits<true>(out + word * kStrip + first, (bits[0] & 0xffff) | bits[1] << 16);
     }
   }
   streaming_done();
-  return !any_at_least(most, splat(kMostKept));
+  return all_negative((I)(most - kMostKept));
 }
 
-void restore_steps(const int16_t* from, int64_t words, int64_t tokens, const float* anchor, const float* inv_step, float* x) {
+void restore_steps(
+    const int16_t* from, int64_t words, int64_t tokens, const float* anchor, const float* inv_step, float* x) {
   for (int64_t word = 0; word < words; ++word) {
-    for (int64_t at = 0; at < tokens; at += W) {
-      const H bits = load_bits(reinterpret_cast<const uint16_t*>(from) + word * kStrip + at);
-      const F steps = __builtin_convertvector((I)(widen(bits) << 16) >> 16, F);
-      const F logit = fused(steps - kOffset, get(inv_step, at), get(anchor, at));
-      put(x, word * kStrip + at, steps > kLeastKept ? logit : splat(-kInfinity));
+    for (int64_t first = 0; first < tokens; first += 2 * W) {
+      U bits;
+      __builtin_memcpy(&bits, from + word * kStrip + first, sizeof bits);
+      for (int64_t at = first; at < first + 2 * W && at < tokens; at += W) {
+        const F steps = __builtin_convertvector((I)(at > first ? bits : bits << 16) >> 16, F);
+        const F logit = fused(steps - kOffset, get(inv_step, at), get(anchor, at));
+        put(x, word * kStrip + at, steps > kLeastKept ? logit : splat(-kInfinity));
+      }
     }
   }
 }

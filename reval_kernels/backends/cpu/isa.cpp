@@ -18,6 +18,7 @@ REVAL_KERNELS_OF(plain)
 #ifdef REVAL_X86_VARIANTS
 REVAL_KERNELS_OF(avx2)
 REVAL_KERNELS_OF(avx512)
+REVAL_KERNELS_OF(avx512bf16)
 #endif
 
 namespace {
@@ -37,19 +38,15 @@ const Kernels& choose() {
   const char* asked = std::getenv("REVAL_CPU_ISA");
   bool plain = asked && std::strcmp(asked, "plain") == 0;
   bool avx2 = asked && std::strcmp(asked, "avx2") == 0;
-  if (!plain && !avx2 && runs_avx512()) return kernels_avx512;
+  bool avx512 = asked && std::strcmp(asked, "avx512") == 0;
+  if (!plain && !avx2 && runs_avx512()) {
+    return !avx512 && __builtin_cpu_supports("avx512bf16") ? kernels_avx512bf16 : kernels_avx512;
+  }
   if (!plain && runs_avx2()) return kernels_avx2;
   return kernels_plain;
 }
-
-bool choose_bf16() {
-  const char* asked = std::getenv("REVAL_CPU_ISA");
-  return &kernels() == &kernels_avx512 && !(asked && std::strcmp(asked, "avx512") == 0) &&
-         __builtin_cpu_supports("avx512bf16");
-}
 #else
 const Kernels& choose() { return kernels_plain; }
-bool choose_bf16() { return false; }
 #endif
 
 }  // namespace
@@ -60,8 +57,11 @@ const Kernels& kernels() {
 }
 
 bool has_bf16_matmul() {
-  static const bool chosen = choose_bf16();
-  return chosen;
+#ifdef REVAL_X86_VARIANTS
+  return &kernels() == &kernels_avx512bf16;
+#else
+  return false;
+#endif
 }
 
 }  // namespace reval

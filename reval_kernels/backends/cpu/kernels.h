@@ -114,10 +114,10 @@ struct Kernels {
   const LayoutKernels& layout;
 };
 
-// Those for this processor, or those that REVAL_CPU_ISA (plain, avx2, avx512) names.
+// Those for this processor, or those that REVAL_CPU_ISA (plain, avx2, avx512, avx512bf16) names, if it runs them.
 const Kernels& kernels();
 
-// Whether the processor multiplies bf16 itself (and REVAL_CPU_ISA does not forbid it).
+// Whether these kernels are for a processor that multiplies bf16 itself.
 bool has_bf16_matmul();
 
 inline float load_scalar(DType type, const void* row, int64_t index) {

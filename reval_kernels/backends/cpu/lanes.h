@@ -8,10 +8,11 @@ namespace {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLowest = -3.40282347e38f;  // stands for -inf as a maximum: -inf - kLowest is no NaN
 constexpr int kUnroll = 8;
+constexpr int kGroup = 4;  // vectors at a time: more do not fit the registers
 
 // A logit after the softcap, which is 0 where there is none.
 template <bool capped>
-inline F cap(F z, float softcap) {
+INLINE F cap(F z, float softcap) {
   return capped ? softcap * tanh_(z * (1.0f / softcap)) : z;
 }
 
@@ -22,7 +23,7 @@ struct Lanes {
 
 // New maxima: what was summed under lower ones is scaled down.
 template <bool entropy>
-inline void raise(Lanes& s, F maximum, F inv_temperature) {
+INLINE void raise(Lanes& s, F maximum, F inv_temperature) {
   F shift = max_(splat(kLowest), maximum * inv_temperature);
   F d = max_(splat(kLeast), s.shift - shift);
   I raised = maximum > s.maximum;
@@ -34,44 +35,83 @@ inline void raise(Lanes& s, F maximum, F inv_temperature) {
   s.shift = shift;
 }
 
-// Takes in `n` vectors; `exact` when some of their entries reach the lanes' maxima, which then have been raised.
-template <int n, bool entropy, bool exact>
-inline void add(Lanes& s, const F (&z)[n], F inv_temperature) {
-  F others[2] = {}, spread[2] = {};
-  for (int k = 0; k < n; ++k) {
-    F d = max_(splat(kLeast), z[k] * inv_temperature - s.shift);
-    F e = exp_(d);
-    if (exact) {
-      I at_maximum = z[k] == s.maximum;
-      s.count += at_maximum ? splat(1.0f) : F{};
-      e = at_maximum ? F{} : e;
-    }
-    others[k % 2] += e;
-    if (entropy) spread[k % 2] = fused(e, d, spread[k % 2]);
-  }
-  s.others += others[0] + others[1];
-  if (entropy) s.spread += spread[0] + spread[1];
-}
-
 template <int n, bool entropy>
-__attribute__((noinline)) void add_raising(Lanes& s, const F (&z)[n], F maximum, F inv_temperature) {
-  raise<entropy>(s, max_(maximum, s.maximum), inv_temperature);
-  add<n, entropy, true>(s, z, inv_temperature);
+INLINE void add(Lanes& s, const F (&d)[n]) {
+  constexpr int group = n < kGroup ? n : kGroup;
+  F others[group] = {}, spread[group] = {};
+  for (int first = 0; first < n; first += group) {
+    F x[group];
+    Product e[group];
+    for (int k = 0; k < group; ++k) x[k] = max_(splat(kLeast), d[first + k]);
+    exp_(x, e);
+    for (int k = 0; k < group; ++k) {
+      others[k] = fused(e[k].scale, e[k].p, others[k]);
+      if (entropy) spread[k] = fused(e[k].value(), x[k], spread[k]);
+    }
+  }
+  for (int k = 1; k < group; ++k) {  // first among themselves: one rounding to the digits of the sum so far, not four
+    others[0] += others[k];
+    spread[0] += spread[k];
+  }
+  s.others += others[0];
+  s.spread += spread[0];
 }
 
-// The gradient of W logits, already capped.
-template <bool capped, bool entropy>
-inline F gradient_of(F z, F inv, F row_max, F log_sum, F from_all, F from_entropy, F own_entropy, float inv_softcap) {
-  F log_p = (z * inv - row_max) - log_sum;
-  F p = exp_(max_(splat(kLeast), log_p));
-  F g = from_all;
-  if (entropy) g = fused(-from_entropy, max_(splat(kLeast), log_p) + own_entropy, from_all);
-  g = p * g;
-  if (capped) {
-    F tanh = z * inv_softcap;
-    g = g * fused(-tanh, tanh, splat(1.0f));
+template <int n, bool entropy, bool one_row, typename Logits>
+__attribute__((noinline)) Lanes add_raising(Lanes s, Logits logits, F inv_temperature) {
+  F z[n], d[n], maximum = s.maximum;
+  for (int k = 0; k < n; ++k) {
+    z[k] = logits(k);
+    maximum = max_(z[k], maximum);
   }
-  return g;
+  if (one_row) {
+    for (int i = 1; i < W; ++i) maximum[0] = maximum[i] > maximum[0] ? maximum[i] : maximum[0];
+    maximum = splat(maximum[0]);
+  }
+  raise<entropy>(s, maximum, inv_temperature);
+  for (int k = 0; k < n; ++k) {
+    I at_maximum = z[k] == s.maximum;
+    s.count += at_maximum ? splat(1.0f) : F{};
+    d[k] = at_maximum ? splat(-kInfinity) : z[k] * inv_temperature - s.shift;
+  }
+  add<n, entropy>(s, d);
+  return s;
+}
+
+// Takes in the `n` vectors of logits that `logits` gives by their number.
+template <int n, bool entropy, bool one_row, typename Logits>
+INLINE void take(Lanes& s, const Logits& logits, F inv_temperature) {
+  F d[n];
+  I below;
+  for (int k = 0; k < n; ++k) {
+    d[k] = logits(k) * inv_temperature - s.shift;
+    below = k ? below & (I)d[k] : (I)d[k];
+  }
+  if (__builtin_expect(all_negative(below), 1)) {
+    add<n, entropy>(s, d);
+  } else {
+    s = add_raising<n, entropy, one_row>(s, logits, inv_temperature);
+  }
+}
+
+// The gradients of n vectors of logits, already capped, in their place.
+template <bool capped, bool entropy, int n>
+INLINE void gradients_of(
+    F (&z)[n], F inv, F row_max, F log_sum, F from_all, F from_entropy, F own_entropy, float inv_softcap) {
+  F log_p[n];
+  Product e[n];
+  for (int k = 0; k < n; ++k) log_p[k] = (z[k] * inv - row_max) - log_sum;
+  for (int k = 0; k < n; ++k) log_p[k] = max_(splat(kLeast), log_p[k]);
+  exp_(log_p, e);
+  for (int k = 0; k < n; ++k) {
+    F g = entropy ? fused(-from_entropy, log_p[k] + own_entropy, from_all) : from_all;
+    g = e[k].value() * g;
+    if (capped) {
+      F tanh = z[k] * inv_softcap;
+      g = g * fused(-tanh, tanh, splat(1.0f));
+    }
+    z[k] = g;
+  }
 }
 
 }  // namespace

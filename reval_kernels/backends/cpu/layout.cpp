@@ -64,10 +64,10 @@ template <DType from_type, DType to_type>
 void convert_typed(const void* from, int64_t n, void* to) {
   constexpr int size = to_type == reval::kFloat ? 4 : 2;
   int64_t at = 0;
-  for (; at + W <= n; at += W) store<to_type, false>(to, at, load<from_type>(from, at));
+  for (; at + W <= n; at += W) store<to_type>(to, at, load<from_type>(from, at));
   if (at == n) return;
   alignas(64) char buffer[4 * W];
-  store<to_type, false>(buffer, 0, load_first<from_type>(from, at, n - at));
+  store<to_type>(buffer, 0, load_first<from_type>(from, at, n - at));
   __builtin_memcpy(static_cast<char*>(to) + at * size, buffer, (n - at) * size);
 }
 

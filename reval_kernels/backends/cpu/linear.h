@@ -60,16 +60,20 @@ void matmul(
 struct Cut {
   int64_t tokens, vocabulary, width;
   int64_t words;               // of a tile: as many as keep a tile of the head well inside a second-level cache
-  int64_t block;               // strips of a block: as many as 2 MiB of hidden states, within limits
-  int64_t tiles, strips, blocks;
+  int64_t tiles, strips;
+  int64_t block, blocks;       // strips of a block, and how many blocks
 
   Cut(int64_t tokens, int64_t vocabulary, int64_t width, int64_t entry)
       : tokens(tokens), vocabulary(vocabulary), width(width),
-        words(std::clamp<int64_t>((448 << 10) / std::max<int64_t>(1, width * entry) / 64 * 64, 64, 256)),
-        block(std::max<int64_t>(
-            at::get_num_threads(),
-            std::clamp<int64_t>((2 << 20) / std::max<int64_t>(1, kStrip * width * entry), 4, 16))),
-        tiles(parts(vocabulary, words)), strips(parts(tokens, kStrip)), blocks(parts(strips, block)) {}
+        words(std::clamp<int64_t>((448 << 10) / std::max<int64_t>(1, width * entry) / 64 * 64, 64, 192)),
+        tiles(parts(vocabulary, words)), strips(parts(tokens, kStrip)),
+        block(std::max<int64_t>(at::get_num_threads(), strips_of_a_block(entry))), blocks(parts(strips, block)) {}
+
+  // As many as 2 MiB of hidden states, within limits; or all, if 4 MiB will do: a single block needs no second one's room.
+  int64_t strips_of_a_block(int64_t entry) const {
+    const auto some = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(1, kStrip * width * entry), 4, 16);
+    return strips <= std::min<int64_t>(2 * some, 16) ? strips : some;
+  }
 
   int64_t words_of(int64_t tile) const { return std::min(words, vocabulary - tile * words); }
   int64_t tokens_of(int64_t strip) const { return std::min(kStrip, tokens - strip * kStrip); }

@@ -17,19 +17,16 @@ inline float sum_lanes(F x) {
   return total;
 }
 
-template <DType type, bool capped>
-inline F load_capped(const void* x, int64_t at, Transform t) {
-  return cap<capped>(load<type>(x, at), t.softcap);
-}
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The last n < W entries, the missing ones filled with `fill` after the softcap.
+// n <= W entries, the missing ones filled with -inf after the softcap.
 template <DType type, bool capped>
-inline F load_rest(const void* x, int64_t at, int64_t n, Transform t, float fill) {
+inline F load_rest(const void* x, int64_t at, int64_t n, Transform t) {
   constexpr int size = type == reval::kFloat ? 4 : 2;
   alignas(64) char buffer[4 * W] = {};
   __builtin_memcpy(buffer, static_cast<const char*>(x) + at * size, n * size);
-  F z = load_capped<type, capped>(buffer, 0, t);
-  for (int i = n; i < W; ++i) z[i] = fill;
+  F z = cap<capped>(load<type>(buffer, 0), t.softcap);
+  for (int i = n; i < W; ++i) z[i] = -kInfinity;
   return z;
 }
 
@@ -39,24 +36,18 @@ void partial_row(const void* x, int64_t n, Transform t, Partial* out) {
   Lanes s;
   int64_t at = 0;
   for (; at + kUnroll * W <= n; at += kUnroll * W) {
-    F z[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) z[k] = load_capped<type, capped>(x, at + k * W, t);
-    F maximum = max_(max_(max_(z[0], z[1]), max_(z[2], z[3])), max_(max_(z[4], z[5]), max_(z[6], z[7])));
-    if (__builtin_expect(any_at_least(maximum, s.maximum), 0)) {
-      add_raising<kUnroll, entropy>(s, z, maximum, inv);
-    } else {
-      add<kUnroll, entropy, false>(s, z, inv);
-    }
+    auto logits = [=](int k) {
+      F z[2];
+      load_two<type>(x, at + k / 2 * 2 * W, z);
+      return cap<capped>(z[k % 2], t.softcap);
+    };
+    take<kUnroll, entropy, true>(s, logits, inv);
   }
   for (; at < n; at += W) {
-    F z[1] = {
-        at + W <= n ? load_capped<type, capped>(x, at, t) : load_rest<type, capped>(x, at, n - at, t, -kInfinity)};
-    add_raising<1, entropy>(s, z, z[0], inv);
+    const F z = load_rest<type, capped>(x, at, min(W, n - at), t);
+    take<1, entropy, true>(s, [=](int) { return z; }, inv);
   }
-  float maximum = kLowest;
-  for (int i = 0; i < W; ++i) maximum = s.maximum[i] > maximum ? s.maximum[i] : maximum;
-  raise<entropy>(s, splat(maximum), inv);
-  *out = {maximum, sum_lanes(s.others) + (sum_lanes(s.count) - 1.0f), sum_lanes(s.spread)};
+  *out = {s.maximum[0], sum_lanes(s.others) + (sum_lanes(s.count) - 1.0f), sum_lanes(s.spread)};
 }
 
 template <DType type, bool capped, bool entropy, bool streaming>
@@ -66,27 +57,27 @@ void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* 
   const F from_all = splat(row.from_all * t.inv_temperature);
   const F from_entropy = splat(row.from_entropy * t.inv_temperature), own_entropy = splat(row.entropy);
   const float inv_softcap = capped ? 1.0f / t.softcap : 0.0f;
-  auto one = [&](F z) {
-    return gradient_of<capped, entropy>(z, inv, row_max, log_sum, from_all, from_entropy, own_entropy, inv_softcap);
-  };
   auto rest = [&](int64_t at, int64_t count) {
     alignas(64) char buffer[4 * W];
-    store<type, false>(buffer, 0, one(load_rest<type, capped>(x, at, count, t, -kInfinity)));
+    F z[1] = {load_rest<type, capped>(x, at, count, t)};
+    gradients_of<capped, entropy>(z, inv, row_max, log_sum, from_all, from_entropy, own_entropy, inv_softcap);
+    store<type>(buffer, 0, z[0]);
     __builtin_memcpy(static_cast<char*>(out) + at * size, buffer, count * size);
   };
   int64_t at = 0;
   if (streaming) {  // up to the first whole vector of `out`
-    int64_t past = reinterpret_cast<uintptr_t>(out) / size % W;
-    at = past == 0 ? 0 : (W - past < n ? W - past : n);
-    if (at > 0) rest(0, at);
+    const int64_t past = reinterpret_cast<uintptr_t>(out) % (4 * W) / size;
+    const int64_t before = past == 0 ? 0 : min(4 * W / size - past, n);
+    for (; at < before; at += min(W, before - at)) rest(at, min(W, before - at));
   }
-  for (; at + 4 * W <= n; at += 4 * W) {
-    for (int k = 0; k < 4; ++k) {
-      store<type, streaming>(out, at + k * W, one(load_capped<type, capped>(x, at + k * W, t)));
-    }
+  for (; at + kGroup * W <= n; at += kGroup * W) {
+    F z[kGroup];
+    for (int k = 0; k < kGroup; k += 2) load_two<type>(x, at + k * W, z + k);
+    for (int k = 0; k < kGroup; ++k) z[k] = cap<capped>(z[k], t.softcap);
+    gradients_of<capped, entropy>(z, inv, row_max, log_sum, from_all, from_entropy, own_entropy, inv_softcap);
+    for (int k = 0; k < kGroup; k += 2) store_two<type, streaming>(out, at + k * W, z + k);
   }
-  for (; at + W <= n; at += W) store<type, streaming>(out, at, one(load_capped<type, capped>(x, at, t)));
-  if (at < n) rest(at, n - at);
+  for (; at < n; at += W) rest(at, min(W, n - at));
   if (streaming) streaming_done();
 }
 

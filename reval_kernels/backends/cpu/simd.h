@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// Without it GCC leaves calls in the loops, and every vector goes through memory.
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -26,11 +29,11 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
 
-inline F splat(float x) { return x - F{}; }
+INLINE F splat(float x) { return x - F{}; }
 
 // a * b + c in one rounding where the processor can. Written out wherever it is wanted: this file is compiled without
 // fusing, because z * inv_temperature - maximum must be exactly 0 at the maximum.
-inline F fused(F a, F b, F c) {
+INLINE F fused(F a, F b, F c) {
 #if defined(__AVX512F__)
   return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
@@ -41,7 +44,7 @@ inline F fused(F a, F b, F c) {
 }
 
 // The second argument where either is NaN, so max_(bound, x) keeps a NaN in x.
-inline F max_(F a, F b) {
+INLINE F max_(F a, F b) {
 #if defined(__AVX512F__)
   return (F)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -51,81 +54,111 @@ inline F max_(F a, F b) {
 #endif
 }
 
-inline bool any_at_least(F a, F b) {
+INLINE bool all_negative(I x) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ) != 0;
+  return _mm512_movepi32_mask((__m512i)x) == 0xffff;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)) != 0;
+  return _mm256_movemask_ps((__m256)x) == 0xff;
 #else
-  I at_least = a >= b;
-  int32_t any = 0;
-  for (int i = 0; i < W; ++i) any |= at_least[i];
-  return any != 0;
+  int32_t all = x[0];
+  for (int i = 1; i < W; ++i) all &= x[i];
+  return all < 0;
 #endif
 }
 
-// p * 2^n for a whole number n in [-220, 127] that `shifted` = n + 1.5 * 2^23 holds in its low bits.
-inline F scale_by_power(F p, [[maybe_unused]] F n, [[maybe_unused]] F shifted) {
-#if defined(__AVX512F__)
-  return (F)_mm512_scalef_ps((__m512)p, (__m512)n);
+// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the whole
+// number n in its low bits.
+constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+constexpr float kLn2 = 0.693147182f;
+INLINE F shift_by(F x, float step) { return fused(x, splat(1.0f / step), splat(kShift)); }
+INLINE F remainder(F x, F shifted, float step) {
+  F n = shifted - kShift;
+#if defined(__AVX2__) || defined(__AVX512F__)
+  return fused(n, splat(-step), x);  // float(ln 2) is within 3e-9 of ln 2, which costs exp(x) a relative 3e-9 * |x|
 #else
-  // In two steps, for 2^n may be no normal float; products, not sums of bits: a NaN stays one.
-  I whole = ((I)shifted << 9) >> 9, half = whole >> 1;
-  return p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+  // In two parts: the first has so few digits that its product is exact.
+  return x - n * (step / kLn2 * 0.693359375f) + n * (step / kLn2 * 2.12194440e-4f);
 #endif
-}
-
-constexpr float kLeast = -150.0f;  // exp of it is 0, and so is that of anything less
-
-struct Reduced {
-  F n, shifted, r;
-};
-
-// x = n * ln 2 + r with |r| <= ln 2 / 2. ln 2 in two parts: the first has so few digits that its product is exact.
-inline Reduced reduce(F x) {
-  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  F shifted = fused(x, splat(1.44269504f), magic);
-  F n = shifted - magic;
-  F r = fused(n, splat(-0.693359375f), x);
-  return {n, shifted, fused(n, splat(2.12194440e-4f), r)};
 }
 
 // (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2, least relative error of exp: 3.1e-9.
-inline F tail_polynomial(F r) {
+INLINE F tail_polynomial(F r) {
   F p = fused(splat(0.00138143206f), r, splat(0.00836885162f));
   p = fused(p, r, splat(0.0416684002f));
   p = fused(p, r, splat(0.166665196f));
   return fused(p, r, splat(0.49999994f));
 }
 
-// exp(x) within 2 ulp for kLeast <= x <= 88 where that is a normal float.
-inline F exp_(F x) {
-  Reduced a = reduce(x);
-  F p = fused(tail_polynomial(a.r), a.r, splat(1.0f));
-  return scale_by_power(fused(p, a.r, splat(1.0f)), a.n, a.shifted);
+// 2^n for -126 <= n <= 127, and 0 for n = -127.
+INLINE F power_of_two(F shifted) { return (F)(((I)shifted << 23) + (127 << 23)); }
+
+constexpr float kLeast = -88.0296936f;  // -127 ln 2: exp of it is 0, and so is that of anything less
+
+// An exponential as a product: a sum takes it in with one fused multiply and add.
+struct Product {
+  F scale, p;
+  F value() const { return scale * p; }
+};
+
+// exp(x) for kLeast <= x <= 88: within 2 ulp for |x| <= 10, 3 for |x| <= 30, 5.5 where it is a normal float at all. Every
+// step is for all `n` vectors before the next: a vector's steps wait for each other, and the processor looks only so
+// far ahead for others.
+template <int n>
+INLINE void exp_(const F (&x)[n], Product (&e)[n]) {
+  F shifted[n], r[n];
+#if defined(__AVX512F__)
+  // x = n * ln 2 / 16 + r. The lowest four bits of n choose among the powers 2^(k/16), the others are the exponent; both
+  // are added to the power's bits at once, from which k is subtracted beforehand.
+  constexpr float kPowers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                                 1.29683955f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+  I powers;
+  for (int k = 0; k < W; ++k) powers[k] = __builtin_bit_cast(int32_t, kPowers[k]) - (k << 19);
+  for (int k = 0; k < n; ++k) shifted[k] = shift_by(x[k], kLn2 / 16);
+  for (int k = 0; k < n; ++k) r[k] = remainder(x[k], shifted[k], kLn2 / 16);
+  for (int k = 0; k < n; ++k) {
+    I power = (I)_mm512_permutexvar_epi32((__m512i)shifted[k], (__m512i)powers);
+    e[k].scale = (F)(power + ((I)shifted[k] << 19));
+  }
+  for (int k = 0; k < n; ++k) e[k].p = fused(splat(0.16668f), r[k], splat(0.5000165f));  // for |r| <= ln 2 / 32: 1.7e-9
+#else
+  for (int k = 0; k < n; ++k) shifted[k] = shift_by(x[k], kLn2);
+  for (int k = 0; k < n; ++k) r[k] = remainder(x[k], shifted[k], kLn2);
+  for (int k = 0; k < n; ++k) e[k].scale = power_of_two(shifted[k]);
+  for (int k = 0; k < n; ++k) e[k].p = tail_polynomial(r[k]);
+#endif
+  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], splat(1.0f));
+  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], splat(1.0f));
+}
+
+INLINE F exp_(F x) {
+  const F all[1] = {x};
+  Product e[1];
+  exp_(all, e);
+  return e[0].value();
 }
 
 // tanh(x) = e / (e + 2) with e = exp(2|x|) - 1, which keeps its relative precision near 0.
-inline F tanh_(F x) {
+INLINE F tanh_(F x) {
   F twice = 2.0f * (F)((I)x & 0x7fffffff);
   twice = twice > 20.0f ? splat(20.0f) : twice;  // tanh is 1 to the last bit there; a NaN passes
-  Reduced a = reduce(twice);
-  F power = scale_by_power(splat(1.0f), a.n, a.shifted);
-  F e = fused(power, fused(tail_polynomial(a.r) * a.r, a.r, a.r), power - 1.0f);
+  F shifted = shift_by(twice, kLn2), r = remainder(twice, shifted, kLn2);
+  F power = power_of_two(shifted);
+  F e = fused(power, fused(tail_polynomial(r) * r, r, r), power - 1.0f);
   F t = e / (e + 2.0f);
   return (F)((I)t | ((I)x & (int32_t)0x80000000));
 }
 
-inline H load_bits(const uint16_t* p) {
+INLINE H load_bits(const uint16_t* p) {
   H h;
   __builtin_memcpy(&h, p, sizeof h);
   return h;
 }
 
-inline U widen(H h) { return __builtin_convertvector(h, U); }
+INLINE U widen(H h) { return __builtin_convertvector(h, U); }
 
 template <reval::DType type>
-inline F load(const void* row, int64_t at) {
+INLINE F load(const void* row, int64_t at) {
   if constexpr (type == reval::kFloat) {
     F x;
     __builtin_memcpy(&x, static_cast<const float*>(row) + at, sizeof x);
@@ -146,14 +179,35 @@ inline F load(const void* row, int64_t at) {
   }
 }
 
-inline H to_bfloat16(F x) {
+// Rounded to bf16, in the upper halves; the lower halves hold anything.
+INLINE U round_to_bfloat16(F x) {
   U bits = (U)x;
-  U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  U rounded = bits + 0x7fff + ((bits >> 16) & 1);
   I nan = x != x;
-  return __builtin_convertvector((U)(nan ? I{} + 0x7fc0 : (I)rounded), H);
+  return (U)(nan ? I{} + 0x7fc00000 : (I)rounded);
 }
 
-inline H to_half(F x) {
+INLINE H to_bfloat16(F x) {
+#if defined(__AVX512BF16__)
+  return (H)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become 0
+#else
+  return __builtin_convertvector(round_to_bfloat16(x) >> 16, H);
+#endif
+}
+
+// Both as bf16, alternating: low[0], high[0], low[1], ...
+INLINE U pair_bfloat16(F low, F high) {
+#if defined(__AVX512BF16__)
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  Words alternate;
+  for (int i = 0; i < 2 * W; ++i) alternate[i] = i % 2 * W + i / 2;
+  return (U)_mm512_permutexvar_epi16((__m512i)alternate, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  return round_to_bfloat16(low) >> 16 | (round_to_bfloat16(high) & 0xffff0000u);
+#endif
+}
+
+INLINE H to_half(F x) {
 #if defined(__AVX512F__)
   return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
@@ -170,34 +224,60 @@ inline H to_half(F x) {
 #endif
 }
 
-// `streaming`: past the cache; the address must then be a multiple of the vector's size.
-template <bool streaming>
-inline void store_bits(uint16_t* p, H h) {
-#if defined(__AVX512F__)
-  if constexpr (streaming) return _mm256_stream_si256((__m256i*)p, (__m256i)h);
-#elif defined(__AVX2__)
-  if constexpr (streaming) return _mm_stream_si128((__m128i*)p, (__m128i)h);
-#endif
-  __builtin_memcpy(p, &h, sizeof h);
-}
-
-template <reval::DType type, bool streaming>
-inline void store(void* row, int64_t at, F x) {
+template <reval::DType type>
+INLINE void store(void* row, int64_t at, F x) {
   if constexpr (type == reval::kFloat) {
-    float* p = static_cast<float*>(row) + at;
-#if defined(__AVX512F__)
-    if constexpr (streaming) return _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX2__)
-    if constexpr (streaming) return _mm256_stream_ps(p, (__m256)x);
-#endif
-    __builtin_memcpy(p, &x, sizeof x);
+    __builtin_memcpy(static_cast<float*>(row) + at, &x, sizeof x);
   } else {
     H h = type == reval::kBFloat16 ? to_bfloat16(x) : to_half(x);
-    store_bits<streaming>(static_cast<uint16_t*>(row) + at, h);
+    __builtin_memcpy(static_cast<uint16_t*>(row) + at, &h, sizeof h);
   }
 }
 
-inline void streaming_done() {
+// --- two vectors at a time, 2 W entries: half the work for bf16, of which the vectors take turns ---------------------
+
+template <reval::DType type>
+INLINE void load_two(const void* row, int64_t at, F* x) {
+  if constexpr (type == reval::kBFloat16) {
+    U both;
+    __builtin_memcpy(&both, static_cast<const uint16_t*>(row) + at, sizeof both);
+    x[0] = (F)(both << 16);
+    x[1] = (F)(both & 0xffff0000u);
+  } else {
+    x[0] = load<type>(row, at);
+    x[1] = load<type>(row, at + W);
+  }
+}
+
+// `streaming`: past the cache; the address must then be a multiple of the vector's size.
+template <bool streaming>
+INLINE void store_bits(void* to, U x) {
+#if defined(__AVX512F__)
+  if constexpr (streaming) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)x);
+#elif defined(__AVX2__)
+  if constexpr (streaming) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x);
+#endif
+  __builtin_memcpy(to, &x, sizeof x);
+}
+
+template <reval::DType type, bool streaming>
+INLINE void store_two(void* row, int64_t at, const F* x) {
+  if constexpr (type == reval::kFloat) {
+    store_bits<streaming>(static_cast<float*>(row) + at, (U)x[0]);
+    store_bits<streaming>(static_cast<float*>(row) + at + W, (U)x[1]);
+  } else {
+    U both;
+    if constexpr (type == reval::kBFloat16) {
+      both = pair_bfloat16(x[0], x[1]);
+    } else {
+      const H halves[2] = {to_half(x[0]), to_half(x[1])};
+      __builtin_memcpy(&both, halves, sizeof both);
+    }
+    store_bits<streaming>(static_cast<uint16_t*>(row) + at, both);
+  }
+}
+
+INLINE void streaming_done() {
 #if defined(__AVX2__) || defined(__AVX512F__)
   _mm_sfence();
 #endif
