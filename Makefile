@@ -74,7 +74,7 @@ sanitize: $(READY)
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  REVAL_CPU_LIBRARY=$(CURDIR)/build/sanitize/libreval_kernels_cpu.so REVAL_TEST_BACKENDS=cpu \
-	  $(BIN)/python -m pytest tests/reval_kernels/test_values.py tests/reval_kernels/test_bellman.py \
+	  $(BIN)/python -m pytest tests/reval_kernels/test_values.py tests/reval_kernels/test_bellman.py tests/reval_kernels/cpu/test_kept.py \
 	  tests/reval_kernels/test_linear_values.py tests/reval_kernels/test_fused.py -k "not compile"
 
 mutate: $(READY)
