@@ -94,8 +94,8 @@ INLINE void take(Lanes& s, const Logits& logits, F inv_temperature) {
   }
 }
 
-// RowGradient by lanes, with p = exp(z - row_max) / sum and the sum a part of from_all and from_entropy: log p itself, to
-// which rounding does the most harm, is not needed.
+// RowGradient by lanes, with p = exp(z - row_max) / sum and 1 / sum a part of from_all and from_entropy: that takes no
+// subtraction of log_sum from each entry, which would round p as well.
 struct LaneGradients {
   F row_max, log_sum, entropy, from_all, from_entropy;
 

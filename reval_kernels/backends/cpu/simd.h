@@ -66,8 +66,8 @@ INLINE bool all_negative(I x) {
 #endif
 }
 
-// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the whole
-// number n in its low bits.
+// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the
+// whole number n in its low bits.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
 constexpr float kLn2 = 0.693147182f;
 INLINE F shift_by(F x, float step) { return fused(x, splat(1.0f / step), splat(kShift)); }
@@ -100,14 +100,14 @@ struct Product {
   F value() const { return scale * p; }
 };
 
-// times * exp(x) for kLeast <= x <= 88: exp within 2 ulp for |x| <= 10, 3 for |x| <= 30, 5.5 where it is a normal float at all. Every
-// step is for all `n` vectors before the next: a vector's steps wait for each other, and the processor looks only so
-// far ahead for others.
+// times * exp(x) for kLeast <= x <= 88, the exponential within 2 ulp for |x| <= 10, 3 for |x| <= 30, 5.5 where it is a
+// normal float at all. Every step is for all `n` vectors before the next: a vector's steps wait for each other, and the
+// processor looks only so far ahead for others.
 template <int n>
 INLINE void exp_(const F (&x)[n], F times, Product (&e)[n]) {
   F shifted[n], r[n];
 #if defined(__AVX512F__)
-  // x = n * ln 2 / 16 + r. The lowest four bits of n choose among the powers 2^(k/16), the others are the exponent; both
+  // x = n * ln 2 / 16 + r. The lowest four bits of n choose among the powers 2^(k/16), the others are the exponent; all
   // are added to the power's bits at once, from which k is subtracted beforehand.
   constexpr float kPowers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
                                  1.29683955f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
