@@ -214,6 +214,16 @@ MUTATIONS = [
         TESTS + "test_values.py -k values_and_gradients",
     ),
     Mutation(
+        "C++ lanes: nobody looks for a new maximum", "cpu/lanes.h",
+        "__builtin_expect(all_negative(below), 1)", "true",
+        TESTS + "test_values.py -k values_and_gradients",
+    ),
+    Mutation(
+        "C++ lanes: the gradient of an infinite row", "cpu/lanes.h",
+        "finite ? row_max : row_max + log_sum", "row_max",
+        TESTS + "cpu/test_cpu.py -k not_finite",
+    ),
+    Mutation(
         "C++ rows: padding is filled before softcap", "cpu/rows.cpp",
         "  for (int i = n; i < W; ++i) z[i] = -kInfinity;\n", "",
         TESTS + "test_values.py -k values_and_gradients",

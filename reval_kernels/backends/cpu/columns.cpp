@@ -77,14 +77,12 @@ void partial(
 template <bool capped, bool entropy, int n, typename Write>
 INLINE void gradient_words(
     const float* x, int64_t word, int64_t tokens, float softcap, const float* inv_temperature,
-    const ColumnGradients& by, const Write& write) {
+    const LaneGradients* by, const Write& write) {
   const float inv_softcap = capped ? 1.0f / softcap : 0.0f;
   for (int64_t at = 0; at < tokens; at += W) {
     F z[n];
     for (int k = 0; k < n; ++k) z[k] = cap<capped>(get(x, (word + k) * kStrip + at), softcap);
-    gradients_of<capped, entropy>(
-        z, get(inv_temperature, at), get(by.row_max, at), get(by.log_sum, at), get(by.from_all, at),
-        entropy ? get(by.from_entropy, at) : F{}, entropy ? get(by.entropy, at) : F{}, inv_softcap);
+    gradients_of<capped, entropy>(z, get(inv_temperature, at), by[at / W], inv_softcap);
     write(word, at, z);
   }
 }
@@ -93,6 +91,13 @@ template <bool capped, bool entropy, typename Write>
 void gradient_columns(
     const float* x, int64_t words, int64_t tokens, float softcap, const float* inv_temperature,
     const ColumnGradients& by, Ahead ahead, const Write& write) {
+  LaneGradients lanes[kVectors];
+  for (int64_t at = 0; at < tokens; at += W) {
+    lanes[at / W] = {
+        get(by.row_max, at), get(by.log_sum, at), entropy ? get(by.entropy, at) : F{}, get(by.from_all, at),
+        entropy ? get(by.from_entropy, at) : F{}};
+    lanes[at / W].divide_by_sum();
+  }
   constexpr int64_t line = 64;
   const char* soon = static_cast<const char*>(ahead.memory);
   const int64_t step = (ahead.bytes / line * kGroup + words - 1) / words * line;
@@ -101,12 +106,12 @@ void gradient_columns(
     for (int64_t i = word / kGroup * step; i < word / kGroup * step + step && i < ahead.bytes; i += line) {
       __builtin_prefetch(soon + i, 0, 2);
     }
-    gradient_words<capped, entropy, kGroup>(x, word, tokens, softcap, inv_temperature, by, write);
+    gradient_words<capped, entropy, kGroup>(x, word, tokens, softcap, inv_temperature, lanes, write);
   }
   for (; word + 2 <= words; word += 2) {
-    gradient_words<capped, entropy, 2>(x, word, tokens, softcap, inv_temperature, by, write);
+    gradient_words<capped, entropy, 2>(x, word, tokens, softcap, inv_temperature, lanes, write);
   }
-  if (word < words) gradient_words<capped, entropy, 1>(x, word, tokens, softcap, inv_temperature, by, write);
+  if (word < words) gradient_words<capped, entropy, 1>(x, word, tokens, softcap, inv_temperature, lanes, write);
 }
 
 template <typename Write>

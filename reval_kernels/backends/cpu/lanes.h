@@ -43,7 +43,7 @@ INLINE void add(Lanes& s, const F (&d)[n]) {
     F x[group];
     Product e[group];
     for (int k = 0; k < group; ++k) x[k] = max_(splat(kLeast), d[first + k]);
-    exp_(x, e);
+    exp_(x, splat(1.0f), e);
     for (int k = 0; k < group; ++k) {
       others[k] = fused(e[k].scale, e[k].p, others[k]);
       if (entropy) spread[k] = fused(e[k].value(), x[k], spread[k]);
@@ -94,18 +94,32 @@ INLINE void take(Lanes& s, const Logits& logits, F inv_temperature) {
   }
 }
 
+// RowGradient by lanes, with p = exp(z - row_max) / sum and 1 / sum a part of from_all and from_entropy: that takes no
+// subtraction of log_sum from each entry, which would round p as well.
+struct LaneGradients {
+  F row_max, log_sum, entropy, from_all, from_entropy;
+
+  INLINE void divide_by_sum() {
+    const I finite = log_sum - log_sum == 0.0f;
+    const F share = finite ? exp_(max_(splat(kLeast), -log_sum)) : splat(1.0f);
+    row_max = finite ? row_max : row_max + log_sum;  // p is 0, but NaN at the infinities themselves
+    log_sum = finite ? log_sum : F{};
+    from_all *= share;
+    from_entropy *= share;
+  }
+};
+
 // The gradients of n vectors of logits, already capped, in their place.
 template <bool capped, bool entropy, int n>
-INLINE void gradients_of(
-    F (&z)[n], F inv, F row_max, F log_sum, F from_all, F from_entropy, F own_entropy, float inv_softcap) {
-  F log_p[n];
+INLINE void gradients_of(F (&z)[n], F inv, const LaneGradients& by, float inv_softcap) {
+  F d[n];
   Product e[n];
-  for (int k = 0; k < n; ++k) log_p[k] = (z[k] * inv - row_max) - log_sum;
-  for (int k = 0; k < n; ++k) log_p[k] = max_(splat(kLeast), log_p[k]);
-  exp_(log_p, e);
+  for (int k = 0; k < n; ++k) d[k] = z[k] * inv - by.row_max;
+  for (int k = 0; k < n; ++k) d[k] = max_(splat(kLeast), d[k]);
+  exp_(d, entropy ? splat(1.0f) : by.from_all, e);
   for (int k = 0; k < n; ++k) {
-    F g = entropy ? fused(-from_entropy, log_p[k] + own_entropy, from_all) : from_all;
-    g = e[k].value() * g;
+    F g = e[k].value();
+    if (entropy) g *= fused(-by.from_entropy, (d[k] - by.log_sum) + by.entropy, by.from_all);
     if (capped) {
       F tanh = z[k] * inv_softcap;
       g = g * fused(-tanh, tanh, splat(1.0f));

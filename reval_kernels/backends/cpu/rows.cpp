@@ -53,14 +53,16 @@ void partial_row(const void* x, int64_t n, Transform t, Partial* out) {
 template <DType type, bool capped, bool entropy, bool streaming>
 void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* out) {
   constexpr int size = type == reval::kFloat ? 4 : 2;
-  const F inv = splat(t.inv_temperature), row_max = splat(row.row_max), log_sum = splat(row.log_sum);
-  const F from_all = splat(row.from_all * t.inv_temperature);
-  const F from_entropy = splat(row.from_entropy * t.inv_temperature), own_entropy = splat(row.entropy);
+  const F inv = splat(t.inv_temperature);
+  LaneGradients by = {
+      splat(row.row_max), splat(row.log_sum), splat(row.entropy), splat(row.from_all * t.inv_temperature),
+      splat(row.from_entropy * t.inv_temperature)};
+  by.divide_by_sum();
   const float inv_softcap = capped ? 1.0f / t.softcap : 0.0f;
   auto rest = [&](int64_t at, int64_t count) {
     alignas(64) char buffer[4 * W];
     F z[1] = {load_rest<type, capped>(x, at, count, t)};
-    gradients_of<capped, entropy>(z, inv, row_max, log_sum, from_all, from_entropy, own_entropy, inv_softcap);
+    gradients_of<capped, entropy>(z, inv, by, inv_softcap);
     store<type>(buffer, 0, z[0]);
     __builtin_memcpy(static_cast<char*>(out) + at * size, buffer, count * size);
   };
@@ -74,7 +76,7 @@ void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* 
     F z[kGroup];
     for (int k = 0; k < kGroup; k += 2) load_two<type>(x, at + k * W, z + k);
     for (int k = 0; k < kGroup; ++k) z[k] = cap<capped>(z[k], t.softcap);
-    gradients_of<capped, entropy>(z, inv, row_max, log_sum, from_all, from_entropy, own_entropy, inv_softcap);
+    gradients_of<capped, entropy>(z, inv, by, inv_softcap);
     for (int k = 0; k < kGroup; k += 2) store_two<type, streaming>(out, at + k * W, z + k);
   }
   for (; at < n; at += W) rest(at, min(W, n - at));

@@ -66,8 +66,8 @@ INLINE bool all_negative(I x) {
 #endif
 }
 
-// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the whole
-// number n in its low bits.
+// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the
+// whole number n in its low bits.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
 constexpr float kLn2 = 0.693147182f;
 INLINE F shift_by(F x, float step) { return fused(x, splat(1.0f / step), splat(kShift)); }
@@ -100,14 +100,14 @@ struct Product {
   F value() const { return scale * p; }
 };
 
-// exp(x) for kLeast <= x <= 88: within 2 ulp for |x| <= 10, 3 for |x| <= 30, 5.5 where it is a normal float at all. Every
-// step is for all `n` vectors before the next: a vector's steps wait for each other, and the processor looks only so
-// far ahead for others.
+// times * exp(x) for kLeast <= x <= 88, the exponential within 2 ulp for |x| <= 10, 3 for |x| <= 30, 5.5 where it is a
+// normal float at all. Every step is for all `n` vectors before the next: a vector's steps wait for each other, and the
+// processor looks only so far ahead for others.
 template <int n>
-INLINE void exp_(const F (&x)[n], Product (&e)[n]) {
+INLINE void exp_(const F (&x)[n], F times, Product (&e)[n]) {
   F shifted[n], r[n];
 #if defined(__AVX512F__)
-  // x = n * ln 2 / 16 + r. The lowest four bits of n choose among the powers 2^(k/16), the others are the exponent; both
+  // x = n * ln 2 / 16 + r. The lowest four bits of n choose among the powers 2^(k/16), the others are the exponent; all
   // are added to the power's bits at once, from which k is subtracted beforehand.
   constexpr float kPowers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
                                  1.29683955f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
@@ -120,21 +120,23 @@ INLINE void exp_(const F (&x)[n], Product (&e)[n]) {
     I power = (I)_mm512_permutexvar_epi32((__m512i)shifted[k], (__m512i)powers);
     e[k].scale = (F)(power + ((I)shifted[k] << 19));
   }
-  for (int k = 0; k < n; ++k) e[k].p = fused(splat(0.16668f), r[k], splat(0.5000165f));  // for |r| <= ln 2 / 32: 1.7e-9
+  for (int k = 0; k < n; ++k) {  // as tail_polynomial, for |r| <= ln 2 / 32: 1.7e-9
+    e[k].p = fused(times * 0.16668f, r[k], times * 0.5000165f);
+  }
 #else
   for (int k = 0; k < n; ++k) shifted[k] = shift_by(x[k], kLn2);
   for (int k = 0; k < n; ++k) r[k] = remainder(x[k], shifted[k], kLn2);
   for (int k = 0; k < n; ++k) e[k].scale = power_of_two(shifted[k]);
-  for (int k = 0; k < n; ++k) e[k].p = tail_polynomial(r[k]);
+  for (int k = 0; k < n; ++k) e[k].p = times * tail_polynomial(r[k]);
 #endif
-  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], splat(1.0f));
-  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], splat(1.0f));
+  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], times);
+  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], times);
 }
 
 INLINE F exp_(F x) {
   const F all[1] = {x};
   Product e[1];
-  exp_(all, e);
+  exp_(all, splat(1.0f), e);
   return e[0].value();
 }
 

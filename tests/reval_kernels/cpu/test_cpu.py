@@ -80,8 +80,8 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["isa"] in ALL[: ALL.index(isa) + 1]  # a processor that lacks it takes the next best
-    # 2 ulp where one entry matters. Entries below exp(-10) = 5e-5 of the largest matter together, and their error is still
-    # less than that of a sum in fp32; below exp(-30), a whole vocabulary is less than an ulp of the largest.
+    # 2 ulp where one entry matters. Entries below exp(-10) = 5e-5 of the largest matter together, and their error is
+    # still less than that of a sum in fp32; below exp(-30), a whole vocabulary is less than an ulp of the largest.
     assert report["exp"] <= 2 and report["exp to -30"] <= 3 and report["exp of all"] <= 5.5
     assert report["tanh"] <= 4
     assert report["exp of -inf"] == 0 and report["exp of nan"]
@@ -112,6 +112,37 @@ def test_rows_do_not_depend_on_the_number_of_threads(shape, dtype):
     expected = with_threads(1, run)
     for threads in (2, 3):
         assert_same_bits(with_threads(threads, run), expected)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_gradient_past_the_cache(dtype, softcap):
+    """Above 8 MiB, and with rows that start anywhere in a line of the cache; in place, nothing goes past the cache."""
+    logits, actions = logits_and_actions(600_000 // dtype.itemsize // 1000, 15_013, dtype=dtype)
+
+    def gradient(inplace):
+        leaf = logits.clone().requires_grad_()
+        out = token_values(leaf.view_as(leaf), actions, softcap=softcap, backend="cpu", inplace_grad=inplace)
+        return torch.autograd.grad(out.v.sum() + out.log_prob.sum(), leaf)[0]
+
+    assert logits.nbytes > 8 << 20
+    assert_same_bits(gradient(False), gradient(True))
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_rows_that_are_not_finite(dtype):
+    """Where infinity leaves a gradient at all it is 0, and never what the exponential of a large logit may be."""
+    logits, actions = logits_and_actions(4, 131, dtype=dtype, scale=30.0)
+    logits[0, 5], logits[1, 77], logits[2] = torch.inf, torch.nan, -torch.inf
+    logits[3, ::2] = -torch.inf
+
+    def gradient(backend):
+        leaf = logits.clone().requires_grad_()
+        return torch.autograd.grad(token_values(leaf, actions, backend=backend).v.sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient("cpu"), gradient("portable"), equal_nan=True)
 
 
 @built
