@@ -279,8 +279,13 @@ MUTATIONS = [
         TESTS + "cpu/test_kept.py -k confident",
     ),
     Mutation(
+        "C++ kept: a softcap brings back what counts as impossible", "cpu/columns.cpp",
+        " && !(all_of_them && low);", " && (all_of_them || true);",
+        TESTS + "cpu/test_kept.py -k softcap_brings",
+    ),
+    Mutation(
         "C++ kept: what does not fit into 16 bits is kept", "cpu/columns.cpp",
-        "return all_negative((I)(most - kMostKept));", "return true;",
+        "return all_negative((I)(most - kMostKept))", "return true",
         TESTS + "cpu/test_kept.py -k far_above",
     ),
     Mutation(

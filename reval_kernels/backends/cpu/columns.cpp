@@ -157,14 +157,17 @@ void keep(const float* x, int64_t words, float* out) {
 }
 
 // Two vectors of a word are kept as one, which takes turns between them.
-bool keep_steps(const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, int16_t* out) {
-  F most = splat(kLeastKept);
+bool keep_steps(
+    const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, bool all_of_them,
+    int16_t* out) {
+  F most = splat(kLeastKept), least = splat(kMostKept);
   for (int64_t word = 0; word < words; ++word) {
     for (int64_t first = 0; first < tokens; first += 2 * W) {
       U bits[2] = {};
       for (int64_t at = first; at < first + 2 * W && at < tokens; at += W) {
         F steps = fused(get(x, word * kStrip + at) - get(anchor, at), get(step, at), splat(kOffset));
         most = max_(steps, most);  // no NaN: its row is NaN in any case, but the lane is not its alone
+        least = steps < least ? steps : least;
         steps = steps > kLeastKept ? steps : splat(kLeastKept);
         bits[at > first] = (U)(steps + kShift);
       }
@@ -172,7 +175,8 @@ bool keep_steps(const float* x, int64_t words, int64_t tokens, const float* anch
     }
   }
   streaming_done();
-  return all_negative((I)(most - kMostKept));
+  const bool low = !all_negative((I)(kLeastKept + 1.0f - least));
+  return all_negative((I)(most - kMostKept)) && !(all_of_them && low);
 }
 
 void restore_steps(

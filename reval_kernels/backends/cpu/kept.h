@@ -1,13 +1,13 @@
 // Logits kept from the forward to the backward pass, in memory that is there anyway: that of d_weight [V, D].
 //
 // Until the backward pass comes to a tile of words, their rows of d_weight hold nothing. So the forward pass leaves the
-// tile's logits there, for as many strips of tokens as fit; only those of the other strips are computed anew: none
-// where D >= M, which makes 6 M V D operations of 8.
+// tile's logits there, for as many strips of tokens as fit; only those of the other strips are computed anew: none where
+// D >= M, which makes 6 M V D operations of 8.
 //
 // Logits of bf16 hidden states and words are kept in 16 bits, others as they are in fp32. The 16 bits are a whole number
-// of steps of 2^-10 in log p, relative to the token's action: that changes p by a quarter of what rounding it to bf16
-// does. They reach from 40 below the action (what lies lower, p < 4e-18 p(action), counts as 0) to 24 above it; a strip
-// with a logit that lies higher is not kept.
+// of steps of 2^-10 in log p, relative to the token's action: that changes p by 2^-11, and rounding it to bf16 by up to
+// 2^-8. They reach from 40 below the action (what lies lower, p < 4e-18 p(action), counts as 0) to 24 above it. A strip
+// with a logit that lies higher is not kept; nor is one with a lower logit where a softcap would bring it near again.
 #pragma once
 
 #include <cmath>
@@ -39,6 +39,7 @@ class Kept {
     strips_ = from.strips.mutable_data_ptr<bool>();
     count_ = from.strips.numel();
     exact_ = from.anchors.numel() == 0;
+    softcap_ = tokens.softcap > 0;
     if (exact_) return;
     anchors_.resize(cut.strips * kStrip, 0.0f);
     std::copy_n(from.anchors.const_data_ptr<float>(), cut.tokens, anchors_.begin());
@@ -47,7 +48,8 @@ class Kept {
     for (int64_t i = 0; i < cut.tokens; ++i) {
       steps_[i] = 1024.0f * tokens.transform(i).inv_temperature;
       widths_[i] = 1.0f / steps_[i];
-      if (std::isinf(anchors_[i]) && i / kStrip < count_) strips_[i / kStrip] = false;
+      const bool fits = std::isfinite(steps_[i]) && std::isfinite(widths_[i]) && !std::isinf(anchors_[i]);
+      if (!fits && i / kStrip < count_) strips_[i / kStrip] = false;
     }
   }
 
@@ -59,7 +61,9 @@ class Kept {
     const int64_t words = cut_.words_of(tile), at = strip * kStrip;
     if (exact_) return kernels().columns.keep(x, words, static_cast<float*>(place(tile, strip)));
     auto to = static_cast<int16_t*>(place(tile, strip));
-    if (!kernels().columns.keep_steps(x, words, columns(strip), &anchors_[at], &steps_[at], to)) strips_[strip] = false;
+    const bool fits =
+        kernels().columns.keep_steps(x, words, columns(strip), &anchors_[at], &steps_[at], softcap_, to);
+    if (!fits) strips_[strip] = false;
   }
 
   // Where they are now: where they were kept, or in `room`.
@@ -79,7 +83,7 @@ class Kept {
   int64_t columns(int64_t strip) const { return multiple(cut_.tokens_of(strip), kColumns); }
 
   const Cut& cut_;
-  bool exact_ = true;
+  bool exact_ = true, softcap_ = false;
   char* room_ = nullptr;
   int64_t row_bytes_ = 0;
   bool* strips_ = nullptr;

@@ -89,10 +89,12 @@ struct ColumnKernels {
       const ColumnGradients& by, Ahead ahead, uint16_t* out, int64_t ld_out, uint32_t* pairs);
   // Copies logits past the cache, to memory aligned to 64 bytes.
   void (*keep)(const float* x, int64_t words, float* out);
-  // Logits to 16 bits, past the cache, and back (kept.h): (x - anchor) * step + kOffset, whole and from -2^15 on, which stands for -inf.
-  // False if one of them is not below 2^15.
+  // Logits to 16 bits, past the cache, and back (kept.h): (x - anchor) * step + kOffset, whole and from -2^15 on, which
+  // stands for -inf.
+  // False if one of them is not below 2^15, or with `all_of_them` is -2^15.
   bool (*keep_steps)(
-      const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, int16_t* out);
+      const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, bool all_of_them,
+      int16_t* out);
   void (*restore_steps)(
       const int16_t* from, int64_t words, int64_t tokens, const float* anchor, const float* inv_step, float* x);
 };

@@ -69,7 +69,8 @@ struct Cut {
         tiles(parts(vocabulary, words)), strips(parts(tokens, kStrip)),
         block(std::max<int64_t>(at::get_num_threads(), strips_of_a_block(entry))), blocks(parts(strips, block)) {}
 
-  // As many as 2 MiB of hidden states, within limits; or all, if 4 MiB will do: a single block needs no second one's room.
+  // As many as 2 MiB of hidden states, within limits; or all, if no more than twice as many: a single block needs no
+  // second one's room.
   int64_t strips_of_a_block(int64_t entry) const {
     const auto some = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(1, kStrip * width * entry), 4, 16);
     return strips <= std::min<int64_t>(2 * some, 16) ? strips : some;

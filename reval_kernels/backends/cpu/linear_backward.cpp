@@ -1,9 +1,9 @@
-// Gradients of token values from hidden states: the logits, kept (kept.h) or computed anew, a tile of the head and a strip
-// of tokens at a time, turned into their gradients there and fed to both matmuls.
+// Gradients of token values from hidden states: the logits, kept (kept.h) or computed anew, a tile of the head and a
+// strip of tokens at a time, turned into their gradients there and fed to both matmuls.
 //
 // The outer loop runs over the tiles of the head, so a tile of the weight's gradient is finished while it is in the
 // cache, in fp32, and needs no V x D accumulator. Every sum is taken in a fixed order: no result depends on the number
-// of threads (up to 16, from where on a block grows with them).
+// of threads, as long as a block has a strip for each (4 to 16, the wider the head the fewer; then it grows with them).
 #include <ATen/ops/zeros.h>
 
 #include "kept.h"

@@ -28,7 +28,8 @@ class Forward {
         cut_(tokens.size(), weight.size(0), weight.size(1), sizeof(E)), head_(weight, cut_, expected != nullptr),
         bias_(wide_bias(bias)), kept_(kept, cut_, tokens), threads_(at::get_num_threads()),
         states_(hidden, tokens, cut_, cut_.blocks > 1 ? threads_ : cut_.strips, 0), sums_(cut_.strips),
-        action_logits_(kept.action_logits.mutable_data_ptr<float>()), inv_temperature_(inverse_temperatures(cut_, tokens)),
+        action_logits_(kept.action_logits.mutable_data_ptr<float>()),
+        inv_temperature_(inverse_temperatures(cut_, tokens)),
         logits_(threads_ * kStrip * cut_.words), pairs_(expected && kPairs<E> ? threads_ * kStrip * cut_.words : 0),
         room_(expected ? threads_ * kStrip * cut_.width : 0), strips_done_(cut_.strips) {
     for (ColumnSums& sums : sums_) std::fill_n(sums.maximum, kStrip, Sums::kLowest);

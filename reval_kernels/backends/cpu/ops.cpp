@@ -72,11 +72,11 @@ TORCH_LIBRARY(reval_kernels_cpu, m) {
   m.def(
       "linear_token_values(" HEAD TRANSFORM ", bool with_entropy) -> Tensor[]",
       &reval::linear_token_values);
+  // The first of `kept` comes back as d_weight; only the opaque ops of library.py call this.
   m.def(
       "linear_token_values_backward(" HEAD TRANSFORM
       ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias, "
-      "Tensor(a!)[] kept) "
-      "-> Tensor[]",
+      "Tensor(a!)[] kept) -> Tensor[]",
       &reval::linear_token_values_backward);
   m.def("linear_keeping(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_keeping);
   m.def("linear_expected(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_expected);

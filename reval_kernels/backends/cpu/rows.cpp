@@ -1,8 +1,8 @@
 // The row kernels: what one read of a row's logits yields (`partial`), and its gradient from another (`gradient`).
 //
-// Compiled once per instruction set (REVAL_ISA, its namespace). Everything is fp32 inside. Online softmax by lanes: each
-// lane of the vector has its own sums, so nothing crosses lanes until the row ends, but for a new maximum, which all
-// lanes take over: the higher it is, the sooner no entry raises it any more.
+// Compiled once per instruction set (REVAL_ISA, its namespace). Everything is fp32 inside. Online softmax by lanes:
+// each lane of the vector has its own sums, so nothing crosses lanes until the row ends, but for a new maximum, which
+// all lanes take over: the higher it is, the sooner no entry raises it any more.
 #include "lanes.h"
 
 namespace {

@@ -102,9 +102,10 @@ at::Tensor huge(at::Tensor x) {
 
 void Sums::add(const Partial& part, float inv_temperature) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  if (part.maximum == kLowest) return;  // nothing but -inf
-  if (maximum == kLowest) {
-    *this = {part.maximum, part.others, part.spread};
+  if (part.maximum == kLowest || maximum == kLowest) {  // one of the two has nothing but -inf, and perhaps NaN
+    const bool nan = std::isnan(part.others) || std::isnan(others);
+    if (maximum == kLowest) *this = {part.maximum, part.others, part.spread};
+    if (nan) others = std::numeric_limits<double>::quiet_NaN();
     return;
   }
   const bool ahead = part.maximum > maximum;
@@ -125,7 +126,7 @@ void Sums::add(const Partial& part, float inv_temperature) {
 Row Sums::finish(Transform transform, float action_logit, bool with_entropy) const {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   // As in row_values: a row of -inf alone, or one with +inf, is measured from 0.
-  const bool infinite = maximum == kLowest || maximum == infinity;
+  const bool infinite = (maximum == kLowest && !std::isnan(others)) || maximum == infinity;
   const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
   const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));
   float derivative;

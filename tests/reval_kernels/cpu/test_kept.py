@@ -85,6 +85,28 @@ def test_a_logit_far_above_the_action():
     compare("cpu", "linear_reval_loss", inputs, ONE, **options)
 
 
+def test_softcap_brings_words_far_below_the_action_near():
+    """With a softcap, a word 60 below may be as likely as the action: these strips are computed anew."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
+    inputs["hidden"][0] *= 20
+    inputs["actions"] = (inputs["hidden"] @ inputs["weight"].T).argmax(-1)
+    options["softcap"] = 30.0
+    args = (inputs["hidden"], inputs["weight"], None, inputs["actions"], None, 1.0, None, options["softcap"])
+    assert torch.ops.reval_kernels_cpu.linear_keeping(*args)[7].tolist() == [False, True, True]
+    compare("cpu", "linear_reval_loss", inputs, ONE, **options)
+
+
+@pytest.mark.parametrize("temperature", [torch.inf, 1e-37])
+def test_temperatures_without_steps(temperature):
+    """So hot or cold that a step is 0 or infinite: one token must not make the head's gradient NaN."""
+    inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
+    options["temperature"] = torch.ones(3, 60)
+    options["temperature"][1, 10] = temperature
+    inputs["actions"] = (inputs["hidden"] @ inputs["weight"].T).argmax(-1)
+    ours, theirs = (evaluate(linear_reval_loss, inputs, ONE, backend=b, **options) for b in ("cpu", "portable"))
+    assert ours["d weight"].isfinite().all() == theirs["d weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_confident_action_keeps_its_gradient(dtype):
     """Its 1 - p of 1e-6 takes the logit that the forward pass saw, to the bit."""
