@@ -99,8 +99,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=OPS, metavar="OP", help=f"an op: {', '.join(OPS)}")
     parser.add_argument("--provider", action="append", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, help="per provider and case [2; quick: 0.2]")
-    parser.add_argument("--runs", type=int, default=5, help="at least, per provider and case [5]")
+    parser.add_argument("--seconds", type=float, help="per provider and case [3; quick: 0.2]")
+    parser.add_argument("--runs", type=int, default=3, help="at least, per provider and case [3]")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="times alone")
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
     parser.add_argument("--output", type=Path, help=f"a folder [{FULL}; trials: {TRIAL}]")
@@ -110,7 +110,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     args = arguments(words)
     trial = args.quick or args.only or args.provider or not (args.memory and args.curves)
-    seconds = args.seconds or (0.2 if args.quick else 2.0)
+    seconds = args.seconds or (0.2 if args.quick else 3.0)
     settings = Settings(torch.device(args.device), seconds, least=args.runs, memory=args.memory)
     cases = tables(args.device, args.quick) + (curves(args.device, args.quick) if args.curves else [])
     cases = [case for case in cases if not args.only or case.op in args.only]

@@ -71,9 +71,9 @@ class Settings:
     """How long things may take, in seconds."""
 
     device: torch.device
-    budget: float = 2.0
+    budget: float = 3.0
     """For the calls of one provider in one case; a fifth of it at a point of a curve."""
-    least: int = 5
+    least: int = 3
     most: int = 25
     patience: float = 8.0
     """A call longer than this is timed once."""
