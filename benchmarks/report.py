@@ -33,7 +33,7 @@ def stamp(device: torch.device) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MKL_", "REVAL_"))},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MKL_", "MALLOC_", "REVAL_"))},
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "load average before": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
