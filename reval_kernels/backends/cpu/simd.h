@@ -72,13 +72,9 @@ constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whol
 constexpr float kLn2 = 0.693147182f;
 INLINE F shift_by(F x, float step) { return fused(x, splat(1.0f / step), splat(kShift)); }
 INLINE F remainder(F x, F shifted, float step) {
+  // ln 2 in two parts: the first has so few digits that its product is exact.
   F n = shifted - kShift;
-#if defined(__AVX2__) || defined(__AVX512F__)
-  return fused(n, splat(-step), x);  // float(ln 2) is within 3e-9 of ln 2, which costs exp(x) a relative 3e-9 * |x|
-#else
-  // In two parts: the first has so few digits that its product is exact.
-  return x - n * (step / kLn2 * 0.693359375f) + n * (step / kLn2 * 2.12194440e-4f);
-#endif
+  return fused(n, splat(step / kLn2 * 2.12194440e-4f), fused(n, splat(step / kLn2 * -0.693359375f), x));
 }
 
 // (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2, least relative error of exp: 3.1e-9.
@@ -100,9 +96,8 @@ struct Product {
   F value() const { return scale * p; }
 };
 
-// times * exp(x) for kLeast <= x <= 88, the exponential within 2 ulp for |x| <= 10, 3 for |x| <= 30, 5.5 where it is a
-// normal float at all. Every step is for all `n` vectors before the next: a vector's steps wait for each other, and the
-// processor looks only so far ahead for others.
+// times * exp(x) for kLeast <= x <= 88, the exponential within 2 ulp where it is a normal float. Every step is for all
+// `n` vectors before the next: a vector's steps wait for each other, and the processor looks only so far ahead.
 template <int n>
 INLINE void exp_(const F (&x)[n], F times, Product (&e)[n]) {
   F shifted[n], r[n];

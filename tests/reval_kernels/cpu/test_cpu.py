@@ -43,10 +43,8 @@ def error(x, truth):
     return ((x.double() - truth).abs().max() / truth.abs().max()).item()
 
 report["isa"] = ops.isa()
-near = torch.cat([torch.linspace(-10, 10, 1_000_001), -torch.rand(300_000) * 1e-3])
-report["exp"] = ulps("exp", near)
-report["exp to -30"] = ulps("exp", torch.linspace(-30, 30, 1_000_001))
-report["exp of all"] = ulps("exp", torch.linspace(-87.33, 88, 1_000_001))
+report["exp"] = ulps("exp", torch.cat([torch.linspace(-87.33, 0, 1_000_001), torch.linspace(0, 88, 300_001),
+                                       -torch.rand(300_000) * 1e-3]))
 report["tanh"] = ulps("tanh", torch.cat([torch.linspace(-20, 20, 1_000_001), torch.randn(300_000) * 1e-3]))
 report["exp of -inf"] = ops.exp(torch.tensor([-88.0296936])).item()  # what the kernels replace anything less by
 report["exp of nan"] = ops.exp(torch.tensor([torch.nan])).isnan().item()
@@ -82,10 +80,7 @@ def test_every_instruction_set(isa):
     assert report["isa"] in ALL[: ALL.index(isa) + 1]  # a processor that lacks it takes the next best
     if isa == ALL[-1] and "AVX" in torch.backends.cpu.get_cpu_capability():
         assert report["isa"].startswith(torch.backends.cpu.get_cpu_capability().lower())
-    # 2 ulp where one entry matters. Entries below exp(-10) = 5e-5 of the largest matter together, and their error is
-    # still less than that of a sum in fp32; below exp(-30), a whole vocabulary is less than an ulp of the largest.
-    assert report["exp"] <= 2 and report["exp to -30"] <= 3 and report["exp of all"] <= 5.5
-    assert report["tanh"] <= 4
+    assert report["exp"] <= 2 and report["tanh"] <= 4
     assert report["exp of -inf"] == 0 and report["exp of nan"]
     assert report["torch.float32"] < 1e-5 and report["torch.float16"] < 2e-3 and report["torch.bfloat16"] < 2e-2
 
