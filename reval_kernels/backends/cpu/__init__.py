@@ -50,7 +50,7 @@ def token_values_backward(
     """As `portable.token_values_backward`."""
     if not _rows(logits):
         return portable.token_values_backward(logits, actions, mask, transform, statistics, cotangents, inplace)
-    out = logits if inplace else _ops().fresh(logits)
+    out = logits if inplace else _ops().gradient_like(logits)
     _ops().token_values_backward(logits, actions, mask, *_flat(transform), list(statistics), list(cotangents), out)
     return out
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "kept.h"
+#include "memory.h"
 
 namespace reval {
 
@@ -303,7 +304,7 @@ std::vector<Tensor> linear_token_values_backward(
   const KeptTensors kept = KeptTensors::of(kept_tensors);
   Tensor d_weight = kept.room.defined()
                         ? kept.room
-                        : huge(at::empty(needs_weight ? weight.sizes() : at::IntArrayRef{0}, weight.options()));
+                        : empty_gradient(needs_weight ? weight.sizes() : at::IntArrayRef{0}, weight.scalar_type());
   Tensor d_bias = at::zeros({needs_bias ? weight.size(0) : 0}, at::kFloat);
   if (tokens.size() == 0) {
     d_weight.zero_();

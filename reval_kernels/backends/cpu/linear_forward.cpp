@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "kept.h"
+#include "memory.h"
 
 namespace reval {
 namespace {
@@ -192,7 +193,7 @@ std::vector<Tensor> linear_keeping(
   const bool narrow = hidden.element_size() == 2 && weight.element_size() == 2;
   const int64_t room = weight.size(1) * weight.element_size() / (kStrip * (narrow ? 2 : 4));  // strips
   KeptTensors kept{
-      huge(at::empty(weight.sizes(), weight.options())),
+      empty_gradient(weight.sizes(), weight.scalar_type()),
       at::ones({std::min(room, parts(tokens.size(), kStrip))}, at::kBool),
       narrow ? anchors(hidden, weight, bias, tokens) : at::empty({0}, at::kFloat),
       at::empty({tokens.size()}, at::kFloat)};

@@ -8,6 +8,8 @@
 
 #include <cstring>
 
+#include "memory.h"
+
 namespace reval {
 
 TokenOutputs::TokenOutputs(at::IntArrayRef shape) {
@@ -47,8 +49,7 @@ at::Tensor mapped(void (*function)(const float*, int64_t, float*), const at::Ten
 at::Tensor exp(const at::Tensor& x) { return mapped(kernels().rows.exp, x); }
 at::Tensor tanh(const at::Tensor& x) { return mapped(kernels().rows.tanh, x); }
 
-// Uninitialised, of this shape and dtype.
-at::Tensor fresh(const at::Tensor& like) { return huge(at::empty(like.sizes(), like.options())); }
+at::Tensor gradient_like(const at::Tensor& x) { return empty_gradient(x.sizes(), x.scalar_type()); }
 
 }  // namespace
 }  // namespace reval
@@ -61,7 +62,7 @@ TORCH_LIBRARY(reval_kernels_cpu, m) {
   m.def("isa() -> str", &reval::isa);
   m.def("exp(Tensor x) -> Tensor", &reval::exp);
   m.def("tanh(Tensor x) -> Tensor", &reval::tanh);
-  m.def("fresh(Tensor like) -> Tensor", &reval::fresh);
+  m.def("gradient_like(Tensor x) -> Tensor", &reval::gradient_like);
   m.def(
       "token_values(Tensor logits, Tensor actions, " TRANSFORM ", bool with_entropy) -> Tensor[]",
       &reval::token_values);

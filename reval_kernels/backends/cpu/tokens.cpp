@@ -7,10 +7,6 @@
 #include <limits>
 #include <sstream>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace reval {
 namespace {
 
@@ -88,16 +84,6 @@ DType dtype_of(const at::Tensor& x) {
     case at::kHalf: return kHalf;
     default: TORCH_INTERNAL_ASSERT(false, "the cpu kernels take float32, bfloat16 and float16");
   }
-}
-
-at::Tensor huge(at::Tensor x) {
-#ifdef __linux__
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  uintptr_t first = (begin + page - 1) / page * page, last = (begin + x.nbytes()) / page * page;
-  if (last > first + page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return x;
 }
 
 void Sums::add(const Partial& part, float inv_temperature) {

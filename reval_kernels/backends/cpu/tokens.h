@@ -34,9 +34,6 @@ std::vector<int64_t> row_offsets(const at::Tensor& x, const std::vector<int64_t>
 
 DType dtype_of(const at::Tensor& x);
 
-// Asks for huge pages under a large fresh tensor: touching it 4 KiB at a time costs more than filling it.
-at::Tensor huge(at::Tensor x);
-
 // What one token's logits came to; the statistics of the portable backend's `row_values`.
 struct Row {
   float q, v, log_prob, entropy, row_max, log_sum;
