@@ -8,7 +8,7 @@ namespace {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLowest = -3.40282347e38f;  // stands for -inf as a maximum: -inf - kLowest is no NaN
 constexpr int kUnroll = 8;
-constexpr int kGroup = 4;  // vectors at a time: more do not fit the registers
+constexpr int kGroup = W == 16 ? 4 : 2;  // vectors at a time: more do not fit the registers
 
 // A logit after the softcap, which is 0 where there is none.
 template <bool capped>

@@ -31,18 +31,86 @@ inline F load_rest(const void* x, int64_t at, int64_t n, Transform t) {
   return z;
 }
 
+// With 16 registers few vectors can go in step. Then exp is done stage by stage for a block of vectors: so the processor
+// finds enough that need not wait.
+constexpr bool kBlocks = W < 16;
+constexpr int kBlock = 32;
+
+class Block {
+ public:
+  // The first stage, of the differences z * inv - shift. False if one of them is not below 0.
+  template <DType type>
+  INLINE bool reduce(const void* x, int64_t at, F inv, F shift) {
+    fetch_ahead<type>(x, at);
+    I below = I{} - 1;
+#pragma GCC unroll 2
+    for (int k = 0; k < kBlock; k += 2) {
+      F z[2], n[2], rest[2];
+      load_two<type>(x, at + k * W, z);
+      for (int i = 0; i < 2; ++i) {
+        z[i] = z[i] * inv - shift;
+        below &= (I)z[i];
+        z[i] = max_(splat(kLeast), z[i]);
+      }
+      ::reduce(z, n, rest);
+      for (int i = 0; i < 2; ++i) {
+        shifted_[k + i] = n[i];
+        r_[k + i] = rest[i];
+      }
+    }
+    return all_negative(below);
+  }
+
+  // The second stage, of the vectors k and k + 1.
+  INLINE void expand(int k, F times, Product (&e)[2]) const {
+    const F n[2] = {shifted_[k], shifted_[k + 1]}, rest[2] = {r_[k], r_[k + 1]};
+    ::expand(n, rest, times, e);
+  }
+
+  INLINE void add_to(Lanes& s) const {
+    F others[2] = {};  // first among themselves, as in add()
+#pragma GCC unroll 2
+    for (int k = 0; k < kBlock; k += 2) {
+      Product e[2];
+      expand(k, splat(1.0f), e);
+      for (int i = 0; i < 2; ++i) others[i] = fused(e[i].scale, e[i].p, others[i]);
+    }
+    s.others += others[0] + others[1];
+  }
+
+ private:
+  // Asks for a block further on: the processor's own prefetching stops at every page.
+  template <DType type>
+  static INLINE void fetch_ahead(const void* x, int64_t at) {
+    constexpr int size = type == reval::kFloat ? 4 : 2, ahead = 4096;
+    const char* from = static_cast<const char*>(x) + at * size + ahead;
+    for (int byte = 0; byte < kBlock * W * size; byte += 64) __builtin_prefetch(from + byte);
+  }
+
+  F shifted_[kBlock], r_[kBlock];
+};
+
 template <DType type, bool capped, bool entropy>
 void partial_row(const void* x, int64_t n, Transform t, Partial* out) {
   const F inv = splat(t.inv_temperature);
   Lanes s;
   int64_t at = 0;
-  for (; at + kUnroll * W <= n; at += kUnroll * W) {
+  while (at + kUnroll * W <= n) {
+    if (kBlocks && !capped && !entropy && at + kBlock * W <= n) {
+      Block block;
+      if (block.reduce<type>(x, at, inv, s.shift)) {
+        block.add_to(s);
+        at += kBlock * W;
+        continue;
+      }
+    }
     auto logits = [=](int k) {
       F z[2];
       load_two<type>(x, at + k / 2 * 2 * W, z);
       return cap<capped>(z[k % 2], t.softcap);
     };
     take<kUnroll, entropy, true>(s, logits, inv);
+    at += kUnroll * W;
   }
   for (; at < n; at += W) {
     const F z = load_rest<type, capped>(x, at, min(W, n - at), t);
@@ -72,6 +140,19 @@ void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* 
     const int64_t past = reinterpret_cast<uintptr_t>(out) % (4 * W) / size;
     const int64_t before = past == 0 ? 0 : min(4 * W / size - past, n);
     for (; at < before; at += min(W, before - at)) rest(at, min(W, before - at));
+  }
+  if (kBlocks && !capped && !entropy) {
+    for (; at + kBlock * W <= n; at += kBlock * W) {
+      Block block;
+      block.reduce<type>(x, at, inv, by.row_max);
+#pragma GCC unroll 2
+      for (int k = 0; k < kBlock; k += 2) {
+        Product e[2];
+        block.expand(k, by.from_all, e);
+        const F g[2] = {e[0].value(), e[1].value()};
+        store_two<type, streaming>(out, at + k * W, g);
+      }
+    }
   }
   for (; at + kGroup * W <= n; at += kGroup * W) {
     F z[kGroup];

@@ -66,6 +66,17 @@ INLINE bool all_negative(I x) {
 #endif
 }
 
+#if defined(__AVX2__) || defined(__AVX512F__)
+// x[index], of which the lowest bits count.
+INLINE I permuted(I x, I index) {
+#if defined(__AVX512F__)
+  return (I)_mm512_permutexvar_epi32((__m512i)index, (__m512i)x);
+#else
+  return (I)_mm256_permutevar8x32_epi32((__m256i)x, (__m256i)index);
+#endif
+}
+#endif
+
 // x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the
 // whole number n in its low bits.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
@@ -96,36 +107,62 @@ struct Product {
   F value() const { return scale * p; }
 };
 
-// times * exp(x) for kLeast <= x <= 88, the exponential within 2 ulp where it is a normal float. Every step is for all
-// `n` vectors before the next: a vector's steps wait for each other, and the processor looks only so far ahead.
-template <int n>
-INLINE void exp_(const F (&x)[n], F times, Product (&e)[n]) {
-  F shifted[n], r[n];
-#if defined(__AVX512F__)
-  // x = n * ln 2 / 16 + r. The lowest four bits of n choose among the powers 2^(k/16), the others are the exponent; all
-  // are added to the power's bits at once, from which k is subtracted beforehand.
-  constexpr float kPowers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
-                                 1.29683955f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
-                                 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
-  I powers;
-  for (int k = 0; k < W; ++k) powers[k] = __builtin_bit_cast(int32_t, kPowers[k]) - (k << 19);
-  for (int k = 0; k < n; ++k) shifted[k] = shift_by(x[k], kLn2 / 16);
-  for (int k = 0; k < n; ++k) r[k] = remainder(x[k], shifted[k], kLn2 / 16);
-  for (int k = 0; k < n; ++k) {
-    I power = (I)_mm512_permutexvar_epi32((__m512i)shifted[k], (__m512i)powers);
-    e[k].scale = (F)(power + ((I)shifted[k] << 19));
+// exp(x) in two stages, the first of which yields x = n * kStep + r. Every step is for all `m` vectors before the next: a
+// vector's steps wait for each other, and the processor looks only so far ahead.
+#if defined(__AVX2__) || defined(__AVX512F__)
+constexpr float kStep = kLn2 / W;
+#else
+constexpr float kStep = kLn2;
+#endif
+
+template <int m>
+INLINE void reduce(const F (&x)[m], F (&shifted)[m], F (&r)[m]) {
+  for (int k = 0; k < m; ++k) shifted[k] = shift_by(x[k], kStep);
+  for (int k = 0; k < m; ++k) r[k] = remainder(x[k], shifted[k], kStep);
+}
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+// The bits of 2^(k/W), less what n = k adds to the exponent.
+struct Powers {
+  static constexpr int kExponent = W == 16 ? 19 : 20;  // where n's bits go: 23 - log2 W
+  alignas(4 * W) int32_t bits[W];
+  constexpr Powers() : bits() {
+    constexpr float powers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                                  1.29683955f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                  1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+    for (int k = 0; k < W; ++k) bits[k] = __builtin_bit_cast(int32_t, powers[16 / W * k]) - (k << kExponent);
   }
-  for (int k = 0; k < n; ++k) {  // as tail_polynomial, for |r| <= ln 2 / 32: 1.7e-9
-    e[k].p = fused(times * 0.16668f, r[k], times * 0.5000165f);
+};
+constexpr Powers kPowers;
+#endif
+
+// times * exp(x), within 2 ulp for kLeast <= x <= 88 where it is a normal float.
+template <int m>
+INLINE void expand(const F (&shifted)[m], const F (&r)[m], F times, Product (&e)[m]) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  // The lowest bits of n choose among the powers, the others are the exponent; all are added to the power's bits at once.
+  I powers;
+  __builtin_memcpy(&powers, kPowers.bits, sizeof powers);
+  for (int k = 0; k < m; ++k) {
+    e[k].scale = (F)(permuted(powers, (I)shifted[k]) + ((I)shifted[k] << Powers::kExponent));
+  }
+  for (int k = 0; k < m; ++k) {  // as tail_polynomial, for |r| <= ln 2 / (2 W): 1.7e-9, or 2.6e-8 for W of 8
+    e[k].p = W == 16 ? fused(times * 0.16668f, r[k], times * 0.5000165f)
+                     : fused(times * 0.16666858f, r[k], times * 0.50006447f);
   }
 #else
-  for (int k = 0; k < n; ++k) shifted[k] = shift_by(x[k], kLn2);
-  for (int k = 0; k < n; ++k) r[k] = remainder(x[k], shifted[k], kLn2);
-  for (int k = 0; k < n; ++k) e[k].scale = power_of_two(shifted[k]);
-  for (int k = 0; k < n; ++k) e[k].p = times * tail_polynomial(r[k]);
+  for (int k = 0; k < m; ++k) e[k].scale = power_of_two(shifted[k]);
+  for (int k = 0; k < m; ++k) e[k].p = times * tail_polynomial(r[k]);
 #endif
-  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], times);
-  for (int k = 0; k < n; ++k) e[k].p = fused(e[k].p, r[k], times);
+  for (int k = 0; k < m; ++k) e[k].p = fused(e[k].p, r[k], times);
+  for (int k = 0; k < m; ++k) e[k].p = fused(e[k].p, r[k], times);
+}
+
+template <int m>
+INLINE void exp_(const F (&x)[m], F times, Product (&e)[m]) {
+  F shifted[m], r[m];
+  reduce(x, shifted, r);
+  expand(shifted, r, times, e);
 }
 
 INLINE F exp_(F x) {
