@@ -13,7 +13,7 @@ constexpr int kGroup = W == 16 ? 4 : 2;  // vectors at a time: more do not fit t
 // A logit after the softcap, which is 0 where there is none.
 template <bool capped>
 INLINE F cap(F z, float softcap) {
-  return capped ? softcap * tanh_(z * (1.0f / softcap)) : z;
+  return capped ? softcap * tanh_(z / softcap) : z;
 }
 
 // What each lane has seen: its maximum, how many entries were at it, and sums over all others.

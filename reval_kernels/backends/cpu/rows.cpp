@@ -206,7 +206,7 @@ void gradient(DType type, const void* x, int64_t n, Transform t, RowGradient row
 float capped(float x, Transform t, float* derivative) {
   *derivative = t.inv_temperature;
   if (!(t.softcap > 0)) return x;
-  float tanh = tanh_(splat(x * (1.0f / t.softcap)))[0];
+  float tanh = tanh_(splat(x) / t.softcap)[0];
   *derivative *= 1.0f - tanh * tanh;
   return t.softcap * tanh;
 }
