@@ -276,12 +276,15 @@ def _(d_loss, d_residual, unit, mask, cu_seqlens, backend):
 
 def _save_bellman_loss(ctx, inputs, output):
     mask, cu_seqlens, ctx.backend = inputs[5], inputs[6], inputs[-1]
-    ctx.no_gradient = [None] * len(inputs[3])
+    ctx.no_gradient, ctx.trajectories = [None] * len(inputs[3]), inputs[4].shape
+    ctx.set_materialize_grads(False)  # zeros for the outputs that hold the cotangents would be as many again
     ctx.save_for_backward(*output[2:], mask, cu_seqlens)
 
 
 def _bellman_loss_gradient(ctx, d_loss, d_residual, *_):
     *unit, mask, cu_seqlens = ctx.saved_tensors
+    d_loss = unit[0].new_zeros(()) if d_loss is None else d_loss
+    d_residual = unit[0].new_zeros(ctx.trajectories) if d_residual is None else d_residual
     gradients = bellman_loss_backward(d_loss, d_residual, unit, mask, cu_seqlens, ctx.backend)
     return *gradients, ctx.no_gradient, *(None,) * 8
 

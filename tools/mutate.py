@@ -229,6 +229,16 @@ MUTATIONS = [
         TESTS + "test_values.py -k values_and_gradients",
     ),
     Mutation(
+        "C++ rows: a block is taken in with its new maximum", "cpu/rows.cpp",
+        "if (block.reduce<type>(x, at, inv, s.shift)) {", "if (block.reduce<type>(x, at, inv, s.shift) || true) {",
+        TESTS + "cpu/test_cpu.py -k every_instruction_set",
+    ),
+    Mutation(
+        "C++ rows: a block's gradients are all those of its first vectors", "cpu/rows.cpp",
+        "        block.expand(k, by.from_all, e);", "        block.expand(0, by.from_all, e);",
+        TESTS + "cpu/test_cpu.py -k every_instruction_set",
+    ),
+    Mutation(
         "C++ lanes: the gradient forgets tanh", "cpu/lanes.h",
         "    g = g * fused(-tanh, tanh, splat(1.0f));", "    (void)tanh;",
         TESTS + "test_values.py -k softcap_and",
@@ -250,7 +260,12 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ bellman: a segment takes the next one's first token", "cpu/bellman.cpp",
-        "i < bounds_[b + 1]; ++i", "i < std::min(bounds_[b + 1] + 1, bounds_.back()); ++i",
+        "end = bounds_[b + 1];", "end = std::min(bounds_[b + 1] + 1, bounds_.back());",
+        TESTS + "test_bellman.py",
+    ),
+    Mutation(
+        "C++ bellman: masked tokens keep what lay in memory", "cpu/bellman.cpp",
+        "        for (const Output<T>* out : outputs) out->clear(begin, end);\n", "",
         TESTS + "test_bellman.py",
     ),
     Mutation(
@@ -260,7 +275,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ bellman: the residual's gradient reaches every state's value", "cpu/bellman.cpp",
-        "(i == at.front() ? of_residual[b] : 0.0)", "of_residual[b]",
+        "(h == 0 ? of_residual[b] : 0.0)", "of_residual[b]",
         TESTS + "test_bellman.py",
     ),
     Mutation(
