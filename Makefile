@@ -54,9 +54,8 @@ test-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m pytest tests/reval/test_rollout_vllm.py
 
 # make bench BENCH="--quick": what else it takes, see python -m benchmarks --help
-# On a CPU, freed memory stays with the process, for every provider alike: docs/benchmarks.md
 bench: $(BENCH_READY)
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -m benchmarks $(BENCH)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # the extra `bench` alone: installing the package with it would build the C++ kernels once more
 $(BENCH_READY): $(READY)

@@ -30,8 +30,13 @@ ROWS, BOTH, LINEAR, LOSS, BELLMAN = OPS
 OURS = ("triton", "cpu")
 
 
-def tables(device: str, quick: bool) -> list[Case]:
-    """The cases of the tables. N = B x T."""
+def multiplies_bf16(device: str) -> bool:
+    """Whether torch has fast matmuls in bf16 there. Without, those of the larger head take minutes."""
+    return device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def tables(device: str, quick: bool, patient: bool = False) -> list[Case]:
+    """The cases of the tables. N = B x T, a sixteenth of it where torch's matmuls are slow, unless one is patient."""
     if quick:
         rows, head, heads, values = Shape(8, 4, 8192), Shape(8, 4, 4096, 64), [Shape(8, 4, 4096, 64)], Shape(8, 64)
     elif device == "cpu":  # the shapes of the bars
@@ -43,11 +48,16 @@ def tables(device: str, quick: bool) -> list[Case]:
     few = (*OURS, "torch eager")  # a child for each provider of each case would take too long
     cases = [Case(ROWS, rows, dtype, memory=few) for dtype in (F32, BF16)]
     cases += [Case(BOTH, rows, F32, memory=few), Case(BOTH, rows, BF16)]
-    cases += [Case(LINEAR, head, dtype, memory=few) for dtype in (F32, BF16)]
-    cases += [Case(LOSS, heads[0], F32, memory=few), Case(LOSS, heads[0], BF16)]
+    slow = () if quick or patient or multiplies_bf16(device) else (BF16,)
+
+    def cut(shape: Shape, dtype: torch.dtype) -> Shape:
+        return shape._replace(length=shape.length // 16) if dtype in slow else shape
+
+    cases += [Case(LINEAR, cut(head, dtype), dtype, memory=few) for dtype in (F32, BF16)]
+    cases += [Case(LOSS, cut(heads[0], dtype), dtype, memory=few) for dtype in (F32, BF16)]
     # the larger head: ours, and who the bar names
     named = (*OURS, *FASTEST_OF)
-    cases += [Case(LOSS, h, dtype, only=named, memory=few) for h in heads[1:] for dtype in (F32, BF16)]
+    cases += [Case(LOSS, cut(h, dtype), dtype, only=named, memory=few) for h in heads[1:] for dtype in (F32, BF16)]
     return [*cases, Case(BELLMAN, values, F32)]
 
 
@@ -60,7 +70,8 @@ def curves(device: str, quick: bool) -> list[Case]:
     head, vocabulary = 49_152, 151_936
     if quick:
         lengths, vocabularies, width, length, head, vocabulary = [2, 4], [1024, 2048], 64, 4, 2048, 4096
-    loss = partial(Case, LOSS, dtype=BF16, only=who, memory=who[:2])
+    dtype = BF16 if multiplies_bf16(device) else F32
+    loss = partial(Case, LOSS, dtype=dtype, only=who, memory=who[:2])
     rows = partial(Case, BOTH, dtype=F32, only=who[:2])
     return [
         *(loss(shape=Shape(8, t, head, width), curve="N") for t in lengths),
@@ -101,6 +112,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, help="per provider and case [3; quick: 0.2]")
     parser.add_argument("--runs", type=int, default=3, help="at least, per provider and case [3]")
+    parser.add_argument(
+        "--patient", action="store_true", help="whole shapes in bf16 too where torch multiplies it slowly: an hour more"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="times alone")
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
     parser.add_argument("--output", type=Path, help=f"a folder [{FULL}; trials: {TRIAL}]")
@@ -112,7 +126,7 @@ def main(words: list[str] | None = None) -> int:
     trial = args.quick or args.only or args.provider or not (args.memory and args.curves)
     seconds = args.seconds or (0.2 if args.quick else 3.0)
     settings = Settings(torch.device(args.device), seconds, least=args.runs, memory=args.memory)
-    cases = tables(args.device, args.quick) + (curves(args.device, args.quick) if args.curves else [])
+    cases = tables(args.device, args.quick, args.patient) + (curves(args.device, args.quick) if args.curves else [])
     cases = [case for case in cases if not args.only or case.op in args.only]
     where = report.stamp(settings.device)
     suite = Suite(settings, say=lambda line: print(line, flush=True))

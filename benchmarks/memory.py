@@ -37,8 +37,6 @@ def beyond_inputs_and_outputs(
     """Bytes, of one call in a child process. Raises NotMeasured, with the child's message, if that is not possible."""
     if device.type == "cpu" and not os.access(CLEAR, os.W_OK):
         raise NotMeasured(f"needs Linux's {CLEAR}, this is {sys.platform}")
-    for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):  # of `make bench`: the children give memory back
-        os.environ.pop(name, None)
     # a server that has imported torch and done nothing else: its forks start at once, and share no threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])

@@ -70,9 +70,9 @@ def _version(name: str) -> str | None:
 
 
 def file_name(where: dict[str, object]) -> str:
-    """One name per device: amd-epyc-2-threads, nvidia-h100-80gb-hbm3."""
-    cpu = where["device"] == "cpu"
-    name = f"{where['processor']} {where['threads']} threads" if cpu else str(where["device"])
+    """One name per device: amd-epyc-avx512-2-threads, nvidia-h100-80gb-hbm3."""
+    words = [where[k] for k in ("processor", "instructions", "threads")] if where["device"] == "cpu" else ()
+    name = " ".join(map(str, words)) + " threads" if words else str(where["device"])
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

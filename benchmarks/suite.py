@@ -213,8 +213,10 @@ class Suite:
 
     def _limit(self, op: Op, x: Tensors) -> Runner:
         call = op.limit(x)
-        call()
-        return Runner(LIMIT, call, self.clock.seconds(call)[0])
+        seconds = self.clock.seconds(call)[0]
+        if seconds < self.settings.patience:
+            seconds = self.clock.seconds(call)[0]
+        return Runner(LIMIT, call, seconds)
 
     def _time(self, runners: list[Runner], rows: dict[str, Row], budget: float) -> None:
         s = self.settings

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks.__main__ import Progress, main
+from benchmarks.__main__ import Progress, main, tables
 
 TRIAL = ["--quick", "--seconds", "0.01", "--no-memory", "--provider", "portable", "--provider", "torch eager"]
 
@@ -17,6 +18,16 @@ def test_a_quick_run_writes_data_page_and_plots(tmp_path, capsys):
     assert {r["provider"] for r in rows if r["status"] == "timed"} == {"limit", "portable", "torch eager"}
     assert len({r["op"] for r in rows}) == 5 and {r["curve"] for r in rows} == {"", "N", "V"}
     assert "not measured" in capsys.readouterr().out  # the bars want other shapes
+
+
+@pytest.mark.parametrize(
+    ("capability", "patient", "tokens"), [("AVX2", False, 64), ("AVX2", True, 1024), ("AVX512", False, 1024)]
+)
+def test_fewer_tokens_of_bf16_where_its_matmuls_are_slow(capability, patient, tokens, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    heads = [case for case in tables("cpu", quick=False, patient=patient) if case.shape.width]
+    assert {case.shape.tokens for case in heads if case.dtype == torch.float32} == {1024}
+    assert {case.shape.tokens for case in heads if case.dtype == torch.bfloat16} == {tokens}
 
 
 def test_only_takes_an_op_by_its_name(tmp_path, capsys):

@@ -67,5 +67,6 @@ def test_a_curve_gets_its_picture_and_its_table(rows, tmp_path):
 
 
 def test_files_are_named_after_the_device():
-    assert report.file_name({"device": "cpu", "processor": "AMD EPYC (TM)", "threads": 2}) == "amd-epyc-tm-2-threads"
+    cpu = {"device": "cpu", "processor": "AMD EPYC (TM)", "instructions": "AVX2", "threads": 2}
+    assert report.file_name(cpu) == "amd-epyc-tm-avx2-2-threads"
     assert report.file_name({"device": "NVIDIA H100 80GB"}) == "nvidia-h100-80gb"
