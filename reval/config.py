@@ -73,8 +73,9 @@ class ModelConfig(_Section):
     whatever AutoModelForCausalLM.from_pretrained takes: a folder or a Hugging Face name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters and of the optimizer's state."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the transformer's forward and backward; the head and the losses are always float32."""
+    compute_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Autocast type of the transformer's forward and backward; the head and the losses are always float32. auto:
+    bfloat16 where the device multiplies it, which CPUs without AVX-512 do not: there it takes many times as long."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
     attn_implementation: str = "sdpa"
@@ -154,8 +155,9 @@ class RolloutConfig(_Section):
     """Sampling temperature; 1 samples the policy itself."""
     batch_size: int = 256
     """Sequences decoded at once: memory against speed."""
-    dtype: Literal["same", "bfloat16", "float32"] = "same"
-    """Type of the weights that generate; hf shares the policy's own weights where it is model.dtype."""
+    dtype: Literal["same", "bfloat16", "float32", "auto"] = "same"
+    """Type of the weights that generate: same is model.dtype, auto what the layers compute in (model.compute_dtype). hf
+    shares the policy's own weights where it is model.dtype."""
     sync_every: int = 1
     """Iterations between hand-overs of the policy's weights to an engine that has its own."""
     ahead: int = 0

@@ -125,7 +125,7 @@ def shape_of(name: str) -> Shape | None:
 def memory(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
     """What takes memory on each GPU, and how many bytes of it."""
     model, lora = config.model, config.lora.rank
-    width, compute = BYTES[model.dtype], BYTES[model.compute_dtype if model.dtype == "float32" else model.dtype]
+    width, compute = BYTES[model.dtype], BYTES[_compute_dtype(config)]
     spread = f", 1/{gpus} each" if gpus > 1 else ""
     trained = shape.parameters if not lora else shape.layers * sum(lora * (a + b) for a, b in shape.linears)
     yield f"parameters ({model.dtype}{spread})", shape.parameters * width / gpus
@@ -142,7 +142,7 @@ def memory(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float
         yield "embedding and head whole, with their gradient", shape.outside * width * (1 if lora else 2)
         yield "two layers whole, with one's gradient", 3 * shape.layer * compute
     elif compute != width:
-        yield f"weights cast to {model.compute_dtype} by autocast", shape.parameters * compute
+        yield f"weights cast to {_compute_dtype(config)} by autocast", shape.parameters * compute
     if not lora and gpus == 1:
         yield "gradient of the head in fp32 while it is summed", head * 4
     yield from _activations(config, shape, compute, autocast=gpus == 1 and compute != width)
@@ -163,11 +163,24 @@ def _activations(config: Config, shape: Shape, compute: int, autocast: bool) -> 
     yield "last hidden states and their gradient", 2.0 * tokens * shape.hidden * 4
 
 
+def _compute_dtype(config: Config) -> str:
+    """A GPU multiplies bf16."""
+    model = config.model
+    if model.dtype != "float32":
+        return model.dtype
+    return "bfloat16" if model.compute_dtype == "auto" else model.compute_dtype
+
+
+def _rollout_dtype(config: Config) -> str:
+    known = {"same": config.model.dtype, "auto": _compute_dtype(config)}
+    return known.get(config.rollout.dtype, config.rollout.dtype)
+
+
 def _rollout(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
     rollout = config.rollout
     if rollout.engine != "hf":
         return  # a share of the GPU of its own: see report
-    dtype = config.model.dtype if rollout.dtype == "same" else rollout.dtype
+    dtype = _rollout_dtype(config)
     if gpus == 1 and dtype == config.model.dtype and not rollout.ahead and rollout.sync_every == 1:
         yield "rollout: the policy's own weights", 0.0
     else:
@@ -209,7 +222,7 @@ def tokens(config: Config) -> Iterator[str]:
 def _vllm(config: Config, shape: Shape, total: float) -> str:
     """What the engine takes beside training, which needs `total` GiB."""
     rollout = config.rollout
-    dtype = config.model.dtype if rollout.dtype == "same" else rollout.dtype
+    dtype = _rollout_dtype(config)
     weights = f"{shape.parameters * BYTES[dtype] / GIB:.1f} GiB of weights"
     if rollout.vllm_devices is not None:
         return f"vLLM has GPUs of its own (rollout.vllm_devices), with {weights} over each process's share of them"

@@ -28,7 +28,7 @@ from transformers import (
 from reval_kernels import linear_token_values
 
 from .batching import Batch, collate
-from .config import LoraConfig, ModelConfig
+from .config import Config, LoraConfig, ModelConfig
 from .distributed import World
 from .lora import add_adapters, load_adapters, merged
 from .replay import Trajectory
@@ -127,7 +127,25 @@ def _main_first(
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
     """Type that the transformer's layers compute in."""
-    return getattr(torch, config.compute_dtype if config.dtype == "float32" else config.dtype)
+    if config.dtype != "float32":
+        return getattr(torch, config.dtype)
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if _multiplies_bf16(device_of(config.device)) else torch.float32
+    return getattr(torch, config.compute_dtype)
+
+
+def rollout_dtype(config: Config) -> torch.dtype:
+    """Type of the weights that generate."""
+    if config.rollout.dtype == "auto":
+        return compute_dtype(config.model)
+    return getattr(torch, config.model.dtype if config.rollout.dtype == "same" else config.rollout.dtype)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 matmuls are no slower there than fp32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def with_hidden(

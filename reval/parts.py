@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from .config import Config, ConfigError
 from .data import Problem, load_problems
 from .distributed import World, world
-from .models import load_model, whole_weights
+from .models import load_model, rollout_dtype, whole_weights
 from .rewards import RewardPool
 from .rollout import RolloutEngine, make_rollout
 from .sharding import unsharded
@@ -60,11 +60,10 @@ def build(config: Config, checkpoint: Path | None = None) -> Iterator[Parts]:
 def _rollout(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> RolloutEngine:
     """The engine, holding the policy's weights. It generates with the policy itself where nothing speaks against it:
     neither shards, nor training at the same time, nor older weights, nor another dtype."""
-    settings = config.rollout
-    alike = settings.engine == "hf" and settings.dtype in ("same", config.model.dtype)
+    settings, dtype = config.rollout, rollout_dtype(config)
+    alike = settings.engine == "hf" and dtype == model.dtype
     if alike and world.size == 1 and not settings.ahead and settings.sync_every == 1:
         return make_rollout(config, model, tokenizer)
-    dtype = getattr(torch, config.model.dtype if settings.dtype == "same" else settings.dtype)
     rollout = make_rollout(config, unsharded(model, dtype), tokenizer, device=model.device)
     rollout.sync(whole_weights(model))
     return rollout

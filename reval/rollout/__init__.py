@@ -77,10 +77,9 @@ def make_rollout(
 
     A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.
     """
-    import torch
+    from ..models import rollout_dtype
 
-    settings = config.rollout
-    dtype = getattr(torch, config.model.dtype if settings.dtype == "same" else settings.dtype)
+    settings, dtype = config.rollout, rollout_dtype(config)
     if settings.engine == "hf":
         from .hf import HFRollout
 

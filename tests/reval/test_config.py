@@ -203,7 +203,7 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("run.dir=", "run.dir must be a folder; got ''"),
         ("run.display=curses", "run.display must be one of auto, rich, plain; got 'curses'"),
         ("rollout.engine=sglang", "rollout.engine must be one of hf, vllm; got 'sglang'"),
-        ("rollout.dtype=float16", "rollout.dtype must be one of same, bfloat16, float32; got 'float16'"),
+        ("rollout.dtype=float16", "rollout.dtype must be one of same, bfloat16, float32, auto; got 'float16'"),
         ("rollout.sync_every=0", "rollout.sync_every must be at least 1; got 0"),
         ("rollout.ahead=-1", "rollout.ahead must be at least 0; got -1"),
         ("rollout.probe_tokens=-1", "rollout.probe_tokens must be at least 0; got -1"),

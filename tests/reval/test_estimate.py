@@ -124,6 +124,11 @@ def test_settings_that_save_memory_save_it():
     assert sum(sizes("model.dtype=bfloat16").values()) < 0.6 * sum(whole.values())
 
 
+def test_auto_is_bf16_on_a_gpu():
+    auto = sizes("model.compute_dtype=auto", "rollout.dtype=auto")
+    assert auto == sizes("model.compute_dtype=bfloat16", "rollout.dtype=bfloat16") != sizes()
+
+
 def test_the_rollout_s_own_weights_and_cache():
     shared = sizes("rollout.batch_size=8")
     assert shared["rollout: the policy's own weights"] == 0

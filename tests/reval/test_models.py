@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from reval.batching import collate
-from reval.config import ModelConfig
-from reval.models import Head, check_head, head_of, last_hidden, load_model
+from reval.config import Config, ModelConfig, RolloutConfig
+from reval.models import Head, check_head, compute_dtype, head_of, last_hidden, load_model, rollout_dtype
 from reval_kernels import linear_token_values, token_values
 
 SMALL = {
@@ -121,3 +121,14 @@ def test_an_attention_that_runs_on_gpus_only_loads_here(tmp_path, tiny):
     assert model.config._attn_implementation == "gpu_only"
     with pytest.raises(RuntimeError, match="needs a GPU"):
         model(input_ids=torch.tensor([[7, 8]]))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_auto_is_bf16_only_where_the_processor_multiplies_it(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = ModelConfig(compute_dtype="auto", device="cpu")
+    assert compute_dtype(model) == expected
+    for rollout, dtype in (("auto", expected), ("same", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert rollout_dtype(Config(model=model, rollout=RolloutConfig(dtype=rollout))) == dtype
+    kept = ModelConfig(dtype="bfloat16", compute_dtype="auto", device="cpu")
+    assert compute_dtype(kept) == rollout_dtype(Config(model=kept)) == torch.bfloat16
