@@ -32,7 +32,7 @@ def _to_bf16(x: np.ndarray) -> np.ndarray:
 
 
 _BUILDER = interpreter.InterpreterBuilder
-_cast, _dot, _binary = _BUILDER.cast_impl, _BUILDER.create_dot, _BUILDER.binary_op
+_cast, _binary = _BUILDER.cast_impl, _BUILDER.binary_op
 
 
 def _faithful_cast(self, src, dst_type):
@@ -45,9 +45,13 @@ def _faithful_cast(self, src, dst_type):
 
 
 def _faithful_dot(self, a, b, d, *precision):
-    """Narrow operands widened to fp32: products of bf16 and fp16 are exact there, as in a tensor core."""
-    wide = [_faithful_cast(self, x, tl.float32) for x in (a, b)]
-    return _dot(self, *wide, d, *precision)
+    """Narrow operands widened to fp32: products of bf16 and fp16 are exact there, as in a tensor core.
+
+    Every sum is taken in the same order, whatever the block's shape, as on a GPU. A BLAS does not promise that: on some
+    processors the bits of np.matmul depend on the number of rows.
+    """
+    wide = [_faithful_cast(self, x, tl.float32).data for x in (a, b)]
+    return interpreter.TensorHandle(np.einsum("mk,kn->mn", *wide) + d.data, d.dtype.scalar)
 
 
 def _strict_binary(self, lhs, rhs, op):
