@@ -49,6 +49,20 @@ def test_a_freed_block_serves_the_next_gradient_and_a_smaller_one():
     assert gradient(2 * MANY + 1).data_ptr() == where
 
 
+def test_a_block_of_more_than_twice_the_size_is_left_for_a_large_gradient():
+    first = gradient(8 * MANY)
+    where = first.data_ptr()
+    del first
+    small = gradient(2 * MANY)
+    assert gradient(8 * MANY).data_ptr() == where != small.data_ptr()
+
+
+@pytest.mark.parametrize("entries", [5, MANY])
+def test_it_is_full_of_nan_where_torch_is_deterministic(entries):
+    gradient(entries).fill_(1)
+    assert gradient(entries, torch.bfloat16).isnan().all()
+
+
 def test_gradients_that_live_at_a_time_share_nothing():
     live = [gradient(2 * MANY + i).fill_(i) for i in range(4)]
     live[1] = None
