@@ -230,7 +230,8 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ rows: a block is taken in with its new maximum", "cpu/rows.cpp",
-        "if (block.reduce<type>(x, at, inv, s.shift)) {", "if (block.reduce<type>(x, at, inv, s.shift) || true) {",
+        "if (block.reduce<type, false>(x, at, inv, s.shift)) {",
+        "if (block.reduce<type, false>(x, at, inv, s.shift) || true) {",
         TESTS + "cpu/test_cpu.py -k every_instruction_set",
     ),
     Mutation(

@@ -39,7 +39,7 @@ class Numbers {
   const T* data_ = x_.template const_data_ptr<T>();
 };
 
-// A new tensor that is written in float64; its numbers are nothing yet.
+// A new tensor, uninitialised, that is written in float64.
 template <typename T>
 class Output {
  public:
@@ -73,7 +73,7 @@ class Layout {
 
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
 
-  // Runs f(trajectory, the places of its actions) when its part of the outputs is 0.
+  // Runs f(trajectory, the places of its actions) after zeroing the trajectory's part of the outputs.
   template <typename T, typename Function>
   void for_each(const std::vector<const Output<T>*>& outputs, const Function& f) const {
     const bool* taken = mask_.defined() ? mask_.const_data_ptr<bool>() : nullptr;

@@ -169,7 +169,7 @@ bool keep_steps(
         most = max_(steps, most);  // no NaN: its row is NaN in any case, but the lane is not its alone
         least = steps < least ? steps : least;
         steps = steps > kLeastKept ? steps : splat(kLeastKept);
-        bits[at > first] = (U)(steps + kShift);
+        bits[at > first] = (U)(steps + kRound);
       }
       store_bits<true>(out + word * kStrip + first, (bits[0] & 0xffff) | bits[1] << 16);
     }

@@ -49,7 +49,7 @@ INLINE void add(Lanes& s, const F (&d)[n]) {
       if (entropy) spread[k] = fused(e[k].value(), x[k], spread[k]);
     }
   }
-  for (int k = 1; k < group; ++k) {  // first among themselves: one rounding to the digits of the sum so far, not four
+  for (int k = 1; k < group; ++k) {  // first among themselves: one rounding to the digits of the sum so far, not several
     others[0] += others[k];
     spread[0] += spread[k];
   }

@@ -31,34 +31,32 @@ inline F load_rest(const void* x, int64_t at, int64_t n, Transform t) {
   return z;
 }
 
-// With 16 registers few vectors can go in step. Then exp is done stage by stage for a block of vectors: so the processor
-// finds enough that need not wait.
+// With fewer or shorter vectors than AVX-512's, too few go in step to keep the processor busy. Then exp is done stage by
+// stage for a block of vectors, among which it always finds some that need not wait.
 constexpr bool kBlocks = W < 16;
 constexpr int kBlock = 32;
 
 class Block {
  public:
-  // The first stage, of the differences z * inv - shift. False if one of them is not below 0.
-  template <DType type>
+  // The first stage, of the differences z * inv - shift. False if one of them is above kStep * kBack, or so far below 0
+  // that only `clamped` takes it.
+  template <DType type, bool clamped>
   INLINE bool reduce(const void* x, int64_t at, F inv, F shift) {
     fetch_ahead<type>(x, at);
-    I below = I{} - 1;
+    I common = I{} - 1;
 #pragma GCC unroll 2
     for (int k = 0; k < kBlock; k += 2) {
       F z[2], n[2], rest[2];
       load_two<type>(x, at + k * W, z);
-      for (int i = 0; i < 2; ++i) {
-        z[i] = z[i] * inv - shift;
-        below &= (I)z[i];
-        z[i] = max_(splat(kLeast), z[i]);
-      }
+      for (F& d : z) d = clamped ? max_(splat(kLeast), d * inv - shift) : fused(d, inv, -shift);
       ::reduce(z, n, rest);
       for (int i = 0; i < 2; ++i) {
+        common &= (I)n[i];
         shifted_[k + i] = n[i];
         r_[k + i] = rest[i];
       }
     }
-    return all_negative(below);
+    return all_negative((common & kNear) == kNear);
   }
 
   // The second stage, of the vectors k and k + 1.
@@ -96,21 +94,26 @@ void partial_row(const void* x, int64_t n, Transform t, Partial* out) {
   Lanes s;
   int64_t at = 0;
   while (at + kUnroll * W <= n) {
-    if (kBlocks && !capped && !entropy && at + kBlock * W <= n) {
-      Block block;
-      if (block.reduce<type>(x, at, inv, s.shift)) {
-        block.add_to(s);
-        at += kBlock * W;
-        continue;
+    int64_t end = at + kUnroll * W;
+    if constexpr (kBlocks && !capped && !entropy) {
+      if (at + kBlock * W <= n) {
+        end = at + kBlock * W;
+        // What is little above the maximum may be among `others`: the maximum then has a weight of no more than 2/3.
+        Block block;
+        if (block.reduce<type, false>(x, at, inv, s.shift)) {
+          block.add_to(s);
+          at = end;
+        }
       }
     }
-    auto logits = [=](int k) {
-      F z[2];
-      load_two<type>(x, at + k / 2 * 2 * W, z);
-      return cap<capped>(z[k % 2], t.softcap);
-    };
-    take<kUnroll, entropy, true>(s, logits, inv);
-    at += kUnroll * W;
+    for (; at < end; at += kUnroll * W) {
+      auto logits = [=](int k) {
+        F z[2];
+        load_two<type>(x, at + k / 2 * 2 * W, z);
+        return cap<capped>(z[k % 2], t.softcap);
+      };
+      take<kUnroll, entropy, true>(s, logits, inv);
+    }
   }
   for (; at < n; at += W) {
     const F z = load_rest<type, capped>(x, at, min(W, n - at), t);
@@ -141,10 +144,10 @@ void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* 
     const int64_t before = past == 0 ? 0 : min(4 * W / size - past, n);
     for (; at < before; at += min(W, before - at)) rest(at, min(W, before - at));
   }
-  if (kBlocks && !capped && !entropy) {
+  if constexpr (kBlocks && !capped && !entropy) {
     for (; at + kBlock * W <= n; at += kBlock * W) {
       Block block;
-      block.reduce<type>(x, at, inv, by.row_max);
+      block.reduce<type, true>(x, at, inv, by.row_max);
 #pragma GCC unroll 2
       for (int k = 0; k < kBlock; k += 2) {
         Product e[2];

@@ -6,6 +6,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "ops.h"
 #include "tokens.h"
 
@@ -25,6 +28,17 @@ struct Segments {
   int64_t grain() const { return std::max<int64_t>(1, kSegment / std::min(kSegment, vocabulary)); }
 };
 
+// Runs f(begin, end) on at least `grain` of the items at a time, of which a thread takes the next when it is done with
+// some: a core that is busy elsewhere holds up nobody for long.
+template <typename Function>
+void in_turns(int64_t items, int64_t grain, const Function& f) {
+  const int64_t threads = at::get_num_threads(), some = std::max(grain, items / (16 * threads));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, (items + some - 1) / some), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(some); i < items; i = next.fetch_add(some)) f(i, std::min(items, i + some));
+  });
+}
+
 const char* at_entry(const at::Tensor& x, int64_t entry) {
   return static_cast<const char*>(x.const_data_ptr()) + entry * x.element_size();
 }
@@ -39,7 +53,7 @@ std::vector<at::Tensor> token_values(
   const DType type = dtype_of(logits);
   const auto offsets = row_offsets(logits, tokens.index);
   std::vector<Partial> parts(tokens.size() * segments.per_row);
-  at::parallel_for(0, static_cast<int64_t>(parts.size()), segments.grain(), [&](int64_t begin, int64_t end) {
+  in_turns(static_cast<int64_t>(parts.size()), segments.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       int64_t i = item / segments.per_row, s = item % segments.per_row;
       kernels().rows.partial(
@@ -73,7 +87,7 @@ void token_values_backward(
   char* written = static_cast<char*>(out.mutable_data_ptr());
   const int64_t size = out.element_size();
   const bool streaming = static_cast<int64_t>(out.nbytes()) >= kStreamingBytes && written != logits.const_data_ptr();
-  at::parallel_for(0, tokens.all * segments.per_row, segments.grain(), [&](int64_t begin, int64_t end) {
+  in_turns(tokens.all * segments.per_row, segments.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       int64_t token = item / segments.per_row, s = item % segments.per_row, i = unmasked[token];
       int64_t first = segments.begin(s), length = segments.length(s);

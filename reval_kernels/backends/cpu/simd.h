@@ -77,9 +77,11 @@ INLINE I permuted(I x, I index) {
 }
 #endif
 
-// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + 1.5 * 2^23 holds the
-// whole number n in its low bits.
-constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + kShift holds the whole
+// number n - kBack in its low bits.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+constexpr int kBack = W == 16 ? 0 : W == 8 ? 8 : 1;  // for the sake of kNear
+constexpr float kShift = kRound - kBack;
 constexpr float kLn2 = 0.693147182f;
 INLINE F shift_by(F x, float step) { return fused(x, splat(1.0f / step), splat(kShift)); }
 INLINE F remainder(F x, F shifted, float step) {
@@ -97,7 +99,7 @@ INLINE F tail_polynomial(F r) {
 }
 
 // 2^n for -126 <= n <= 127, and 0 for n = -127.
-INLINE F power_of_two(F shifted) { return (F)(((I)shifted << 23) + (127 << 23)); }
+INLINE F power_of_two(F shifted) { return (F)(((I)shifted << 23) + ((127 + kBack) << 23)); }
 
 constexpr float kLeast = -88.0296936f;  // -127 ln 2: exp of it is 0, and so is that of anything less
 
@@ -115,6 +117,11 @@ constexpr float kStep = kLn2 / W;
 constexpr float kStep = kLn2;
 #endif
 
+// The bits that shifted has in any case where exp takes x as it is and x is below step * kBack, or little more: n then
+// lies between -127 ln 2 / step and kBack - 1, and n - kBack has no more digits than the range from there to -1. Of AVX2
+// and the plain variant.
+constexpr int32_t kNear = W == 8 ? 0x4b3ffc00 : 0x4b3fff80;
+
 template <int m>
 INLINE void reduce(const F (&x)[m], F (&shifted)[m], F (&r)[m]) {
   for (int k = 0; k < m; ++k) shifted[k] = shift_by(x[k], kStep);
@@ -130,7 +137,7 @@ struct Powers {
     constexpr float powers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
                                   1.29683955f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
                                   1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
-    for (int k = 0; k < W; ++k) bits[k] = __builtin_bit_cast(int32_t, powers[16 / W * k]) - (k << kExponent);
+    for (int k = 0; k < W; ++k) bits[k] = __builtin_bit_cast(int32_t, powers[16 / W * k]) + ((kBack - k) << kExponent);
   }
 };
 constexpr Powers kPowers;
