@@ -75,7 +75,7 @@ class ModelConfig(_Section):
     """Type of the parameters and of the optimizer's state."""
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Autocast type of the transformer's forward and backward; the head and the losses are always float32. auto:
-    bfloat16 where the device multiplies it, which CPUs without AVX-512 do not: there it takes many times as long."""
+    bfloat16 where torch has fast matmuls for it (not on CPUs without AVX-512), else float32."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
     attn_implementation: str = "sdpa"

@@ -164,7 +164,7 @@ def _activations(config: Config, shape: Shape, compute: int, autocast: bool) -> 
 
 
 def _compute_dtype(config: Config) -> str:
-    """A GPU multiplies bf16."""
+    """What the layers compute in; auto is taken for a GPU's."""
     model = config.model
     if model.dtype != "float32":
         return model.dtype

@@ -17,7 +17,7 @@ from .evaluate import Evaluation, evaluate
 from .evaluation.endogenous import endogenous_scorer
 from .experience import scored
 from .interrupt import Interruptible
-from .models import log_probs, whole_weights
+from .models import log_probs, whole_weights, with_dtypes
 from .parts import Parts, build
 from .replay import Trajectory
 from .rewards import RewardError
@@ -37,6 +37,7 @@ def train(config: Config) -> dict[str, float]:
     finite (weights untouched, batch saved) or the reward function is broken.
     """
     check_installed(config)
+    config = with_dtypes(config)
     checkpoint = find_checkpoint(config)
     with build(config, checkpoint) as parts, ExitStack() as stack:
         try:

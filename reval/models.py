@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -141,10 +142,25 @@ def rollout_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.model.dtype if config.rollout.dtype == "same" else config.rollout.dtype)
 
 
+def with_dtypes(config: Config) -> Config:
+    """The same with what auto comes to on this device, so that the run's config.yaml says what was computed."""
+    model, rollout = config.model, config.rollout
+    if model.compute_dtype == "auto":
+        model = replace(model, compute_dtype=_name(compute_dtype(model)))
+    if rollout.dtype == "auto":
+        rollout = replace(rollout, dtype=_name(rollout_dtype(config)))
+    return replace(config, model=model, rollout=rollout)
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
 def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmuls are no slower there than fp32 ones."""
+    """Whether torch has matmuls for bf16 there that are worth it: on a CPU, those with AVX-512."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from reval.batching import collate
 from reval.config import Config, ModelConfig, RolloutConfig
-from reval.models import Head, check_head, compute_dtype, head_of, last_hidden, load_model, rollout_dtype
+from reval.models import Head, check_head, compute_dtype, head_of, last_hidden, load_model, rollout_dtype, with_dtypes
 from reval_kernels import linear_token_values, token_values
 
 SMALL = {
@@ -130,5 +130,8 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(capability, expecte
     assert compute_dtype(model) == expected
     for rollout, dtype in (("auto", expected), ("same", torch.float32), ("bfloat16", torch.bfloat16)):
         assert rollout_dtype(Config(model=model, rollout=RolloutConfig(dtype=rollout))) == dtype
+    run = with_dtypes(Config(model=model, rollout=RolloutConfig(dtype="auto")))
+    assert run.model.compute_dtype == run.rollout.dtype == str(expected).removeprefix("torch.")
+    assert with_dtypes(Config()) == Config()
     kept = ModelConfig(dtype="bfloat16", compute_dtype="auto", device="cpu")
     assert compute_dtype(kept) == rollout_dtype(Config(model=kept)) == torch.bfloat16
