@@ -37,6 +37,8 @@ def beyond_inputs_and_outputs(
     """Bytes, of one call in a child process. Raises NotMeasured, with the child's message, if that is not possible."""
     if device.type == "cpu" and not os.access(CLEAR, os.W_OK):
         raise NotMeasured(f"needs Linux's {CLEAR}, this is {sys.platform}")
+    for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):  # whatever the times are taken with: what was freed
+        os.environ.pop(name, None)  # and kept is not what a call takes
     # a server that has imported torch and done nothing else: its forks start at once, and share no threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])
