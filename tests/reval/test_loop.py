@@ -57,6 +57,12 @@ def test_a_run_writes_all_it_promises(finished):
     assert "Reply with only the number." in done.stdout
 
 
+def test_the_runs_config_says_what_auto_came_to(tmp_path):
+    run(tmp_path / "auto", "run.iterations=1", "model.compute_dtype=auto", "rollout.dtype=auto")
+    written = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())
+    assert written["model"]["compute_dtype"] == written["rollout"]["dtype"] != "auto"
+
+
 def test_metrics_are_named_as_users_know_them(finished):
     rows = metrics(finished[0])
     assert [row["iteration"] for row in rows] == [1, 2, 3]
