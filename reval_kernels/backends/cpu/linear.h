@@ -48,12 +48,19 @@ class Scratch {
   E* data_ = tensor_.template mutable_data_ptr<E>();
 };
 
-// C [m, n] (+)= A [m, k] @ B [k, n]; leading dimensions in entries. bf16: k even, B in pairs.
+// C [m, n] (+)= A [m, k] @ B [k, n] for n <= kStrip; leading dimensions in entries. bf16: k even, B in pairs.
+//
+// fp32 goes 64 summands at a time: brgemm goes through all of B for every few rows of A, and 64 rows of it are 16 KiB,
+// which stay in a first-level cache.
 template <typename E>
 void matmul(
     int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, bool add, float* c,
     int64_t ldc) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kPairs<E>);
+  const int64_t at_once = kPairs<E> ? k : 64;
+  for (int64_t i = 0; i < k; i += at_once) {
+    at::native::cpublas::brgemm(
+        m, n, std::min(at_once, k - i), lda, ldb, ldc, add || i > 0, a + i, b + i * ldb, c, kPairs<E>);
+  }
 }
 
 // How [M, V] is cut.
@@ -65,7 +72,7 @@ struct Cut {
 
   Cut(int64_t tokens, int64_t vocabulary, int64_t width, int64_t entry)
       : tokens(tokens), vocabulary(vocabulary), width(width),
-        words(std::clamp<int64_t>((448 << 10) / std::max<int64_t>(1, width * entry) / 64 * 64, 64, 192)),
+        words(std::clamp<int64_t>((448 << 10) / std::max<int64_t>(1, width * entry) / 64 * 64, 64, entry == 4 ? 128 : 192)),
         tiles(parts(vocabulary, words)), strips(parts(tokens, kStrip)),
         block(std::max<int64_t>(at::get_num_threads(), strips_of_a_block(entry))), blocks(parts(strips, block)) {}
 
@@ -188,68 +195,71 @@ class Head {
   Scratch<E> rows_, columns_;
 };
 
-// The hidden states of the unmasked tokens as right operands, in slots for a strip each: `across`, of the logits;
-// `down`, of d_weight.
+// The hidden states of the unmasked tokens as right operands: `across`, of the logits, and `down`, of d_weight. In slots
+// for a strip each; but `down` in fp32 is where the states are, or what is gathered of them for the moment.
 template <typename E>
 class States {
  public:
   States(const at::Tensor& hidden, const Tokens& tokens, const Cut& cut, int64_t across, int64_t down)
-      : hidden_(hidden), cut_(cut), offsets_(row_offsets(hidden, tokens.index)), stride_(hidden.stride(-1)),
+      : hidden_(hidden.stride(-1) == 1 ? hidden : hidden.contiguous()), cut_(cut),
+        offsets_(row_offsets(hidden_, tokens.index)),
         in_place_(
-            hidden.scalar_type() == c10::CppTypeToScalarType<E>::value && hidden.is_contiguous() &&
+            hidden_.scalar_type() == c10::CppTypeToScalarType<E>::value && hidden_.is_contiguous() &&
             tokens.size() == tokens.all),
-        down_in_place_(in_place_ && !kPairs<E>),
         gathered_((in_place_ ? 0 : at::get_num_threads()) * kStrip * cut.width),
-        across_(across * kStrip * cut.width), down_((down_in_place_ ? 0 : down) * kStrip * cut.width) {}
+        across_(across * kStrip * cut.width), down_((kPairs<E> ? down : 0) * kStrip * cut.width) {}
 
   // Into these slots; -1: not wanted.
   void pack(int64_t strip, int64_t across_slot, int64_t down_slot, int64_t thread) {
-    const int64_t count = cut_.tokens_of(strip), width = cut_.width, first = strip * kStrip;
+    const int64_t count = cut_.tokens_of(strip), width = cut_.width;
     constexpr int64_t entries = 4 / sizeof(E);  // in 32 bits
-    const E* rows = in_place_ ? static_cast<const E*>(hidden_.const_data_ptr()) + first * width
-                              : gather(first, count, gathered_.at(thread * kStrip * width));
+    if (across_slot < 0 && !kPairs<E>) return;
+    const E* from = in_place_ ? rows(strip) : gather(strip, thread);
     if (across_slot >= 0) {
       E* across = across_.at(across_slot * kStrip * width);
       if (count < kStrip) std::fill(across, across + kStrip * width, E(0.0f));
       kernels().layout.transpose(
-          reinterpret_cast<const uint32_t*>(rows), width / entries, count, width / entries,
+          reinterpret_cast<const uint32_t*>(from), width / entries, count, width / entries,
           reinterpret_cast<uint32_t*>(across), kStrip);
     }
-    if (down_slot < 0 || down_in_place_) return;
-    E* down = down_.at(down_slot * kStrip * width);
-    if constexpr (!kPairs<E>) {
-      std::copy(rows, rows + count * width, down);
-    } else {
-      auto from = reinterpret_cast<const uint16_t*>(rows);
+    if constexpr (kPairs<E>) {
+      if (down_slot < 0) return;
+      E* down = down_.at(down_slot * kStrip * width);
       for (int64_t i = 0; i < count; i += 2) {
-        const uint16_t* second = i + 1 < count ? from + (i + 1) * width : nullptr;
+        auto first = reinterpret_cast<const uint16_t*>(from + i * width);
         auto to = reinterpret_cast<uint32_t*>(down + i * width);
-        kernels().layout.interleave(from + i * width, second, width, to);
+        kernels().layout.interleave(first, i + 1 < count ? first + width : nullptr, width, to);
       }
     }
   }
 
   // [D, kStrip]
   const E* across(int64_t slot) const { return across_.at(slot * kStrip * cut_.width); }
-  // [tokens, D] of the slots from this one on, which hold the strips from this one on.
-  const E* down(int64_t slot, int64_t strip) const {
-    return down_in_place_ ? static_cast<const E*>(hidden_.const_data_ptr()) + strip * kStrip * cut_.width
-                          : down_.at(slot * kStrip * cut_.width);
+
+  // [tokens, D]. bf16: of the slots from this one on, which hold the strips from this one on. fp32: of this strip.
+  const E* down(int64_t slot, int64_t strip, int64_t thread) const {
+    if (kPairs<E>) return down_.at(slot * kStrip * cut_.width);
+    return in_place_ ? rows(strip) : gather(strip, thread);
   }
 
  private:
-  const E* gather(int64_t first, int64_t count, E* out) const {
-    for (int64_t i = 0; i < count; ++i) {
-      load_row(hidden_, offsets_[first + i], stride_, cut_.width, out + i * cut_.width);
+  const E* rows(int64_t strip) const {
+    return static_cast<const E*>(hidden_.const_data_ptr()) + strip * kStrip * cut_.width;
+  }
+
+  // In the thread's room.
+  const E* gather(int64_t strip, int64_t thread) const {
+    E* out = gathered_.at(thread * kStrip * cut_.width);
+    for (int64_t i = 0; i < cut_.tokens_of(strip); ++i) {
+      load_row(hidden_, offsets_[strip * kStrip + i], 1, cut_.width, out + i * cut_.width);
     }
     return out;
   }
 
-  const at::Tensor& hidden_;
+  const at::Tensor hidden_;
   const Cut& cut_;
   std::vector<int64_t> offsets_;
-  int64_t stride_;
-  bool in_place_, down_in_place_;
+  bool in_place_;
   Scratch<E> gathered_, across_, down_;
 };
 

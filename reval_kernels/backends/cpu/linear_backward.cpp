@@ -33,8 +33,9 @@ class Backward {
         slots_(cut_.blocks == 1 ? cut_.strips : by_words_ ? 2 * cut_.block : threads_),
         states_(hidden, tokens, cut_, cut_.blocks == 1 ? anew_.back() : slots_, needs_weight_ ? slots_ : 0),
         inv_temperature_(inverse_temperatures(cut_, tokens)),
-        ld_(summands<E>(multiple(std::min(cut_.block * kStrip, cut_.tokens), kColumns)) + 64 / sizeof(E)),
-        gradients_((by_words_ ? 2 : 0) * cut_.words * ld_), logits_(threads_ * kStrip * cut_.words),
+        strips_(std::min(cut_.block, cut_.strips)), ld_(kPairs<E> ? strips_ * kStrip + 64 / sizeof(E) : kStrip),
+        next_strip_(kPairs<E> ? kStrip : cut_.words * kStrip), block_(cut_.words * (kPairs<E> ? ld_ : strips_ * kStrip)),
+        gradients_((by_words_ ? 2 : 0) * block_), logits_(threads_ * kStrip * cut_.words),
         pairs_((kPairs<E> ? threads_ : 0) * kStrip * cut_.words),
         room_((d_hidden ? threads_ : 0) * kStrip * cut_.width),
         tile_gradient_(needs_weight_ && !in_place_ ? cut_.words * cut_.width : 0),
@@ -49,7 +50,7 @@ class Backward {
       if (tile < 0 || tile >= cut_.tiles) return;
       if (item.kind == Item::kLoad) load(tile);
       if (item.kind == Item::kStrip) strip(tile, item.index, thread);
-      if (item.kind == Item::kWords) words(tile, item.index / parts_, item.index % parts_);
+      if (item.kind == Item::kWords) words(tile, item.index / parts_, item.index % parts_, thread);
     });
   }
 
@@ -103,7 +104,10 @@ class Backward {
   }
   // How many blocks, of all tiles, come before.
   int64_t step(int64_t tile, int64_t b) const { return tile * cut_.blocks + b; }
-  E* gradients(int64_t step) const { return gradients_.at(step % 2 * cut_.words * ld_); }
+  // Of a word's logits for a strip of the block.
+  E* gradients(int64_t step, int64_t strip, int64_t word) const {
+    return gradients_.at(step % 2 * block_ + strip * next_strip_ + word * ld_);
+  }
 
   void load(int64_t tile) {
     pipeline_.wait(strips_done_, 0, cut_.strips, tile - 1);
@@ -124,20 +128,19 @@ class Backward {
     float* room = logits_.at(thread * kStrip * cut_.words);
     if (!kept) strip_logits<E>(cut_, tile, s, head_, states_.across(across), bias_, room);
     const float* x = kept ? kept_.get(tile, s, room) : room;
-    E* by_word = by_words_ ? gradients(step(tile, b)) + s % cut_.block * kStrip : nullptr;
-    const auto [right, ld_right] = differentiate(tile, s, x, by_word, thread);
+    E* by_word = by_words_ ? gradients(step(tile, b), s % cut_.block, 0) : nullptr;
+    const E* right = differentiate(tile, s, x, by_word, thread);
     if (d_hidden_) {
       float* sum = d_hidden_ + s * kStrip * width;
       matmul<E>(
-          width, count, summands<E>(words), head_.columns(tile), cut_.words, right, ld_right, tile > 0, sum, count);
+          width, count, summands<E>(words), head_.columns(tile), cut_.words, right, kStrip, tile > 0, sum, count);
       if (tile + 1 == cut_.tiles) to_rows(sum, width, count, room_.at(thread * kStrip * width));
     }
     strips_done_[s].store(tile + 1, std::memory_order_release);
   }
 
-  // The gradients of the logits x: by word; and as right operand for d_hidden, which is returned with its leading
-  // dimension.
-  std::pair<const E*, int64_t> differentiate(int64_t tile, int64_t s, const float* x, E* by_word, int64_t thread) {
+  // The gradients of the logits x: by word; and as right operand for d_hidden, which is returned.
+  const E* differentiate(int64_t tile, int64_t s, const float* x, E* by_word, int64_t thread) {
     const int64_t at = s * kStrip, words = cut_.words_of(tile), columns = multiple(cut_.tokens_of(s), kColumns);
     const float* inv = inv_temperature_.data() + at;
     const ColumnGradients by{&row_max_[at],  &log_sum_[at],      &entropy_[at],
@@ -160,31 +163,35 @@ class Backward {
         pairs[(own / 2 * kStrip + r) * 2 + own % 2] = own_gradients[r];
         if (by_word) by_word[own * ld_ + r] = own_gradients[r];
       });
-      return {pairs, kStrip};
+      return pairs;
     } else {
       float* out = by_word ? by_word : logits_.at(thread * kStrip * cut_.words);
-      const int64_t ld = by_word ? ld_ : kStrip;
-      kernels().columns.gradient(x, words, columns, tokens_.softcap, inv, by, ahead, out, ld);
-      for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) { out[own * ld + r] = own_gradients[r]; });
-      return {out, ld};
+      kernels().columns.gradient(x, words, columns, tokens_.softcap, inv, by, ahead, out, kStrip);
+      for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) { out[own * kStrip + r] = own_gradients[r]; });
+      return out;
     }
   }
 
   // The block's share of some words' d_weight [words, D] and d_bias.
-  void words(int64_t tile, int64_t b, int64_t part) {
+  void words(int64_t tile, int64_t b, int64_t part, int64_t thread) {
     const int64_t first = part * part_, count = std::min(part_, cut_.words_of(tile) - first), width = cut_.width;
     pipeline_.wait(parts_done_[part], step(tile, b));
     pipeline_.wait(strips_done_, b * cut_.block, b * cut_.block + cut_.strips_of_block(b), tile + 1);
-    const E* rows = gradients(step(tile, b)) + first * ld_;
+    const E* rows = gradients(step(tile, b), 0, first);
     const int64_t word = tile * cut_.words + first, tokens = cut_.tokens_of_block(b);
     if (needs_weight_ && count > 0) {
       float* to = in_place_ ? d_weight_.mutable_data_ptr<float>() + word * width : tile_gradient_.at(first * width);
-      const E* states = states_.down(slot(tile, b * cut_.block, 0), b * cut_.block);
       constexpr int64_t panel = 64;  // columns at a time: what they take of the states then stays in the cache
-      for (int64_t d = 0; d < width; d += panel) {
-        matmul<E>(
-            count, std::min(panel, width - d), summands<E>(tokens), rows, ld_, states + d * (kPairs<E> ? 2 : 1), width,
-            b > 0, to + d, width);
+      const int64_t at_once = kPairs<E> ? tokens : kStrip;
+      for (int64_t t = 0; t < tokens; t += at_once) {
+        const int64_t s = b * cut_.block + t / kStrip;
+        const E* states = states_.down(slot(tile, s, thread), s, thread);
+        for (int64_t d = 0; d < width; d += panel) {
+          matmul<E>(
+              count, std::min(panel, width - d), summands<E>(std::min(at_once, tokens - t)),
+              rows + t / kStrip * next_strip_, ld_, states + d * (kPairs<E> ? 2 : 1), width, b > 0 || t > 0, to + d,
+              width);
+        }
       }
       if (!in_place_ && b + 1 == cut_.blocks) {
         auto out = static_cast<char*>(d_weight_.mutable_data_ptr()) + word * width * d_weight_.element_size();
@@ -193,7 +200,9 @@ class Backward {
     }
     for (int64_t w = 0; d_bias_ && w < count; ++w) {
       float sum = b > 0 ? d_bias_[word + w] : 0.0f;
-      for (int64_t t = 0; t < tokens; ++t) sum += static_cast<float>(rows[w * ld_ + t]);
+      for (int64_t t = 0; t < tokens; ++t) {
+        sum += static_cast<float>(rows[t / kStrip * next_strip_ + w * ld_ + t % kStrip]);
+      }
       d_bias_[word + w] = sum;
     }
     parts_done_[part].store(step(tile, b) + 1, std::memory_order_release);
@@ -216,8 +225,10 @@ class Backward {
   int64_t slots_;
   States<E> states_;
   std::vector<float> inv_temperature_, row_max_, log_sum_, entropy_, from_all_, from_entropy_;
-  int64_t ld_;                    // of gradients_: no power of two, or its rows would share few places in the cache
-  Scratch<E> gradients_;          // of the logits of two blocks, [words, tokens]
+  int64_t strips_;                // of a block
+  int64_t ld_, next_strip_;       // of gradients_. bf16: no power of two, or its rows would share few places in the cache
+  int64_t block_;                 // entries
+  Scratch<E> gradients_;          // of the logits of two blocks: bf16 [words, tokens], fp32 [strips, words, kStrip]
   Scratch<float> logits_;         // of a strip, for each thread
   Scratch<E> pairs_;              // bf16: their gradients, for each thread
   Scratch<float> room_;           // for each thread
