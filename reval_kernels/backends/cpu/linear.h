@@ -206,8 +206,8 @@ class States {
         in_place_(
             hidden_.scalar_type() == c10::CppTypeToScalarType<E>::value && hidden_.is_contiguous() &&
             tokens.size() == tokens.all),
-        gathered_((in_place_ ? 0 : at::get_num_threads()) * kStrip * cut.width),
-        across_(across * kStrip * cut.width), down_((kPairs<E> ? down : 0) * kStrip * cut.width) {}
+        room_(at::get_num_threads() * kStrip * cut.width), across_(across * kStrip * cut.width),
+        down_((kPairs<E> ? down : 0) * kStrip * cut.width) {}
 
   // Into these slots; -1: not wanted.
   void pack(int64_t strip, int64_t across_slot, int64_t down_slot, int64_t thread) {
@@ -242,14 +242,16 @@ class States {
     return in_place_ ? rows(strip) : gather(strip, thread);
   }
 
+  // [kStrip, D] for the moment: pack() and down() of the same thread may use it too.
+  float* room(int64_t thread) const { return room_.at(thread * kStrip * cut_.width); }
+
  private:
   const E* rows(int64_t strip) const {
     return static_cast<const E*>(hidden_.const_data_ptr()) + strip * kStrip * cut_.width;
   }
 
-  // In the thread's room.
   const E* gather(int64_t strip, int64_t thread) const {
-    E* out = gathered_.at(thread * kStrip * cut_.width);
+    auto out = reinterpret_cast<E*>(room(thread));
     for (int64_t i = 0; i < cut_.tokens_of(strip); ++i) {
       load_row(hidden_, offsets_[strip * kStrip + i], 1, cut_.width, out + i * cut_.width);
     }
@@ -260,7 +262,8 @@ class States {
   const Cut& cut_;
   std::vector<int64_t> offsets_;
   bool in_place_;
-  Scratch<E> gathered_, across_, down_;
+  Scratch<float> room_;
+  Scratch<E> across_, down_;
 };
 
 // Of one strip: its logits for one tile [words, kStrip], with the bias.

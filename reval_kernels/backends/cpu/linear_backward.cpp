@@ -37,7 +37,6 @@ class Backward {
         next_strip_(kPairs<E> ? kStrip : cut_.words * kStrip), block_(cut_.words * (kPairs<E> ? ld_ : strips_ * kStrip)),
         gradients_((by_words_ ? 2 : 0) * block_), logits_(threads_ * kStrip * cut_.words),
         pairs_((kPairs<E> ? threads_ : 0) * kStrip * cut_.words),
-        room_((d_hidden ? threads_ : 0) * kStrip * cut_.width),
         tile_gradient_(needs_weight_ && !in_place_ ? cut_.words * cut_.width : 0),
         part_(multiple(std::max<int64_t>(parts(cut_.words, threads_), 32), 16)),
         parts_(by_words_ ? parts(cut_.words, part_) : 0), strips_done_(cut_.strips), parts_done_(parts_) {
@@ -134,7 +133,7 @@ class Backward {
       float* sum = d_hidden_ + s * kStrip * width;
       matmul<E>(
           width, count, summands<E>(words), head_.columns(tile), cut_.words, right, kStrip, tile > 0, sum, count);
-      if (tile + 1 == cut_.tiles) to_rows(sum, width, count, room_.at(thread * kStrip * width));
+      if (tile + 1 == cut_.tiles) to_rows(sum, width, count, states_.room(thread));
     }
     strips_done_[s].store(tile + 1, std::memory_order_release);
   }
@@ -231,7 +230,6 @@ class Backward {
   Scratch<E> gradients_;          // of the logits of two blocks: bf16 [words, tokens], fp32 [strips, words, kStrip]
   Scratch<float> logits_;         // of a strip, for each thread
   Scratch<E> pairs_;              // bf16: their gradients, for each thread
-  Scratch<float> room_;           // for each thread
   Scratch<float> tile_gradient_;  // [words, D], if not in place
   int64_t part_;                  // words of a tile's gradient that a thread takes at a time
   int64_t parts_;                 // of a tile

@@ -32,7 +32,7 @@ class Forward {
         action_logits_(kept.action_logits.mutable_data_ptr<float>()),
         inv_temperature_(inverse_temperatures(cut_, tokens)),
         logits_(threads_ * kStrip * cut_.words), pairs_(expected && kPairs<E> ? threads_ * kStrip * cut_.words : 0),
-        room_(expected ? threads_ * kStrip * cut_.width : 0), strips_done_(cut_.strips) {
+        strips_done_(cut_.strips) {
     for (ColumnSums& sums : sums_) std::fill_n(sums.maximum, kStrip, Sums::kLowest);
     if (cut_.tokens == 0) return;
     // A tile is loaded while half of its predecessor's strips are still to come; the first's predecessor has none.
@@ -120,7 +120,7 @@ class Forward {
     matmul<E>(
         width, count, summands<E>(words), head_.columns(tile), cut_.words, right, kStrip, tile > 0, sum, count);
     if (tile + 1 < cut_.tiles) return;
-    to_rows(sum, width, count, room_.at(thread * kStrip * width));
+    to_rows(sum, width, count, states_.room(thread));
     for (int64_t r = 0; r < count; ++r) {
       const auto scale = static_cast<float>(1.0 / (1.0 + of.others[r]));
       for (int64_t d = 0; d < width; ++d) sum[r * width + d] *= scale;
@@ -141,7 +141,6 @@ class Forward {
   std::vector<float> inv_temperature_;
   Scratch<float> logits_;
   Scratch<E> pairs_;
-  Scratch<float> room_;
   Pipeline pipeline_;
   Counters strips_done_;            // tiles that each strip is through with
   std::atomic<int64_t> loaded_{0};  // tiles
