@@ -281,8 +281,33 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ linear: blocks of the weight's gradient replace each other", "cpu/linear_backward.cpp",
-        "            b > 0, to + d, width);", "            false, to + d, width);",
+        "b > 0 || t > 0, to + d,", "t > 0, to + d,",
         TESTS + "test_linear_values.py -k accumulates",
+    ),
+    Mutation(
+        "C++ linear: strips of the weight's gradient replace each other", "cpu/linear_backward.cpp",
+        "b > 0 || t > 0, to + d,", "b > 0, to + d,",
+        TESTS + "cpu/test_kept.py -k gradients",
+    ),
+    Mutation(
+        "C++ linear: the bias' gradient takes the first strip again and again", "cpu/linear_backward.cpp",
+        "rows[t / kStrip * next_strip_ + w * ld_ + t % kStrip]", "rows[w * ld_ + t % kStrip]",
+        TESTS + "test_linear_values.py " + TESTS + "cpu/test_kept.py -k bias",
+    ),
+    Mutation(
+        "C++ linear: 64 summands replace those before", "cpu/linear.h",
+        "ldc, add || i > 0, a + i,", "ldc, add, a + i,",
+        TESTS + "test_linear_values.py -k test_values_and_gradients",
+    ),
+    Mutation(
+        "C++ linear: what is gathered starts with the first strip", "cpu/linear.h",
+        "offsets_[strip * kStrip + i]", "offsets_[i]",
+        TESTS + "cpu/test_kept.py -k mask_bias",
+    ),
+    Mutation(
+        "C++ linear: a state's entries are thought to be next to each other", "cpu/linear.h",
+        "hidden_(hidden.stride(-1) == 1 ? hidden : hidden.contiguous())", "hidden_(hidden)",
+        TESTS + "test_linear_values.py -k test_any_strides",
     ),
     Mutation(
         "C++ linear: the head's gradient runs over logits still kept", "cpu/linear_backward.cpp",
@@ -311,7 +336,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ linear: the action's gradient is that of any word", "cpu/linear_backward.cpp",
-        "{ out[own * ld + r] = own_gradients[r]; }", "{ (void)r, (void)own; }",
+        "{ out[own * kStrip + r] = own_gradients[r]; }", "{ (void)r, (void)own; }",
         TESTS + "test_linear_values.py -k softcap_temperature",
     ),
 ]  # fmt: skip

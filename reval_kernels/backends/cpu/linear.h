@@ -66,13 +66,15 @@ void matmul(
 // How [M, V] is cut.
 struct Cut {
   int64_t tokens, vocabulary, width;
-  int64_t words;               // of a tile: as many as keep a tile of the head well inside a second-level cache
+  int64_t words;               // of a tile: as many as keep a tile of the head well inside a second-level cache, and no
+                               // more than a call's few MiB allow, of which fp32 takes twice as much a word
   int64_t tiles, strips;
   int64_t block, blocks;       // strips of a block, and how many blocks
 
   Cut(int64_t tokens, int64_t vocabulary, int64_t width, int64_t entry)
       : tokens(tokens), vocabulary(vocabulary), width(width),
-        words(std::clamp<int64_t>((448 << 10) / std::max<int64_t>(1, width * entry) / 64 * 64, 64, entry == 4 ? 128 : 192)),
+        words(std::clamp<int64_t>(
+            (448 << 10) / std::max<int64_t>(1, width * entry) / 64 * 64, 64, entry == 4 ? 128 : 192)),
         tiles(parts(vocabulary, words)), strips(parts(tokens, kStrip)),
         block(std::max<int64_t>(at::get_num_threads(), strips_of_a_block(entry))), blocks(parts(strips, block)) {}
 
@@ -195,8 +197,8 @@ class Head {
   Scratch<E> rows_, columns_;
 };
 
-// The hidden states of the unmasked tokens as right operands: `across`, of the logits, and `down`, of d_weight. In slots
-// for a strip each; but `down` in fp32 is where the states are, or what is gathered of them for the moment.
+// The hidden states of the unmasked tokens as right operands: `across`, of the logits, and `down`, of d_weight. In
+// slots for a strip each; but `down` in fp32 is where the states are, or what is gathered of them for the moment.
 template <typename E>
 class States {
  public:

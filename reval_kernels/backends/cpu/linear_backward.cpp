@@ -34,7 +34,8 @@ class Backward {
         states_(hidden, tokens, cut_, cut_.blocks == 1 ? anew_.back() : slots_, needs_weight_ ? slots_ : 0),
         inv_temperature_(inverse_temperatures(cut_, tokens)),
         strips_(std::min(cut_.block, cut_.strips)), ld_(kPairs<E> ? strips_ * kStrip + 64 / sizeof(E) : kStrip),
-        next_strip_(kPairs<E> ? kStrip : cut_.words * kStrip), block_(cut_.words * (kPairs<E> ? ld_ : strips_ * kStrip)),
+        next_strip_(kPairs<E> ? kStrip : cut_.words * kStrip),
+        block_(cut_.words * (kPairs<E> ? ld_ : strips_ * kStrip)),
         gradients_((by_words_ ? 2 : 0) * block_), logits_(threads_ * kStrip * cut_.words),
         pairs_((kPairs<E> ? threads_ : 0) * kStrip * cut_.words),
         tile_gradient_(needs_weight_ && !in_place_ ? cut_.words * cut_.width : 0),
@@ -225,8 +226,9 @@ class Backward {
   States<E> states_;
   std::vector<float> inv_temperature_, row_max_, log_sum_, entropy_, from_all_, from_entropy_;
   int64_t strips_;                // of a block
-  int64_t ld_, next_strip_;       // of gradients_. bf16: no power of two, or its rows would share few places in the cache
-  int64_t block_;                 // entries
+  int64_t ld_, next_strip_;       // of gradients_, whose rows in bf16 would share few places in the cache
+                                  // if ld_ were a power of two
+  int64_t block_;                 // entries of gradients_
   Scratch<E> gradients_;          // of the logits of two blocks: bf16 [words, tokens], fp32 [strips, words, kStrip]
   Scratch<float> logits_;         // of a strip, for each thread
   Scratch<E> pairs_;              // bf16: their gradients, for each thread
