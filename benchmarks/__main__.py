@@ -1,14 +1,16 @@
 """make bench, or python -m benchmarks [--quick] [--only OP] [--provider NAME]: times every op by every provider.
 
-Ctrl-C keeps what was measured. A trial (--quick, --only, --provider) writes to runs/bench, a full run to
-benchmarks/results.
+Ctrl-C keeps what was measured. A full run writes to benchmarks/results; a trial (--quick, --only, --provider,
+--seconds, --runs, --no-memory, --no-curves) and what was interrupted to runs/bench.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -46,25 +48,26 @@ def tables(device: str, quick: bool, patient: bool = False) -> list[Case]:
     else:
         rows, head, values = Shape(8, 512, 151_936), Shape(8, 512, 151_936, 2048), Shape(256, 4096)
         heads = [head]
-    few = (*OURS, "torch eager")  # a child for each provider of each case would take too long
-    cases = [Case(ROWS, rows, dtype, memory=few) for dtype in (F32, BF16)]
-    cases += [Case(BOTH, rows, F32, memory=few), Case(BOTH, rows, BF16)]
+    few = (*OURS, "torch eager")
+    frugal = partial(Case, memory=few, others=False)  # a child for each provider of each case would take too long
+    cases = [frugal(ROWS, rows, dtype) for dtype in (F32, BF16)]
+    cases += [frugal(BOTH, rows, F32), Case(BOTH, rows, BF16)]
     slow = not quick and not multiplies_bf16(device)
 
     def cut(shape: Shape, dtype: torch.dtype) -> Shape:
         few = slow and dtype == BF16 and not (patient and shape == head)
         return shape._replace(length=shape.length // 16) if few else shape
 
-    cases += [Case(LINEAR, cut(head, dtype), dtype, memory=few) for dtype in (F32, BF16)]
+    cases += [frugal(LINEAR, cut(head, dtype), dtype) for dtype in (F32, BF16)]
     cases += [Case(LOSS, cut(heads[0], dtype), dtype, memory=few) for dtype in (F32, BF16)]
     # the larger head: ours, and who the bar names
     named = (*OURS, *FASTEST_OF)
-    cases += [Case(LOSS, cut(h, dtype), dtype, only=named, memory=few) for h in heads[1:] for dtype in (F32, BF16)]
+    cases += [frugal(LOSS, cut(h, dtype), dtype, only=named) for h in heads[1:] for dtype in (F32, BF16)]
     return [*cases, Case(BELLMAN, values, F32)]
 
 
 def curves(device: str, quick: bool) -> list[Case]:
-    """Time and memory against N at fixed V, and against V at fixed N: ours, eager, and the fastest peer on a CPU."""
+    """Time and memory against N at fixed V, and against V at fixed N: ours, eager, and for heads cut-cross-entropy."""
     ours = next(name for name, info in reval_kernels.backends().items() if {device, "*"} & set(info.default_for))
     who = (ours, "torch eager", "cut-cross-entropy torch_compile" if device == "cpu" else "cut-cross-entropy")
     lengths, vocabularies = [8, 16, 32, 64], [16_384, 32_768, 65_536, 131_072]
@@ -73,7 +76,7 @@ def curves(device: str, quick: bool) -> list[Case]:
     if quick:
         lengths, vocabularies, width, length, head, vocabulary = [2, 4], [1024, 2048], 64, 4, 2048, 4096
     dtype = BF16 if multiplies_bf16(device) else F32
-    loss = partial(Case, LOSS, dtype=dtype, only=who, memory=who[:2])
+    loss = partial(Case, LOSS, dtype=dtype, only=who)
     rows = partial(Case, BOTH, dtype=F32, only=who[:2])
     return [
         *(loss(shape=Shape(8, t, head, width), curve="N") for t in lengths),
@@ -113,21 +116,36 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--provider", action="append", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, help="per provider and case [3; quick: 0.2]")
-    parser.add_argument("--runs", type=int, default=3, help="at least, per provider and case [3]")
+    parser.add_argument("--runs", type=int, help=f"at least, per provider and case [{Settings.least}]")
     parser.add_argument(
         "--patient", action="store_true", help="all tokens in bf16 where torch multiplies it slowly: 15 minutes more"
     )
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="times alone")
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
     parser.add_argument("--output", type=Path, help=f"a folder [{FULL}; trials: {TRIAL}]")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    for name in ("seconds", "runs"):
+        given = getattr(args, name)
+        if given is not None and not 0 < given < math.inf:
+            parser.error(f"--{name} must be positive, got {given}")
+    args.trial = bool(
+        args.quick or args.only or args.provider or args.seconds or args.runs or not (args.memory and args.curves)
+    )
+    folder = args.output or (TRIAL if args.trial else FULL)
+    try:  # now, and not when everything has been measured
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"--output: cannot write to {folder}: {error.strerror}")
+    return args
 
 
 def main(words: list[str] | None = None) -> int:
     args = arguments(words)
-    trial = args.quick or args.only or args.provider or not (args.memory and args.curves)
-    seconds = args.seconds or (0.2 if args.quick else 3.0)
-    settings = Settings(torch.device(args.device), seconds, least=args.runs, memory=args.memory)
+    seconds = args.seconds or (0.2 if args.quick else Settings.budget)
+    settings = Settings(torch.device(args.device), seconds, least=args.runs or Settings.least, memory=args.memory)
     cases = tables(args.device, args.quick, args.patient) + (curves(args.device, args.quick) if args.curves else [])
     cases = [case for case in cases if not args.only or case.op in args.only]
     where = report.stamp(settings.device)
@@ -145,7 +163,8 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted; writing what was measured", file=sys.stderr)
-    paths = report.write(args.output or (TRIAL if trial else FULL), where, suite.rows, interrupted)
+    full = not (args.trial or interrupted)
+    paths = report.write(args.output or (FULL if full else TRIAL), where, suite.rows, interrupted)
     if args.device == "cpu":
         print("\n".join(report.bar_table(bars(suite.rows))))
     print("written:", *paths, sep="\n  ")

@@ -8,12 +8,14 @@ outputs shows how exact that is. On a GPU: torch's own peak of allocated memory,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -37,15 +39,14 @@ def beyond_inputs_and_outputs(
     """Bytes, of one call in a child process. Raises NotMeasured, with the child's message, if that is not possible."""
     if device.type == "cpu" and not os.access(CLEAR, os.W_OK):
         raise NotMeasured(f"needs Linux's {CLEAR}, this is {sys.platform}")
-    for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):  # whatever the times are taken with: what was freed
-        os.environ.pop(name, None)  # and kept is not what a call takes
     # a server that has imported torch and done nothing else: its forks start at once, and share no threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])
     mine, theirs = context.Pipe()
     args = (theirs, op, provider, shape, dtype, device, torch.get_num_threads())
     child = context.Process(target=_child, args=args)
-    child.start()
+    with _exact_malloc():
+        child.start()
     theirs.close()
     try:
         if not mine.poll(timeout):
@@ -60,6 +61,19 @@ def beyond_inputs_and_outputs(
     if isinstance(answer, str):
         raise NotMeasured(answer)
     return answer
+
+
+@contextlib.contextmanager
+def _exact_malloc() -> Iterator[None]:
+    """For processes started in here, glibc's malloc gives every tensor of 128 KiB and more back when it is freed,
+    whatever the times are taken with. By default that threshold grows to the sizes seen before, and a peak is luck."""
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MALLOC_")}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
+    try:
+        yield
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        os.environ.update(before)
 
 
 def _child(

@@ -99,7 +99,11 @@ class Op:
 
 
 def error(out: Tensors, truth: Tensors) -> float:
-    """The largest error of any output in units of that output's largest entry; inf for NaN or a wrong shape."""
+    """The largest error of any output: of an entry, relative to that output's largest, or of all entries together,
+    relative to their sum (magnitudes in both). Inf for NaN or a wrong shape.
+
+    The second is for gradients of logits, whose entries at the actions tower over all others: without those others a
+    gradient is off by no more than 1% of its largest entry, and wrong."""
     if out.keys() != truth.keys():
         return math.inf
     worst = 0.0
@@ -107,8 +111,10 @@ def error(out: Tensors, truth: Tensors) -> float:
         if out[k].shape != t.shape:
             return math.inf
         pieces = zip(*(x.flatten().split(1 << 24) for x in (out[k], t)), strict=True)  # a float64 copy is large
-        apart = [(mine.double() - true).abs().max() for mine, true in pieces]
-        relative = float(torch.stack(apart).max() / t.abs().max().clamp(min=torch.finfo(t.dtype).tiny))
+        apart = [((d := (mine.double() - true).abs()).max(), d.sum()) for mine, true in pieces]
+        largest, whole = torch.tensor(apart, dtype=torch.float64).unbind(1)
+        unit = torch.stack([t.abs().max(), t.abs().sum()]).clamp(min=torch.finfo(t.dtype).tiny)
+        relative = float((torch.stack([largest.max(), whole.sum()]).to(unit.device) / unit).max())
         worst = math.inf if math.isnan(relative) else max(worst, relative)
     return worst
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import Function, Tensors
-from .providers import Provider
+from .providers import Provider, wide
 
 
 def needs(module: str, *names: str, device: str = "") -> Callable[[str], str | None]:
@@ -63,11 +63,11 @@ def torch_chunked_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reductio
     return F.linear_cross_entropy(hidden, weight, actions, reduction=reduction, options=options)
 
 
-def cce_loss(implementation: str) -> Callable[..., Tensor]:
+def cce_loss(**options) -> Callable[..., Tensor]:
     def loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(hidden, weight, actions, reduction=reduction, impl=implementation)
+        return linear_cross_entropy(hidden, weight, actions, reduction=reduction, **options)
 
     return loss
 
@@ -95,6 +95,13 @@ def trl_token_values(logits: Tensor, actions: Tensor) -> Tensors:
     return {"log_prob": selective_log_softmax(logits, actions)}
 
 
+def log_softmax_token_values(logits: Tensor, actions: Tensor) -> Tensors:
+    """Plain PyTorch written otherwise: faster in eager mode, where "torch eager" is what most people write."""
+    z, own = wide(logits), actions[..., None]
+    q, log_prob = z.gather(-1, own)[..., 0], F.log_softmax(z, -1).gather(-1, own)[..., 0]
+    return {"q": q, "v": q - log_prob, "log_prob": log_prob}
+
+
 def liger_token_values(logits: Tensor, actions: Tensor) -> Tensors:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -119,10 +126,13 @@ TRL = needs("trl.trainer.utils", "selective_log_softmax")
 PEERS = [
     *linear("F.linear_cross_entropy", torch_loss, TORCH),
     *linear("F.linear_cross_entropy options", torch_chunked_loss, TORCH),
-    *linear("cut-cross-entropy", cce_loss("cce"), CCE_GPU),
-    *linear("cut-cross-entropy torch_compile", cce_loss("torch_compile"), CCE, compiled=True),
+    *linear("cut-cross-entropy", cce_loss(impl="cce"), CCE_GPU),
+    # by default it drops small gradients
+    *linear("cut-cross-entropy unfiltered", cce_loss(impl="cce", filter_eps=None), CCE_GPU),
+    *linear("cut-cross-entropy torch_compile", cce_loss(impl="torch_compile"), CCE, compiled=True),
     *linear("Liger", liger_loss, LIGER),
     *linear("TRL fused head", trl_loss, needs("trl.kernels", "ChunkedLogProbFunction")),
+    Provider("torch eager log_softmax", "token_values", "token values", lambda: log_softmax_token_values),
     Provider("TRL selective_log_softmax", "token_values", "log_prob", lambda: trl_token_values, TRL),
     Provider(
         "Liger", "token_values", "log_prob", lambda: liger_token_values, LIGER, overwrites="logits"

@@ -32,7 +32,9 @@ class Case:
     only: tuple[str, ...] = ()
     """The providers that are timed; none named: all."""
     memory: tuple[str, ...] = ()
-    """The providers whose memory is measured; none named: all whose calls do not try one's patience."""
+    """The providers whose memory is measured however long it takes."""
+    others: bool = True
+    """Whether that of the others is measured too, of those whose calls do not try one's patience."""
 
     def __str__(self) -> str:
         return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {self.shape}"
@@ -52,7 +54,7 @@ class Row:
     """Either "timed" or why not: missing, wrong, failed, too slow, not timed, not measured (interrupted)."""
     reason: str = ""
     error: float | None = None
-    """The largest, relative to the largest entry of the output."""
+    """That of `ops.error`."""
     torch_error: float | None = None
     """Plain PyTorch's error at the same thing in the same dtype."""
     seconds: list[float] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Settings:
     device: torch.device
     budget: float = 3.0
     """For the calls of one provider in one case; a fifth of it at a point of a curve."""
-    least: int = 3
+    least: int = 5
     most: int = 25
     patience: float = 8.0
     """A call longer than this is timed once."""
@@ -106,7 +108,7 @@ class Suite:
 
     def run(self, case: Case, chosen: Iterable[Provider] | None = None) -> list[Row]:
         """Time every provider of the case, or the chosen ones. Its rows are in `self.rows` even after Ctrl-C."""
-        op, settings = OPS[case.op], self.settings
+        op = OPS[case.op]
         chosen = providers(op.family) if chosen is None else chosen
         chosen = [p for p in chosen if not case.curve or p.name in case.only]
         rows = {LIMIT: self._row(case, op, LIMIT, op.limit_name)}
@@ -114,26 +116,38 @@ class Suite:
         self.rows += rows.values()
 
         able = [p for p in chosen if self._able(case, p, rows[p.name])]
-        if able:
-            if not case.curve:
-                torch.compiler.reset()  # or earlier cases would use up what torch.compile keeps of a function
-            x = op.inputs(case.shape, case.dtype, settings.device)
-            runners = self._first_calls(case, op, able, x, rows)
-            self._time([self._limit(op, x), *runners], rows, settings.budget / (5 if case.curve else 1))
-            for r in runners:
-                self.took[case.op, rows[r.name].dtype, r.name] = (summary(rows[r.name].seconds)["median"], case)
+        try:
+            if able:
+                self._run(case, op, able, rows)
+        except Exception as failure:  # of the inputs, the truth or the limit: no memory, say. The next case may fit
+            for row in rows.values():
+                if row.status == "not measured":
+                    row.status, row.reason = "failed", brief(failure)
+            self.say(f"    failed: {brief(failure)}")
         return list(rows.values())
+
+    def _run(self, case: Case, op: Op, able: list[Provider], rows: dict[str, Row]) -> None:
+        if not case.curve:
+            torch.compiler.reset()  # or earlier cases would use up what torch.compile keeps of a function
+        x = op.inputs(case.shape, case.dtype, self.settings.device)
+        runners = self._first_calls(case, op, able, x, rows)
+        self._time([self._limit(op, x), *runners], rows, self.settings.budget / (5 if case.curve else 1))
+        for row in [rows[r.name] for r in runners]:
+            if row.status == "timed":
+                self.took[case.op, row.dtype, row.provider] = (summary(row.seconds)["median"], case)
 
     def measure_memory(self, case: Case, rows: list[Row]) -> None:
         """Of every row that was timed; the limit's row gets what making the outputs alone shows, the method's error."""
-        for row in rows:
-            wanted = not case.memory or row.provider in (*case.memory, LIMIT)
-            if row.status != "timed" or not wanted or not self.settings.memory:
-                continue
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()  # the children need what this process keeps for later
+        for row in [row for row in rows if row.status == "timed" and self.settings.memory]:
             name = memory.CONTROL if row.provider == LIMIT else row.provider
             try:
-                if row.provider not in (*case.memory, LIMIT) and row.seconds[0] > self.settings.patience:
-                    raise memory.NotMeasured(f"not measured: a call takes {row.seconds[0]:.0f} s")
+                if row.provider not in (*case.memory, LIMIT):
+                    if not case.others:
+                        raise memory.NotMeasured("left out")
+                    if row.seconds[0] > self.settings.patience:
+                        raise memory.NotMeasured(f"not measured: a call takes {row.seconds[0]:.0f} s")
                 row.memory = memory.beyond_inputs_and_outputs(
                     case.op, name, case.shape, case.dtype, self.settings.device
                 )
@@ -163,9 +177,7 @@ class Suite:
                 row.reason = f"{seconds:.1f} s at {before.shape}, so about {expected:.0f} s here"
         return row.status == "not measured"
 
-    def _first_calls(
-        self, case: Case, op: Op, able: list[Provider], x: Tensors, rows: dict[str, Row]
-    ) -> list[Runner]:
+    def _first_calls(self, case: Case, op: Op, able: list[Provider], x: Tensors, rows: dict[str, Row]) -> list[Runner]:
         """Call every provider once and compare with float64.
 
         Points of a curve were compared in their table, and peers in the table of a smaller shape: the truth takes long.
@@ -185,7 +197,7 @@ class Suite:
                 try:
                     runner = self._first_call(op, provider, x, row, truth, yardstick, made)
                 except Exception as failure:  # a peer may fail in any way, and the others go on
-                    row.status, row.reason = "failed", f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+                    row.status, row.reason = "failed", brief(failure)
                 else:
                     runners += [runner] if row.status != "wrong" else []
                 self.say(f"    {provider.name}: {row.reason or f'{runner.first:.3g} s'}")
@@ -229,13 +241,21 @@ class Suite:
                 rows[r.name].seconds.append(r.first)
                 times[r.name] = 0
         try:
-            interleave(
+            failures = interleave(
                 {r.name: r.call for r in runners}, times, self.clock, {r.name: rows[r.name].seconds for r in runners},
                 {r.name: r.prepare for r in runners if r.prepare},
             )  # fmt: skip
+            for name, failure in failures.items():
+                reason = f"after {len(rows[name].seconds)} timed calls: {brief(failure)}"
+                rows[name].status, rows[name].reason = "failed", reason
+                rows[name].seconds.clear()
         finally:  # after Ctrl-C too
             for row in rows.values():
                 row.status = "timed" if row.seconds else row.status
+
+
+def brief(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
 
 
 def judge(row: Row, out: Tensors, truth: Tensors, yardstick: float) -> None:
@@ -245,4 +265,4 @@ def judge(row: Row, out: Tensors, truth: Tensors, yardstick: float) -> None:
     row.error, row.torch_error = error(out, truth), yardstick
     if row.error > bound:
         row.status = "wrong"
-        row.reason = f"off by {row.error:.2g} of the largest entry, allowed is {bound:.2g} (torch: {yardstick:.2g})"
+        row.reason = f"off by {row.error:.2g}, allowed is {bound:.2g} (torch: {yardstick:.2g})"

@@ -1,4 +1,5 @@
-"""Times taken in turns: every provider once a round, in an order that changes, so that all see the same machine."""
+"""Times taken in turns: the calls of each provider are spread evenly over the rounds, in an order that changes, so that
+all see the same machine."""
 
 from __future__ import annotations
 
@@ -55,27 +56,31 @@ def turns(first: dict[str, float], budget: float, least: int, most: int) -> dict
 def interleave(
     calls: dict[str, Call], turns: dict[str, int], clock: CpuClock | CudaClock, samples: dict[str, list[float]],
     prepare: dict[str, Call] | None = None, seed: int = 0,
-) -> None:  # fmt: skip
+) -> dict[str, Exception]:  # fmt: skip
     """Call each `turns[name]` times, spread evenly over the rounds, and append its seconds to `samples[name]`.
 
-    `prepare` runs before a call and outside its time. What was measured before an exception (Ctrl-C) stays in
-    `samples`.
+    `prepare` runs before a call and outside its time. Returns the exceptions of those that raised one, whose turns end
+    with it. What was measured before Ctrl-C stays in `samples`.
     """
-    order = random.Random(seed)
+    order, failures = random.Random(seed), {}
     rounds = max(turns.values(), default=0)
     for r in range(rounds):
         due = [name for name, n in turns.items() if (r + 1) * n // rounds > r * n // rounds]
         order.shuffle(due)
-        for name in due:
-            if prepare and name in prepare:
-                prepare[name]()
-            seconds, out = clock.seconds(calls[name])
+        for name in [name for name in due if name not in failures]:
+            try:
+                if prepare and name in prepare:
+                    prepare[name]()
+                seconds, out = clock.seconds(calls[name])
+            except Exception as failure:  # a peer may fail in any way at any time, and the others go on
+                failures[name] = failure
+                continue
             del out  # before the next one asks for memory
             samples[name].append(seconds)
+    return failures
 
 
 def summary(seconds: list[float]) -> dict[str, float | int]:
     """Median, quartiles and number of samples; of a single sample, itself thrice."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median": middle, "q1": low, "q3": high, "runs": len(seconds)}
-

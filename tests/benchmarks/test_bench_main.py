@@ -41,6 +41,32 @@ def test_only_takes_an_op_by_its_name(tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize("words", [["--runs", "0"], ["--seconds", "nan"], ["--seconds", "-1"], ["--device", "cuda"]])
+def test_what_cannot_be_is_said_before_anything_is_timed(words, capsys):
+    if words[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        main([*TRIAL, *words])
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main([*TRIAL, "--output", str(tmp_path / "file")])
+    assert "--output: cannot write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--runs", "1"], ["--no-curves"], []])
+def test_neither_trials_nor_interrupted_runs_replace_a_full_one(words, tmp_path, monkeypatch):
+    full, trial = tmp_path / "full", tmp_path / "trial"
+    monkeypatch.setattr("benchmarks.__main__.FULL", full)
+    monkeypatch.setattr("benchmarks.__main__.TRIAL", trial)
+    monkeypatch.setattr("benchmarks.__main__.Suite.run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(words) == 130
+    assert len(list(trial.iterdir())) == 2 and not list(full.glob("*"))
+
+
 def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch):
     from benchmarks.suite import Suite
 

@@ -63,9 +63,10 @@ def test_plain_pytorch_is_right_in_every_family():
         assert error(op.run(plain, x), op.truth(right, x)) < 1e-5
 
 
-def test_error_is_relative_to_the_largest_entry_and_never_hides_a_hole():
+def test_error_is_relative_to_the_largest_entry_or_to_all_and_never_hides_a_hole():
     truth = {"q": torch.tensor([1.0, -4.0], dtype=torch.float64)}
     assert error({"q": torch.tensor([2.0, -4.0])}, truth) == 0.25
+    assert error({"q": torch.tensor([2.0, -4.5])}, truth) == 0.3  # 1 of 4; 1.5 of 5
     assert error({"q": torch.tensor([math.nan, -4.0])}, truth) == math.inf
     assert error({"q": torch.tensor([1.0])}, truth) == math.inf
     assert error({"v": torch.tensor([1.0, -4.0])}, truth) == math.inf

@@ -49,6 +49,19 @@ def test_a_wrong_gradient_is_noticed(suite):
     assert run(suite, provider("wrong", detached))["wrong"].status == "wrong"
 
 
+def test_a_gradient_without_its_softmax_is_noticed(suite):
+    """In bf16 at a large vocabulary that part is far below the error allowed of the largest entry, the action's."""
+
+    def of_the_action_alone(logits, actions):
+        z = logits.clone()
+        z.register_hook(lambda g: torch.zeros_like(g).scatter_(-1, actions[:, None], g.gather(-1, actions[:, None])))
+        return eager_token_values(z, actions)
+
+    case = Case(CASE.op, Shape(8, 4, 50_000), torch.bfloat16)
+    row = run(suite, provider("wrong", of_the_action_alone), case=case)["wrong"]
+    assert row.status == "wrong"
+
+
 def test_a_missing_peer_is_listed_with_its_reason_and_a_failing_one_stops_nobody(suite):
     def fails(logits, actions):
         raise NotImplementedError("no such kernel")
@@ -59,6 +72,32 @@ def test_a_missing_peer_is_listed_with_its_reason_and_a_failing_one_stops_nobody
     assert (rows["broken"].status, rows["broken"].reason) == ("failed", "NotImplementedError: no such kernel")
     page = "\n".join(case_table(list(rows.values())))
     assert "- absent: missing: not for the cpu" in page and "| right |" in page and f"| {LIMIT} |" in page
+
+
+def test_a_provider_that_fails_late_stops_nobody(suite):
+    calls = []
+
+    def fails(logits, actions):
+        calls.append(None)
+        if len(calls) == 4:  # checked, warmed up, timed once
+            raise RuntimeError("out of memory")
+        return eager_token_values(logits, actions)
+
+    rows = run(suite, provider("broken", fails), provider("right", eager_token_values))
+    assert len(calls) == 4 and rows["broken"].status == "failed" and not rows["broken"].seconds
+    assert rows["broken"].reason == "after 1 timed calls: RuntimeError: out of memory"
+    assert rows["right"].status == "timed" and rows[LIMIT].status == "timed"
+
+
+def test_a_case_that_cannot_be_run_is_listed_and_the_next_one_goes_on(suite, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("32 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(OPS[CASE.op]), "truth", no_memory)
+        rows = run(suite, provider("right", eager_token_values))
+    assert {(row.status, row.reason) for row in rows.values()} == {("failed", "MemoryError: 32 GiB")}
+    assert run(suite, provider("right", eager_token_values))["right"].status == "timed"
 
 
 def test_an_overwritten_input_is_restored_before_each_call(suite):
@@ -114,7 +153,7 @@ def test_who_is_left_out_of_a_larger_case_is_listed(suite):
     assert (rows["other"].status, rows["other"].reason) == ("not timed", "left out of this larger case to save time")
 
 
-def test_memory_is_measured_of_whom_the_case_names_or_of_all_who_are_fast(suite, monkeypatch):
+def test_memory_is_measured_of_whom_the_case_names_and_of_others_who_are_fast(suite, monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "beyond_inputs_and_outputs", lambda op, name, *_: asked.append(name) or 5)
     rows = run(suite, provider("one", eager_token_values), provider("slow", eager_token_values))
@@ -123,9 +162,12 @@ def test_memory_is_measured_of_whom_the_case_names_or_of_all_who_are_fast(suite,
     assert asked == [memory.CONTROL, "one"] and rows["one"].memory == 5
     assert rows["slow"].memory_reason == "not measured: a call takes 60 s"
 
-    asked.clear()
-    suite.measure_memory(Case(CASE.op, CASE.shape, torch.float32, memory=("slow",)), list(rows.values()))
-    assert asked == [memory.CONTROL, "slow"]
+    for others, who in ((True, ["one", "slow"]), (False, ["slow"])):
+        asked.clear()
+        case = Case(CASE.op, CASE.shape, torch.float32, memory=("slow",), others=others)
+        suite.measure_memory(case, list(rows.values()))
+        assert asked == [memory.CONTROL, *who]
+    assert rows["one"].memory_reason == "left out"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -51,6 +51,16 @@ def test_preparation_comes_before_each_call_and_what_was_measured_survives_an_in
     assert samples == {"a": [1.0, 2.0]} and done == ["prepare", "call"] * 3
 
 
+def test_turns_end_with_a_failure_and_the_others_go_on():
+    def fails():
+        raise RuntimeError("no memory")
+
+    samples = {"a": [], "b": []}
+    failures = interleave({"a": fails, "b": lambda: None}, {"a": 5, "b": 5}, CountingClock(), samples)
+    assert str(failures.pop("a")) == "no memory" and not failures
+    assert samples["a"] == [] and len(samples["b"]) == 5
+
+
 def test_summary_is_median_and_quartiles():
     assert summary([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "runs": 5}
     assert summary([7.0]) == {"median": 7.0, "q1": 7.0, "q3": 7.0, "runs": 1}
