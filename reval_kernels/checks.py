@@ -66,12 +66,16 @@ def token_arguments(
         number("temperature", temperature)
     if softcap is not None:
         number("softcap", softcap, " or None")
+        if not softcap >= torch.finfo(torch.float32).tiny:  # which the kernels compute in, where it would be 0: no cap
+            raise ValueError(f"softcap must be at least {torch.finfo(torch.float32).tiny:.2g} or None, got {softcap}")
 
 
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError(f"hidden must be a tensor of shape [..., D], got {getattr(hidden, 'shape', type(hidden))}")
     tensor("hidden", hidden, FLOATS, hidden.shape, None)
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have at least one feature (D >= 1), got shape {list(hidden.shape)}")
     tensor("weight", weight, FLOATS, ["V", hidden.shape[-1]], hidden.device)
     if weight.shape[0] == 0:
         raise ValueError("weight must have at least one row (V >= 1), got shape [0, D]")

@@ -98,6 +98,8 @@ def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, _row_max, _log_sum)
     args = (logits, actions, mask, ctx.temperature, temperatures, ctx.softcap, statistics,
             [dq, dv, dlog_prob, dentropy], ctx.backend)  # fmt: skip
     if ctx.inplace_grad:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            raise RuntimeError("inplace_grad=True has no second-order gradient, which create_graph=True asks for")
         token_values_backward_(*args)  # bumps the version counter: a second backward raises
         dlogits = logits
     else:
@@ -328,8 +330,12 @@ def _save_linear_reval_loss(ctx, inputs, output):
 
 
 def _linear_reval_loss_gradient(ctx, d_loss, *_):
-    each = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    gradients = (_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each)
+    needs = [need and d_loss is not None for need in ctx.needs_input_grad[:3]]
+    each = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
+    gradients = [_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each]
+    if torch.is_grad_enabled():  # create_graph: a constant would pass for a second-order gradient of 0
+        refuse = torch._C._functions.DelayedError("linear_reval_loss has no second-order gradient", 1)
+        gradients = [None if g is None else refuse(g.detach().requires_grad_()) for g in gradients]
     return *gradients, *(None,) * 6, ctx.no_gradient, *(None,) * 7
 
 
@@ -337,7 +343,8 @@ def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
     """gradient * d_loss: in place in an eager backward that does not retain its graph, where nothing asks for it again.
     Otherwise the head's gradient would be in memory twice."""
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    batched = torch._C._functorch.is_legacy_batchedtensor(d_loss)  # by is_grads_batched
+    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * d_loss
     if d_loss.device.type == "cpu" and d_loss == 1:  # on a GPU the question would cost more than the product
         return gradient.data

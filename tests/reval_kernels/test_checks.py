@@ -75,6 +75,8 @@ CASES = [
     *on(ON_HIDDEN, "hidden", LIST, ValueError, "hidden must be a tensor of shape [..., D], got <class 'list'>"),
     *on(ON_HIDDEN, "hidden", torch.zeros(D), ValueError,
         "hidden must be a tensor of shape [..., D], got torch.Size([4])"),
+    *on(ON_HIDDEN, "hidden", torch.zeros(B, T, 0), ValueError,
+        "hidden must have at least one feature (D >= 1), got shape [2, 3, 0]"),
     *on(ON_HIDDEN, "hidden", INTS, TypeError, f"hidden must be {FLOATS}, got int64"),
     *on(ON_HIDDEN, "weight", LIST, TypeError, "weight must be a tensor, got list"),
     *on(ON_HIDDEN, "weight", torch.zeros(V, 5), ValueError, "weight must have shape [V, 4], got [7, 5]"),
@@ -98,6 +100,7 @@ CASES = [
     *on(ON_TOKENS, "temperature", torch.ones(B), ValueError, "temperature must have shape [2, 3], got [2]"),
     *on(ON_TOKENS, "temperature", INTS, TypeError, f"temperature must be {FLOATS}, got int64"),
     *on(ON_TOKENS, "softcap", -1, ValueError, "softcap must be positive or None, got -1"),
+    *on(ON_TOKENS, "softcap", 1e-46, ValueError, "softcap must be at least 1.2e-38 or None, got 1e-46"),
     *on(ON_TOKENS, "softcap", LIST, TypeError, "softcap must be a number or None, got list"),
     # the trajectories
     *on(ON_VALUES, "values", LIST, TypeError, "values must be TokenValues, got list"),

@@ -325,3 +325,35 @@ def test_the_heads_gradient_is_in_memory_once(retain):
     [(_, address, before)] = [entry for entry in saved if entry[0] == weight.shape]
     assert (gradient.data_ptr() == address) == (not retain)
     torch.testing.assert_close(gradient, 3 * before)
+
+
+def loss_of(backend, hidden, weight, actions):
+    return linear_reval_loss(hidden, weight, actions, torch.zeros(3), REWARDS, beta=1.0, backend=backend).loss
+
+
+def test_a_second_order_gradient_is_refused(backend):
+    """It would be 0 without a word: the gradient is computed with the loss, and then a constant."""
+    inputs = inputs_of()
+    hidden = inputs["hidden"].requires_grad_()
+    loss = loss_of(backend, hidden, inputs["weight"], inputs["actions"])
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_reval_loss has no second-order gradient"):
+        (loss + gradient.square().sum()).backward()
+
+
+def test_gradients_that_are_absent_or_batched(backend):
+    """As gradcheck and is_grads_batched have them."""
+
+    class Nothing(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, _: None)
+
+    inputs = inputs_of()
+    hidden = inputs["hidden"].requires_grad_()
+    loss = loss_of(backend, hidden, inputs["weight"], inputs["actions"])
+    (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (none,) = torch.autograd.grad(Nothing.apply(loss), hidden, retain_graph=True, allow_unused=True)
+    assert none is None
+    scales = torch.tensor([1.0, -2.0, 0.0])
+    (batch,) = torch.autograd.grad(loss, hidden, scales, is_grads_batched=True)
+    assert_same_bits([batch], [scales[:, None, None, None] * gradient])

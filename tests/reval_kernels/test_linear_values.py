@@ -171,6 +171,21 @@ def test_words_at_minus_infinity(backend):
         assert (ours["d weight"][excluded] == 0).all() and (ours["d bias"][excluded] == 0).all()
 
 
+def test_words_at_the_lowest_number(backend):
+    """What masks are often made of: every word of a state at it is as likely as the others, as in torch."""
+    inputs = inputs_of(4, 400, 31, bias=True)
+    inputs["bias"] = torch.full((400,), torch.finfo(torch.float32).min)
+    by = upstream((4,), "log_prob")
+    for ours in (compare(backend, "linear_token_values", inputs, by), check_frozen(backend, inputs, by)):
+        assert (ours["log_prob"] + math.log(400)).abs().max() < 1e-6
+
+
+def test_bias_gradient_of_many_tokens(backend):
+    inputs = inputs_of(20_000 if backend != "triton" else 500, 17, 4, bias=True)
+    inputs["hidden"] = inputs["hidden"].abs()  # the same sign on average: nothing cancels
+    compare(backend, "linear_token_values", inputs, {"v": torch.ones(inputs["actions"].shape)})
+
+
 def test_logits_are_never_rounded_to_the_dtype_of_the_hidden_states(backend):
     """Logits near 20 in bf16 are off by up to 0.06. The outputs have the precision of float32 inputs."""
     inputs = inputs_of(8, 129, 123, dtype=torch.bfloat16)
@@ -283,6 +298,17 @@ def test_frozen_head_options(backend, no_logits_in_backward, temperature, softca
 def test_frozen_head_without_any_action(backend):
     inputs, mask = inputs_of(2, 3, 7, 5), torch.zeros(2, 3, dtype=torch.bool)
     assert (frozen(backend, inputs, upstream((2, 3), "v", "log_prob"), mask=mask)["d hidden"] == 0).all()
+
+
+@pytest.mark.parametrize("excluded", [-torch.inf, -2e38])
+@pytest.mark.parametrize("temperature", [0.7, "per token"])
+def test_frozen_head_that_begins_with_excluded_words(backend, temperature, excluded):
+    """A tile of words whose logits are -inf, or are after the temperature, is the first that is seen."""
+    inputs = inputs_of(5, 400, 31, bias=True)
+    inputs["bias"][:200] = excluded
+    inputs["actions"].clamp_(200)
+    temperature = torch.tensor([1, 1, 0.9, 1, 1]) if temperature == "per token" else temperature
+    check_frozen(backend, inputs, upstream((5,), "q", "v", "log_prob"), temperature=temperature)
 
 
 @pytest.mark.parametrize("p", [0.9, 0.999, 1 - 1e-6])

@@ -166,6 +166,16 @@ def test_action_at_minus_infinity(backend):
     assert (ours["log_prob"] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("vocabulary", [5, 1000])
+def test_a_state_of_the_lowest_numbers(backend, vocabulary):
+    """What masks are often made of: all words of that state are equally likely, as in torch."""
+    logits, actions = logits_and_actions(3, vocabulary)
+    logits[1] = torch.finfo(torch.float32).min
+    inputs = {"logits": logits, "actions": actions}
+    ours = compare(backend, "token_values", inputs, upstream(actions.shape, "log_prob", "v"))
+    assert ours["v"][1] == torch.finfo(torch.float32).min
+
+
 def test_a_state_without_any_word(backend):
     """All at -inf: its value is -inf, not NaN, and the rows around it are as they were."""
     logits, actions = logits_and_actions(3, 129)
@@ -301,6 +311,14 @@ def test_inplace_gradient_of_strided_logits_leaves_their_neighbours(backend):
     assert_same_bits(view, expected)
     source[:, 1, 5:134] = expected
     assert torch.equal(whole, source)
+
+
+def test_inplace_gradient_has_no_second(backend):
+    """The logits that it would be taken at are no more."""
+    leaf = torch.randn(3, 129).requires_grad_()
+    out = token_values(leaf * 1, torch.zeros(3, dtype=torch.long), inplace_grad=True, backend=backend)
+    with pytest.raises(RuntimeError, match="inplace_grad=True has no second-order gradient"):
+        torch.autograd.grad(out.v.sum(), leaf, create_graph=True)
 
 
 def test_inplace_gradient_refuses_memory_shared_between_tokens(backend):

@@ -232,13 +232,15 @@ class States {
         auto to = reinterpret_cast<uint32_t*>(down + i * width);
         kernels().layout.interleave(first, i + 1 < count ? first + width : nullptr, width, to);
       }
+      std::fill(down + multiple(count, 2) * width, down + multiple(count, kColumns) * width, E(0.0f));
     }
   }
 
   // [D, kStrip]
   const E* across(int64_t slot) const { return across_.at(slot * kStrip * cut_.width); }
 
-  // [tokens, D]. bf16: of the slots from this one on, which hold the strips from this one on. fp32: of this strip.
+  // [tokens, D]. bf16: of the slots from this one on, which hold the strips from this one on, with zeros up to a multiple
+  // of kColumns. fp32: of this strip.
   const E* down(int64_t slot, int64_t strip, int64_t thread) const {
     if (kPairs<E>) return down_.at(slot * kStrip * cut_.width);
     return in_place_ ? rows(strip) : gather(strip, thread);

@@ -38,7 +38,7 @@ class Backward {
         block_(cut_.words * (kPairs<E> ? ld_ : strips_ * kStrip)),
         gradients_((by_words_ ? 2 : 0) * block_), logits_(threads_ * kStrip * cut_.words),
         pairs_((kPairs<E> ? threads_ : 0) * kStrip * cut_.words),
-        tile_gradient_(needs_weight_ && !in_place_ ? cut_.words * cut_.width : 0),
+        tile_gradient_(needs_weight_ && !in_place_ ? cut_.words * cut_.width : 0), bias_sums_(d_bias ? cut_.words : 0),
         part_(multiple(std::max<int64_t>(parts(cut_.words, threads_), 32), 16)),
         parts_(by_words_ ? parts(cut_.words, part_) : 0), strips_done_(cut_.strips), parts_done_(parts_) {
     prepare();
@@ -182,13 +182,14 @@ class Backward {
     if (needs_weight_ && count > 0) {
       float* to = in_place_ ? d_weight_.mutable_data_ptr<float>() + word * width : tile_gradient_.at(first * width);
       constexpr int64_t panel = 64;  // columns at a time: what they take of the states then stays in the cache
-      const int64_t at_once = kPairs<E> ? tokens : kStrip;
+      // bf16: of few different lengths, since oneDNN keeps the machine code of each
+      const int64_t at_once = kPairs<E> ? multiple(tokens, kColumns) : kStrip;
       for (int64_t t = 0; t < tokens; t += at_once) {
         const int64_t s = b * cut_.block + t / kStrip;
         const E* states = states_.down(slot(tile, s, thread), s, thread);
         for (int64_t d = 0; d < width; d += panel) {
           matmul<E>(
-              count, std::min(panel, width - d), summands<E>(std::min(at_once, tokens - t)),
+              count, std::min(panel, width - d), kPairs<E> ? at_once : std::min(at_once, tokens - t),
               rows + t / kStrip * next_strip_, ld_, states + d * (kPairs<E> ? 2 : 1), width, b > 0 || t > 0, to + d,
               width);
         }
@@ -199,11 +200,12 @@ class Backward {
       }
     }
     for (int64_t w = 0; d_bias_ && w < count; ++w) {
-      float sum = b > 0 ? d_bias_[word + w] : 0.0f;
+      double& sum = *bias_sums_.at(first + w);
+      if (b == 0) sum = 0.0;
       for (int64_t t = 0; t < tokens; ++t) {
         sum += static_cast<float>(rows[t / kStrip * next_strip_ + w * ld_ + t % kStrip]);
       }
-      d_bias_[word + w] = sum;
+      d_bias_[word + w] = static_cast<float>(sum);
     }
     parts_done_[part].store(step(tile, b) + 1, std::memory_order_release);
   }
@@ -233,6 +235,7 @@ class Backward {
   Scratch<float> logits_;         // of a strip, for each thread
   Scratch<E> pairs_;              // bf16: their gradients, for each thread
   Scratch<float> tile_gradient_;  // [words, D], if not in place
+  Scratch<double> bias_sums_;     // [words]
   int64_t part_;                  // words of a tile's gradient that a thread takes at a time
   int64_t parts_;                 // of a tile
   std::vector<Item> items_;
@@ -260,7 +263,7 @@ void place_rows(const float* sums, const Tokens& tokens, int64_t width, T* out) 
 
 // A small product with known result: brgemm's packed layout is oneDNN's affair, so it is tried before it is trusted.
 bool bf16_matmul_works() {
-  if (!has_bf16_matmul() || !at::globalContext().userEnabledMkldnn()) return false;
+  if (!has_bf16_matmul()) return false;
   const Scratch<BFloat16> a(2 * 4), b(2 * 64);
   for (int k = 0; k < 8; ++k) *a.at(k) = static_cast<float>(k + 1);
   for (int k = 0; k < 4; ++k) {
@@ -270,7 +273,7 @@ bool bf16_matmul_works() {
   try {
     matmul<BFloat16>(2, 32, 4, a.at(0), 4, b.at(0), 32, false, c.data(), 32);
     at::native::cpublas::brgemm_release(true);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {  // c10::Error, or oneDNN's own
     return false;
   }
   for (int m = 0; m < 2; ++m) {
@@ -286,9 +289,12 @@ bool bf16_matmul_works() {
 }  // namespace
 
 bool takes_bf16(const Tensor& hidden, const Tensor& weight) {
+  if (hidden.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kBFloat16 || weight.size(1) % 2 != 0 ||
+      !at::globalContext().userEnabledMkldnn()) {  // which users turn on and off
+    return false;
+  }
   static const bool works = bf16_matmul_works();
-  return works && hidden.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
-         weight.size(1) % 2 == 0;
+  return works;
 }
 
 Tensor accumulator(const Tensor& out, int64_t tokens) {

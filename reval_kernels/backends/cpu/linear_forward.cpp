@@ -57,7 +57,8 @@ class Forward {
   Sums sums(int64_t token) const {
     const ColumnSums& of = sums_[token / kStrip];
     const int64_t r = token % kStrip;
-    return {of.maximum[r], of.others[r], of.spread[r]};
+    // among kLowest the kernels cannot tell the one that stays out of the sum from none
+    return {of.maximum[r], of.others[r] - (of.maximum[r] == Sums::kLowest), of.spread[r]};
   }
 
   void load(int64_t tile) {
@@ -98,7 +99,8 @@ class Forward {
       }
     }
     float row_max[kStrip];
-    for (int64_t r = 0; r < kStrip; ++r) row_max[r] = of.maximum[r] * inv[r];
+    // no -inf, which a column that has seen nothing else would have: -inf - -inf is NaN
+    for (int64_t r = 0; r < kStrip; ++r) row_max[r] = std::max(Sums::kLowest, of.maximum[r] * inv[r]);
     static const float zeros[kStrip] = {};
     const ColumnGradients weights{row_max, zeros, zeros, inv, zeros, false};
     const Ahead ahead{sum, width * count * 4};
@@ -122,7 +124,8 @@ class Forward {
     if (tile + 1 < cut_.tiles) return;
     to_rows(sum, width, count, states_.room(thread));
     for (int64_t r = 0; r < count; ++r) {
-      const auto scale = static_cast<float>(1.0 / (1.0 + of.others[r]));
+      const double all = 1.0 + sums(s * kStrip + r).others;
+      const auto scale = static_cast<float>(1.0 / (all < 1.0 ? 1.0 : all));  // nothing but -inf: its sum is 0
       for (int64_t d = 0; d < width; ++d) sum[r * width + d] *= scale;
     }
   }

@@ -88,7 +88,11 @@ DType dtype_of(const at::Tensor& x) {
 
 void Sums::add(const Partial& part, float inv_temperature) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  if (part.maximum == kLowest || maximum == kLowest) {  // one of the two has nothing but -inf, and perhaps NaN
+  if (part.maximum == kLowest && maximum == kLowest) {
+    others += 1.0 + part.others;
+    return;
+  }
+  if (part.maximum == kLowest || maximum == kLowest) {  // one of the two has next to nothing, and perhaps NaN
     const bool nan = std::isnan(part.others) || std::isnan(others);
     if (maximum == kLowest) *this = {part.maximum, part.others, part.spread};
     if (nan) others = std::numeric_limits<double>::quiet_NaN();
@@ -112,7 +116,8 @@ void Sums::add(const Partial& part, float inv_temperature) {
 Row Sums::finish(Transform transform, float action_logit, bool with_entropy) const {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   // As in row_values: a row of -inf alone, or one with +inf, is measured from 0.
-  const bool infinite = (maximum == kLowest && !std::isnan(others)) || maximum == infinity;
+  const bool infinite = maximum * transform.inv_temperature == -infinity || (maximum == kLowest && others < -0.5) ||
+                        maximum == infinity;
   const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
   const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));
   float derivative;

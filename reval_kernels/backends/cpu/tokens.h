@@ -41,9 +41,9 @@ struct Row {
 
 // A row's parts, merged in double.
 struct Sums {
-  static constexpr float kLowest = std::numeric_limits<float>::lowest();  // the maximum of nothing
+  static constexpr float kLowest = std::numeric_limits<float>::lowest();  // also the maximum of nothing but -inf
   float maximum = kLowest;
-  double others = 0, spread = 0;  // as in Partial
+  double others = -1, spread = 0;  // as in Partial. Entries of kLowest count as they should: nothing but -inf is -1
 
   void add(const Partial& part, float inv_temperature);
   Row finish(Transform transform, float action_logit, bool with_entropy) const;

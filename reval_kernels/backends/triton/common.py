@@ -3,7 +3,8 @@
 Letters: N tokens, V vocabulary, D width. A row's entries x, still before the temperature T, travel as parts: their
 maximum m, s = sum of exp((x - m) / T) over all entries but one at the maximum, and t = sum of exp((x - m) / T) (x - m).
 One top entry stays out of s because next to its 1 the rest would lose the digits in which a confident state's 1 - p is
-written. A part that holds nothing has m = LOWEST rather than -inf, so that m - m is 0 and never NaN.
+written. A part that holds nothing has m = LOWEST rather than -inf, so that m - m is 0 and never NaN; and s = 0, which
+no other part with that m has, since it leaves none of its entries out.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def join(m, s, t, exponent, ROWS: tl.constexpr):
 @triton.jit
 def numbers(m, s, t, x_action, temperature):
     """q, v, log_prob, entropy, row_max, log_sum from a whole row's part."""
-    nothing = (m == LOWEST) & (s == s)
+    nothing = (m == LOWEST) & (s == 0)
+    s = tl.where((m == LOWEST) & (s > 0), s - 1, s)  # entries of LOWEST itself, none of which was left out
     # at -inf alone v is -inf, with an infinite logit it is infinite, as logsumexp has it
     row_max = tl.where(nothing | (m == float("inf")), 0.0, m)
     log_sum = tl.where(nothing, float("-inf"), tl.where(m == float("inf"), m, log1p(s)))

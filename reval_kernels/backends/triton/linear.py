@@ -103,8 +103,9 @@ def linear_forward(
         at = parts + row.to(tl.int64) * tiles + tile
         plane = rows.to(tl.int64) * tiles
         tl.store(at, m, mask=inside)
-        # s leaves one of the top entries out; a tile of -inf alone has none
-        tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + tl.maximum(count - 1, 0), mask=inside)
+        # s leaves one of the top entries out, but for LOWEST itself: a tile of -inf alone has none
+        others = tl.where(m == LOWEST, count, count - 1)
+        tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + others, mask=inside)
         if ENTROPY:
             tl.store(at + 2 * plane, tl.sum(p * tl.maximum(below, LOWEST), 1), mask=inside)
         tl.store(at + 3 * plane, tl.sum(tl.where(word[None, :] == action[:, None], x, 0.0), 1), mask=inside)

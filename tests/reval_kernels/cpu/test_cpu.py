@@ -226,6 +226,36 @@ def test_memory_beyond_outputs(dtype, frozen):
     assert float(done.stdout) < 6
 
 
+HEAD = """
+import torch
+from reval_kernels import linear_token_values, reference
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    hidden, weight, actions = torch.randn(40, 64).to(dtype), torch.randn(300, 64).to(dtype), torch.randint(300, (40,))
+    v = linear_token_values(hidden, weight, actions, backend="cpu").v
+    assert (v - reference.linear_token_values(hidden.double(), weight.double(), actions).v).abs().max() < 1e-4
+"""
+
+
+@built
+@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16"])
+def test_whatever_onednn_is_held_to(isa):
+    """What it cannot generate is an exception of its own there, and the head goes another way."""
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", HEAD], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@built
+def test_mkldnn_may_be_turned_off_and_on():
+    hidden, weight, actions = head(40, 300, 64, dtype=torch.bfloat16)
+    once = linear_token_values(hidden, weight, actions, backend="cpu")
+    with torch.backends.mkldnn.flags(enabled=False):
+        without = linear_token_values(hidden, weight, actions, backend="cpu")
+    assert (without.v - once.v).abs().max() < 1e-4
+    assert_same_bits(once, linear_token_values(hidden, weight, actions, backend="cpu"))
+
+
 @built
 def test_mixed_dtypes_and_strides_of_the_head():
     """Widened a tile at a time, whatever lies between the entries."""
