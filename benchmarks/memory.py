@@ -80,6 +80,7 @@ def _child(
     answer: Connection, op: str, provider: str, shape: Shape, dtype: torch.dtype, device: torch.device, threads: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no workers, whose semaphores a killed child would leave behind
     try:
         torch.set_num_threads(threads)
         answer.send(_measure(OPS[op], provider, shape, dtype, device))

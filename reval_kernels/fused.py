@@ -87,7 +87,7 @@ def linear_reval_loss(
     Returns:
         BellmanLoss(loss [], residual [B]). The loss is differentiable in hidden, weight and bias, any number of times
         and with any upstream gradient; the residual is detached (use `linear_token_values` and `bellman_loss` for a
-        gradient through it).
+        gradient through it). There is no second-order gradient: asking for one is a RuntimeError.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.

@@ -295,6 +295,31 @@ MUTATIONS = [
         TESTS + "test_linear_values.py " + TESTS + "cpu/test_kept.py -k bias",
     ),
     Mutation(
+        "C++ linear: the bias' gradient is summed in fp32", "cpu/linear_backward.cpp",
+        "sum += static_cast<float>(rows[", "sum = static_cast<float>(sum) + static_cast<float>(rows[",
+        TESTS + "test_linear_values.py -k bias_gradient",
+    ),
+    Mutation(
+        "C++ linear: what fills up a bf16 head's last strip is left as it was", "cpu/linear.h",
+        "      std::fill(down + multiple(count, 2) * width, down + multiple(count, kColumns) * width, E(0.0f));\n", "",
+        TESTS + "test_linear_values.py " + TESTS + "cpu",
+    ),
+    Mutation(
+        "C++ linear: a frozen head's first words may be -inf apart from -inf", "cpu/linear_forward.cpp",
+        "std::max(Sums::kLowest, of.maximum[r] * inv[r])", "of.maximum[r] * inv[r]",
+        TESTS + "test_linear_values.py -k begins_with",
+    ),
+    Mutation(
+        "C++ linear: the lowest number counts once more", "cpu/linear_forward.cpp",
+        "of.others[r] - (of.maximum[r] == Sums::kLowest)", "of.others[r]",
+        TESTS + "test_linear_values.py -k lowest_number",
+    ),
+    Mutation(
+        "C++ rows: the lowest number is nothing", "cpu/tokens.cpp",
+        "(maximum == kLowest && others < -0.5)", "(maximum == kLowest && !std::isnan(others))",
+        TESTS + "test_values.py -k lowest_numbers",
+    ),
+    Mutation(
         "C++ linear: 64 summands replace those before", "cpu/linear.h",
         "ldc, add || i > 0, a + i,", "ldc, add, a + i,",
         TESTS + "test_linear_values.py -k test_values_and_gradients",
