@@ -104,7 +104,7 @@ def linear_forward(
         plane = rows.to(tl.int64) * tiles
         tl.store(at, m, mask=inside)
         # s leaves one of the top entries out, but for LOWEST itself: a tile of -inf alone has none
-        others = tl.where(m == LOWEST, count, count - 1)
+        others = count - (m > LOWEST).to(tl.float32)  # tl.where spills on sm_120
         tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + others, mask=inside)
         if ENTROPY:
             tl.store(at + 2 * plane, tl.sum(p * tl.maximum(below, LOWEST), 1), mask=inside)
