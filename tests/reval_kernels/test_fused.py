@@ -334,11 +334,14 @@ def loss_of(backend, hidden, weight, actions):
 def test_a_second_order_gradient_is_refused(backend):
     """It would be 0 without a word: the gradient is computed with the loss, and then a constant."""
     inputs = inputs_of()
-    hidden = inputs["hidden"].requires_grad_()
-    loss = loss_of(backend, hidden, inputs["weight"], inputs["actions"])
-    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="linear_reval_loss has no second-order gradient"):
-        (loss + gradient.square().sum()).backward()
+    leaves = [inputs[k].requires_grad_() for k in ("hidden", "weight")]
+    loss = loss_of(backend, *leaves, inputs["actions"])
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert_same_bits(first, [g.detach() for g in gradients])
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="linear_reval_loss has no second-order gradient"):
+            (loss + gradient.square().sum()).backward(retain_graph=True)
 
 
 def test_gradients_that_are_absent_or_batched(backend):

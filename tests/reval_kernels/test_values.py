@@ -176,6 +176,13 @@ def test_a_state_of_the_lowest_numbers(backend, vocabulary):
     assert ours["v"][1] == torch.finfo(torch.float32).min
 
 
+def test_a_state_that_its_temperature_leaves_without_any_word(backend):
+    """Every logit divided by 0.5 is -inf: so is the value, and not NaN."""
+    logits, actions = torch.full((2, 129), -2e38), torch.tensor([3, 4])
+    out = token_values(logits, actions, temperature=0.5, backend=backend)
+    assert (out.v == -torch.inf).all() and (out.q == -torch.inf).all()
+
+
 def test_a_state_without_any_word(backend):
     """All at -inf: its value is -inf, not NaN, and the rows around it are as they were."""
     logits, actions = logits_and_actions(3, 129)
