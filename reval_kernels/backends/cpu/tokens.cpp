@@ -116,8 +116,7 @@ void Sums::add(const Partial& part, float inv_temperature) {
 Row Sums::finish(Transform transform, float action_logit, bool with_entropy) const {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   // As in row_values: a row of -inf alone, or one with +inf, is measured from 0.
-  const bool infinite = maximum * transform.inv_temperature == -infinity || (maximum == kLowest && others < -0.5) ||
-                        maximum == infinity;
+  const bool infinite = (maximum == kLowest && others < -0.5) || maximum == infinity;
   const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
   const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));
   float derivative;
