@@ -65,6 +65,7 @@ $(BENCH_READY): $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Their leaks are Python's.

@@ -46,10 +46,18 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         # A cached folder made by another generator, or elsewhere, is an error to CMake.
         configure = [
-            "cmake", "--fresh", *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-            f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DOUTPUT_DIR={package}",
+            "cmake",
+            "--fresh",
+            *generator,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DTORCH_DIR={Path(torch.__file__).parent}",
+            f"-DOUTPUT_DIR={package}",
             f"-DTORCH_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        ]  # fmt: skip
+        ]
         for command in (configure, ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode:

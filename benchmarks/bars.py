@@ -14,9 +14,12 @@ FORWARD, BOTH = "token_values forward", "token_values forward+backward"
 LOSS = "linear_reval_loss forward+backward"
 OURS = "cpu"
 FASTEST_OF = (
-    "torch eager", "torch.compile", "F.linear_cross_entropy", "F.linear_cross_entropy options",
+    "torch eager",
+    "torch.compile",
+    "F.linear_cross_entropy",
+    "F.linear_cross_entropy options",
     "cut-cross-entropy torch_compile",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,24 @@ def _slower(rows, op, dtype, sizes, other, most) -> Bar:
     mine, theirs = (_time(rows, op, dtype, sizes, who) for who in (OURS, other))
     ratio = mine / theirs if mine and theirs else None
     return Bar(
-        _name(op, dtype, sizes), other, f"at most {most}x its time", f"{ratio:.2f}x" if ratio else "",
+        _name(op, dtype, sizes),
+        other,
+        f"at most {most}x its time",
+        f"{ratio:.2f}x" if ratio else "",
         ratio <= most if ratio else None,
-    )  # fmt: skip
+    )
 
 
 def _faster(rows, op, dtype, sizes, other, least) -> Bar:
     mine, theirs = (_time(rows, op, dtype, sizes, who) for who in (OURS, other))
     ratio = theirs / mine if mine and theirs else None
     return Bar(
-        _name(op, dtype, sizes), other, f"{least}x faster", f"{ratio:.1f}x" if ratio else "",
+        _name(op, dtype, sizes),
+        other,
+        f"{least}x faster",
+        f"{ratio:.1f}x" if ratio else "",
         ratio >= least if ratio else None,
-    )  # fmt: skip
+    )
 
 
 def _no_slower_than_the_fastest(rows, dtype, sizes) -> Bar:
@@ -98,9 +107,12 @@ def _no_slower_than_the_fastest(rows, dtype, sizes) -> Bar:
     against += f" (not timed: {', '.join(absent)})" if absent else ""
     ratio = mine / others[fastest] if mine and fastest else None
     return Bar(
-        _name(LOSS, dtype, sizes), against, "at most 1.05x its time", f"{ratio:.2f}x" if ratio else "",
+        _name(LOSS, dtype, sizes),
+        against,
+        "at most 1.05x its time",
+        f"{ratio:.2f}x" if ratio else "",
         ratio <= 1.05 if ratio else None,
-    )  # fmt: skip
+    )
 
 
 def _memory(rows, dtype, sizes) -> Bar:

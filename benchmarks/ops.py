@@ -187,57 +187,84 @@ def matmuls(x: Tensors, backward: bool) -> Callable[[], object]:
     g = torch.randn(len(hidden), len(weight), device=hidden.device).to(hidden.dtype)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
     return lambda: (
-        torch.mm(hidden, weight.T, out=logits), torch.mm(g, weight, out=d_hidden), torch.mm(g.T, hidden, out=d_weight)
-    )  # fmt: skip
+        torch.mm(hidden, weight.T, out=logits),
+        torch.mm(g, weight, out=d_hidden),
+        torch.mm(g.T, hidden, out=d_weight),
+    )
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------
 
-OPS = {op.name: op for op in (
-    Op(
-        "token_values forward", "token_values", logits_inputs,
-        # logits once, actions; q, v, log_prob
-        bytes=lambda n, s: n.tokens * n.vocabulary * s + n.tokens * (8 + 3 * 4),
-        # an entry: compare with the maximum, subtract it, exponentiate, add
-        flops=lambda n: 4 * n.tokens * n.vocabulary,
-        formula="bytes N V s + 20 N; FLOPs 4 N V",
-        limit=lambda x: read(x["logits"]), limit_name="one read of the logits: sum", chunk=64,
-    ),
-    Op(
-        "token_values forward+backward", "token_values", logits_inputs,
-        # two reads and a write of N V; a token: actions twice, three outputs, two upstream gradients, two statistics
-        bytes=lambda n, s: 3 * n.tokens * n.vocabulary * s + n.tokens * (2 * 8 + 7 * 4),
-        # forward 4; backward: subtract, exponentiate, multiply twice
-        flops=lambda n: 8 * n.tokens * n.vocabulary,
-        formula="bytes 3 N V s + 44 N; FLOPs 8 N V",
-        limit=lambda x: read_twice_write_once(x["logits"]), limit_name="two reads and a write: sum and copy_",
-        wrt=("logits",), upstream=("v", "log_prob"), chunk=64,
-    ),
-    Op(
-        "linear_token_values forward", "linear_token_values", head_inputs,
-        bytes=lambda n, s: (n.tokens + n.vocabulary) * n.width * s + n.tokens * (8 + 3 * 4),
-        # one matmul, and 4 an entry of the logits
-        flops=lambda n: 2 * n.tokens * n.vocabulary * n.width + 4 * n.tokens * n.vocabulary,
-        formula="bytes (N + V) D s + 20 N; FLOPs 2 N V D + 4 N V",
-        limit=lambda x: matmuls(x, backward=False), limit_name="one bare matmul", chunk=1,
-    ),
-    Op(
-        "linear_reval_loss forward+backward", "linear_reval_loss", loss_inputs,
-        # hidden and weight read, their gradients written, once each
-        bytes=lambda n, s: 2 * (n.tokens + n.vocabulary) * n.width * s + n.tokens * 8,
-        # three matmuls (an implementation that drops the logits does a fourth), and 8 an entry of the logits
-        flops=lambda n: 6 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
-        formula="bytes 2 (N + V) D s + 8 N; FLOPs 6 N V D + 8 N V",
-        limit=lambda x: matmuls(x, backward=True), limit_name="three bare matmuls",
-        wrt=("hidden", "weight"), upstream=("loss",), chunk=1,
-    ),
-    Op(
-        "bellman_loss forward+backward", "bellman_loss", values_inputs,
-        # log_prob read, dlog_prob and dv written; v of the first token alone
-        bytes=lambda n, s: 3 * n.tokens * 4,
-        flops=lambda n: n.tokens,
-        formula="bytes 12 N (always fp32); FLOPs N",
-        limit=lambda x: read_twice_write_once(x["log_prob"]), limit_name="two reads and a write of N numbers",
-        wrt=("v", "log_prob"), upstream=("loss",),
-    ),
-)}  # fmt: skip
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            "token_values forward",
+            "token_values",
+            logits_inputs,
+            # logits once, actions; q, v, log_prob
+            bytes=lambda n, s: n.tokens * n.vocabulary * s + n.tokens * (8 + 3 * 4),
+            # an entry: compare with the maximum, subtract it, exponentiate, add
+            flops=lambda n: 4 * n.tokens * n.vocabulary,
+            formula="bytes N V s + 20 N; FLOPs 4 N V",
+            limit=lambda x: read(x["logits"]),
+            limit_name="one read of the logits: sum",
+            chunk=64,
+        ),
+        Op(
+            "token_values forward+backward",
+            "token_values",
+            logits_inputs,
+            # two reads and a write of N V; a token: actions twice, three outputs, two upstream gradients, two statistics
+            bytes=lambda n, s: 3 * n.tokens * n.vocabulary * s + n.tokens * (2 * 8 + 7 * 4),
+            # forward 4; backward: subtract, exponentiate, multiply twice
+            flops=lambda n: 8 * n.tokens * n.vocabulary,
+            formula="bytes 3 N V s + 44 N; FLOPs 8 N V",
+            limit=lambda x: read_twice_write_once(x["logits"]),
+            limit_name="two reads and a write: sum and copy_",
+            wrt=("logits",),
+            upstream=("v", "log_prob"),
+            chunk=64,
+        ),
+        Op(
+            "linear_token_values forward",
+            "linear_token_values",
+            head_inputs,
+            bytes=lambda n, s: (n.tokens + n.vocabulary) * n.width * s + n.tokens * (8 + 3 * 4),
+            # one matmul, and 4 an entry of the logits
+            flops=lambda n: 2 * n.tokens * n.vocabulary * n.width + 4 * n.tokens * n.vocabulary,
+            formula="bytes (N + V) D s + 20 N; FLOPs 2 N V D + 4 N V",
+            limit=lambda x: matmuls(x, backward=False),
+            limit_name="one bare matmul",
+            chunk=1,
+        ),
+        Op(
+            "linear_reval_loss forward+backward",
+            "linear_reval_loss",
+            loss_inputs,
+            # hidden and weight read, their gradients written, once each
+            bytes=lambda n, s: 2 * (n.tokens + n.vocabulary) * n.width * s + n.tokens * 8,
+            # three matmuls (an implementation that drops the logits does a fourth), and 8 an entry of the logits
+            flops=lambda n: 6 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
+            formula="bytes 2 (N + V) D s + 8 N; FLOPs 6 N V D + 8 N V",
+            limit=lambda x: matmuls(x, backward=True),
+            limit_name="three bare matmuls",
+            wrt=("hidden", "weight"),
+            upstream=("loss",),
+            chunk=1,
+        ),
+        Op(
+            "bellman_loss forward+backward",
+            "bellman_loss",
+            values_inputs,
+            # log_prob read, dlog_prob and dv written; v of the first token alone
+            bytes=lambda n, s: 3 * n.tokens * 4,
+            flops=lambda n: n.tokens,
+            formula="bytes 12 N (always fp32); FLOPs N",
+            limit=lambda x: read_twice_write_once(x["log_prob"]),
+            limit_name="two reads and a write of N numbers",
+            wrt=("v", "log_prob"),
+            upstream=("loss",),
+        ),
+    )
+}

@@ -134,7 +134,5 @@ PEERS = [
     *linear("TRL fused head", trl_loss, needs("trl.kernels", "ChunkedLogProbFunction")),
     Provider("torch eager log_softmax", "token_values", "token values", lambda: log_softmax_token_values),
     Provider("TRL selective_log_softmax", "token_values", "log_prob", lambda: trl_token_values, TRL),
-    Provider(
-        "Liger", "token_values", "log_prob", lambda: liger_token_values, LIGER, overwrites="logits"
-    ),
-]  # fmt: skip
+    Provider("Liger", "token_values", "log_prob", lambda: liger_token_values, LIGER, overwrites="logits"),
+]

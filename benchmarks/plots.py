@@ -33,8 +33,10 @@ def save_bars(path: Path, rows: list[Row]) -> Path:
         shown.sort(key=lambda pair: -pair[1]["median"])
         unit = limit or 1.0
         middle = [s["median"] / unit for _, s in shown]
-        spread = [[m - s["q1"] / unit for m, (_, s) in zip(middle, shown, strict=True)],
-                  [s["q3"] / unit - m for m, (_, s) in zip(middle, shown, strict=True)]]  # fmt: skip
+        spread = [
+            [m - s["q1"] / unit for m, (_, s) in zip(middle, shown, strict=True)],
+            [s["q3"] / unit - m for m, (_, s) in zip(middle, shown, strict=True)],
+        ]
         ours = ["tab:blue" if r.provider in ("cpu", "triton", "portable") else "tab:gray" for r, _ in shown]
         bar = axes.barh([f"{r.provider}" for r, _ in shown], middle, xerr=spread, color=ours)
         axes.bar_label(bar, [f" {s['median'] * 1e3:.3g} ms" for _, s in shown], fontsize=7)

@@ -135,19 +135,26 @@ def providers(family: str) -> list[Provider]:
     computes, eager = FAMILIES[family], EAGER[family]
     ours = [
         Provider(
-            name, family, computes, partial(library_function, reval_kernels, family, backend=name),
+            name,
+            family,
+            computes,
+            partial(library_function, reval_kernels, family, backend=name),
             partial(backend_missing, name),
         )
         for name in reval_kernels.backends()
-    ]  # fmt: skip
+    ]
     plain = [
         Provider("reference", family, computes, lambda: library_function(reference, family)),
         Provider("torch eager", family, computes, lambda: eager),
         Provider(
-            "torch.compile", family, computes, lambda: torch.compile(eager, fullgraph=True, dynamic=False),
-            no_compiler, compiled=True,
+            "torch.compile",
+            family,
+            computes,
+            lambda: torch.compile(eager, fullgraph=True, dynamic=False),
+            no_compiler,
+            compiled=True,
         ),
-    ]  # fmt: skip
+    ]
     return ours + plain + [p for p in PEERS if p.family == family]
 
 

@@ -156,9 +156,15 @@ class Suite:
 
     def _row(self, case: Case, op: Op, provider: str, computes: str) -> Row:
         return Row(
-            op.name, str(case.dtype).removeprefix("torch."), case.shape._asdict(), case.curve, provider, computes,
-            bytes=op.bytes(case.shape, case.dtype.itemsize), flops=op.flops(case.shape),
-        )  # fmt: skip
+            op.name,
+            str(case.dtype).removeprefix("torch."),
+            case.shape._asdict(),
+            case.curve,
+            provider,
+            computes,
+            bytes=op.bytes(case.shape, case.dtype.itemsize),
+            flops=op.flops(case.shape),
+        )
 
     def _able(self, case: Case, provider: Provider, row: Row) -> bool:
         """Whether it can run here, peers in reasonable time; if not, its row says why."""
@@ -204,9 +210,15 @@ class Suite:
         return runners
 
     def _first_call(
-        self, op: Op, provider: Provider, x: Tensors, row: Row, truth: Tensors | None, yardstick: float,
+        self,
+        op: Op,
+        provider: Provider,
+        x: Tensors,
+        row: Row,
+        truth: Tensors | None,
+        yardstick: float,
         made: tuple[float, Tensors] | None,
-    ) -> Runner:  # fmt: skip
+    ) -> Runner:
         """`made`: the seconds and the outputs of this call where the yardstick was it."""
         function, own, prepare = provider.load(), x, None
         if name := provider.overwrites:
@@ -242,9 +254,12 @@ class Suite:
                 times[r.name] = 0
         try:
             failures = interleave(
-                {r.name: r.call for r in runners}, times, self.clock, {r.name: rows[r.name].seconds for r in runners},
+                {r.name: r.call for r in runners},
+                times,
+                self.clock,
+                {r.name: rows[r.name].seconds for r in runners},
                 {r.name: r.prepare for r in runners if r.prepare},
-            )  # fmt: skip
+            )
             for name, failure in failures.items():
                 reason = f"after {len(rows[name].seconds)} timed calls: {brief(failure)}"
                 rows[name].status, rows[name].reason = "failed", reason

@@ -54,9 +54,13 @@ def turns(first: dict[str, float], budget: float, least: int, most: int) -> dict
 
 
 def interleave(
-    calls: dict[str, Call], turns: dict[str, int], clock: CpuClock | CudaClock, samples: dict[str, list[float]],
-    prepare: dict[str, Call] | None = None, seed: int = 0,
-) -> dict[str, Exception]:  # fmt: skip
+    calls: dict[str, Call],
+    turns: dict[str, int],
+    clock: CpuClock | CudaClock,
+    samples: dict[str, list[float]],
+    prepare: dict[str, Call] | None = None,
+    seed: int = 0,
+) -> dict[str, Exception]:
     """Call each `turns[name]` times, spread evenly over the rounds, and append its seconds to `samples[name]`.
 
     `prepare` runs before a call and outside its time. Returns the exceptions of those that raised one, whose turns end

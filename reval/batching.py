@@ -78,9 +78,7 @@ def _partition(trajectories: list[Trajectory], parts: int) -> list[list[int]]:
     return [sorted(part) for part in out]
 
 
-def collate(
-    trajectories: list[Trajectory], device: torch.device, *, share: bool = True, packed: bool = False
-) -> Batch:
+def collate(trajectories: list[Trajectory], device: torch.device, *, share: bool = True, packed: bool = False) -> Batch:
     """One padded batch. `share` is taken back where it would save nothing."""
     numbers: dict[bytes, int] = {}
     prefix_of = [numbers.setdefault(t.prefix.tobytes(), len(numbers)) for t in trajectories]

@@ -23,9 +23,18 @@ from .models import whole_weights
 from .replay import Trajectory
 
 WRITTEN = (
-    "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations", "tensorboard", "curves.png", "checkpoint", "best",
-    "checkpoints", "reward_errors.txt", "nonfinite.jsonl",
-)  # fmt: skip
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evaluations",
+    "tensorboard",
+    "curves.png",
+    "checkpoint",
+    "best",
+    "checkpoints",
+    "reward_errors.txt",
+    "nonfinite.jsonl",
+)
 """What a run writes. Overwriting removes these and leaves the rest of the folder alone."""
 STATE = "training/state.json"
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
@@ -137,12 +146,16 @@ def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
     """Write trajectories for inspection, one JSON object each."""
     rows = (
         {
-            "token_ids": t.token_ids.tolist(), "action_mask": t.action_mask.tolist(), "reward": t.reward,
-            "score": t.score, "iteration": t.iteration, "uses": t.uses,
+            "token_ids": t.token_ids.tolist(),
+            "action_mask": t.action_mask.tolist(),
+            "reward": t.reward,
+            "score": t.score,
+            "iteration": t.iteration,
+            "uses": t.uses,
             "reference": {k: v for k, v in t.reference.items() if k != "values"},
         }
         for t in trajectories
-    )  # fmt: skip
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

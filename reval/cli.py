@@ -152,12 +152,21 @@ def _env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "evaluate": _evaluate, "compare": _compare, "plot": _plot, "env": _env,
-}  # fmt: skip
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "plot": _plot,
+    "env": _env,
+}
 FLAG_VALUES = {
-    "--resume": "auto, false or a checkpoint's folder", "--gpus": "N", "--resamples": "N", "--seed": "N",
-    "--out": "FILE.png", "--metrics": "NAME,NAME", "--axis": "rollouts, updates or iterations",
-}  # fmt: skip
+    "--resume": "auto, false or a checkpoint's folder",
+    "--gpus": "N",
+    "--resamples": "N",
+    "--seed": "N",
+    "--out": "FILE.png",
+    "--metrics": "NAME,NAME",
+    "--axis": "rollouts, updates or iterations",
+}
 
 
 def _sort(arguments: list[str], valued: tuple[str, ...] = ()) -> tuple[dict[str, str], list[str], list[str]]:

@@ -20,10 +20,20 @@ BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
 # arguments of vllm.LLM that decide which policy answers, and how: not the user's to change behind the trainer's back
 VLLM_OURS = {
-    "model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode",
-    "worker_extension_cls", "gpu_memory_utilization", "quantization", "hf_overrides", "max_num_seqs",
+    "model",
+    "tokenizer",
+    "skip_tokenizer_init",
+    "dtype",
+    "load_format",
+    "generation_config",
+    "logprobs_mode",
+    "worker_extension_cls",
+    "gpu_memory_utilization",
+    "quantization",
+    "hf_overrides",
+    "max_num_seqs",
     "tensor_parallel_size",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,17 @@ class Display:
         self._progress = None
         if rich:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[now]}"),
-                console=self._console, speed_estimate_period=math.inf,  # its 30 s may be less than one iteration
-            )  # fmt: skip
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("iterations"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}"),
+                console=self._console,
+                speed_estimate_period=math.inf,  # its 30 s may be less than one iteration
+            )
             self._task = self._progress.add_task(
                 "ReVal", total=config.run.iterations, completed=iteration, now="starting"
             )

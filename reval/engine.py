@@ -38,9 +38,12 @@ class Engine:
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
-            lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
             fused=model.device.type in ("cpu", "cuda"),  # one pass over the weights instead of eight
-        )  # fmt: skip
+        )
 
     def _schedule(self) -> float:
         """The share of optim.lr that the next update takes."""

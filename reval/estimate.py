@@ -81,9 +81,16 @@ def _qwen2(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
 ) -> Shape:
     return Shape(
-        hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, kv_heads=kv_heads,
-        head_dim=hidden // heads, vocabulary=vocabulary, tied=tied, qkv_bias=True,
-    )  # fmt: skip
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocabulary=vocabulary,
+        tied=tied,
+        qkv_bias=True,
+    )
 
 
 SHAPES = {
@@ -112,12 +119,17 @@ def shape_of(name: str) -> Shape | None:
     try:
         heads = settings["num_attention_heads"]
         return Shape(
-            hidden=settings["hidden_size"], intermediate=settings["intermediate_size"],
-            layers=settings["num_hidden_layers"], heads=heads, kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads, vocabulary=settings["vocab_size"],
+            hidden=settings["hidden_size"],
+            intermediate=settings["intermediate_size"],
+            layers=settings["num_hidden_layers"],
+            heads=heads,
+            kv_heads=settings.get("num_key_value_heads") or heads,
+            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
+            vocabulary=settings["vocab_size"],
             tied=bool(settings.get("tie_word_embeddings", False)),
-            qkv_bias=bool(settings.get("attention_bias", kind == "qwen2")), qk_norm=kind.startswith("qwen3"),
-        )  # fmt: skip
+            qkv_bias=bool(settings.get("attention_bias", kind == "qwen2")),
+            qk_norm=kind.startswith("qwen3"),
+        )
     except KeyError:  # not a transformer of that kind
         return None
 

@@ -137,13 +137,19 @@ def evaluate(
     extractors = {function: extractor_of(function) for function in pools}
     answers = [
         Answered(
-            p.prompt, texts[i], scores[i], next(iter(greedy_texts[i]), None), next(iter(greedy_scores[i]), None),
-            benchmark=p.benchmark, answer=p.columns.get("answer"),
+            p.prompt,
+            texts[i],
+            scores[i],
+            next(iter(greedy_texts[i]), None),
+            next(iter(greedy_scores[i]), None),
+            benchmark=p.benchmark,
+            answer=p.columns.get("answer"),
             extracted=_extracted(extractors[_function(p, config)], texts[i]),
-            lengths=[len(r.token_ids) for r in sampled[i]], finished=[r.finished for r in sampled[i]],
+            lengths=[len(r.token_ids) for r in sampled[i]],
+            finished=[r.finished for r in sampled[i]],
         )
         for i, p in enumerate(own)
-    ]  # fmt: skip
+    ]
     joined = world.join(answers)
     if settings.best_of_n:
         assert scorer is not None, "evaluation.best_of_n needs a scorer"
@@ -159,9 +165,12 @@ def _responses(
     if not problems:
         return []  # more processes than problems
     return rollout.generate(
-        [p.token_ids for p in problems], responses=count, max_new_tokens=config.rollout.max_new_tokens,
-        temperature=temperature, seed=seed,
-    )  # fmt: skip
+        [p.token_ids for p in problems],
+        responses=count,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 def _function(problem: Problem, config: Config) -> str:

@@ -64,10 +64,11 @@ class Generation:
         settings, problems = self._config.rollout, self._problems.draw(self._config.rollout.prompts)
         own = [p.token_ids for p in self._world.share(problems)]
         options: Any = {
-            "responses": settings.responses, "max_new_tokens": settings.max_new_tokens,
+            "responses": settings.responses,
+            "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "seed": (self._config.run.seed << 32) + iteration + (self._world.rank << 52),
-        }  # fmt: skip
+        }
         if settings.ahead:
             answers = self._thread.submit(self._engine.generate, own, **options)
         else:
@@ -149,11 +150,14 @@ def _trajectories(config: Config, rows: list[Row], iteration: int) -> list[Traje
         Trajectory(
             token_ids=np.array(p.token_ids + r.token_ids),
             action_mask=np.arange(len(p.token_ids) + len(r.token_ids)) >= len(p.token_ids),
-            reward=reward, score=unshaped, iteration=iteration, finished=r.finished,
+            reward=reward,
+            score=unshaped,
+            iteration=iteration,
+            finished=r.finished,
         )
         for (_, p, r, _, unshaped), reward in zip(rows, shaped, strict=True)
         if reward is not None and unshaped is not None
-    ]  # fmt: skip
+    ]
 
 
 def _metrics(rows: list[Row], lag: int) -> dict[str, float]:

@@ -118,9 +118,10 @@ def _sync(run: TrainingRun, parts: Parts, fresh: list[Trajectory]) -> dict[str, 
     if parts.rollout.shares_weights or not run.config.rollout.probe_tokens:
         return {}
     chosen = choose(
-        [t.token_ids.tolist() for t in fresh], [int(t.action_mask.argmax()) for t in fresh],
+        [t.token_ids.tolist() for t in fresh],
+        [int(t.action_mask.argmax()) for t in fresh],
         run.config.rollout.probe_tokens,
-    )  # fmt: skip
+    )
     if not chosen[0]:
         return {}
     found = mismatch(parts.rollout, log_probs(parts.model, *chosen, run.config.model), *chosen)

@@ -61,9 +61,13 @@ class Head(NamedTuple):
 
 
 def load_model(
-    config: ModelConfig, seed: int = 0, lora: LoraConfig | None = None, world: World | None = None,
-    checkpoint: Path | None = None, offload: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
+    config: ModelConfig,
+    seed: int = 0,
+    lora: LoraConfig | None = None,
+    world: World | None = None,
+    checkpoint: Path | None = None,
+    offload: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy, in evaluation mode (no dropout) on its device, and its tokenizer, padding on the left.
 
     With several processes the main one reads the weights and the others get their slices from it. With a checkpoint the
@@ -192,15 +196,20 @@ def last_hidden(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Te
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         if batch.share:
             cache = body(
-                input_ids=prefixes, attention_mask=prefix_mask, use_cache=True,
+                input_ids=prefixes,
+                attention_mask=prefix_mask,
+                use_cache=True,
                 position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
-            ).past_key_values  # fmt: skip
+            ).past_key_values
             if type(cache) is DynamicCache:
                 cache.batch_select_indices(of)
                 return body(
-                    input_ids=batch.states, attention_mask=attention, position_ids=positions[:, prefixes.shape[1] :],
-                    past_key_values=cache, use_cache=True,
-                ).last_hidden_state  # fmt: skip
+                    input_ids=batch.states,
+                    attention_mask=attention,
+                    position_ids=positions[:, prefixes.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
         out = body(input_ids=whole, attention_mask=attention, position_ids=positions, use_cache=False)
     return out.last_hidden_state[:, prefixes.shape[1] :]
 
@@ -336,14 +345,26 @@ def _tiny(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", unk_token="<|unknown|>",
-        additional_special_tokens=special[2:5], chat_template=CHAT,
-    )  # fmt: skip
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unknown|>",
+        additional_special_tokens=special[2:5],
+        chat_template=CHAT,
+    )
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config), tokenizer

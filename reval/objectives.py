@@ -41,9 +41,18 @@ def reval(
     known = reference.returns() if config.level == "trajectory" else reference.values
     assert known is not None, "reference_policy keeps token values where the level needs them"
     return linear_reval_loss(
-        hidden, head.weight, batch.actions, known, batch.rewards, mask=batch.mask, beta=config.beta,
-        level=config.level, semi_gradient=config.semi_gradient, normalizer=normalizer, **head.options(),
-    )  # fmt: skip
+        hidden,
+        head.weight,
+        batch.actions,
+        known,
+        batch.rewards,
+        mask=batch.mask,
+        beta=config.beta,
+        level=config.level,
+        semi_gradient=config.semi_gradient,
+        normalizer=normalizer,
+        **head.options(),
+    )
 
 
 def tbrm(
@@ -51,9 +60,16 @@ def tbrm(
 ) -> BellmanLoss:
     """(V(s_1) + D - r / beta)^2: ReVal with V_ref := 0 (arXiv 2505.15311)."""
     return linear_reval_loss(
-        hidden, head.weight, batch.actions, reference.log_prob, batch.rewards, mask=batch.mask, beta=config.beta,
-        normalizer=normalizer, **head.options(),
-    )  # fmt: skip
+        hidden,
+        head.weight,
+        batch.actions,
+        reference.log_prob,
+        batch.rewards,
+        mask=batch.mask,
+        beta=config.beta,
+        normalizer=normalizer,
+        **head.options(),
+    )
 
 
 def regression(

@@ -22,12 +22,18 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
     figure, ((reward, residual), (values, length)) = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     panels = (
         (reward, "Reward of the fresh rollouts", {"reward": "mean score, training problems"}),
-        (residual, "Bellman residual, mean |.|", {
-            "reval/residual_abs": "fresh batch", "reval/replay/residual_abs": "replayed"}),
-        (values, "What the residual is made of", {
-            "reval/v_policy": "V(s_1)", "reval/v_reference": "V_ref(s_1)", "reval/log_ratio": "sum log pi / pi_ref"}),
+        (
+            residual,
+            "Bellman residual, mean |.|",
+            {"reval/residual_abs": "fresh batch", "reval/replay/residual_abs": "replayed"},
+        ),
+        (
+            values,
+            "What the residual is made of",
+            {"reval/v_policy": "V(s_1)", "reval/v_reference": "V_ref(s_1)", "reval/log_ratio": "sum log pi / pi_ref"},
+        ),
         (length, "Completions", {"completions/mean_length": "mean length, tokens"}),
-    )  # fmt: skip
+    )
     for axes, title, lines in panels:
         for key, label in lines.items():
             points = [(i, row[key]) for i, row in zip(x, rows, strict=True) if key in row]
@@ -48,9 +54,11 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
 
 
 def compare_runs(
-    path: str | Path, folders: Sequence[str | Path], metrics: Sequence[str] = ("eval/accuracy", "reward"),
+    path: str | Path,
+    folders: Sequence[str | Path],
+    metrics: Sequence[str] = ("eval/accuracy", "reward"),
     axis: str = "rollouts",
-) -> list[Curve]:  # fmt: skip
+) -> list[Curve]:
     """Draw the runs' metrics, a panel each: a line for the mean of the runs that differ in their seed only, and a band
     from the smallest to the largest of them. Returns what was drawn; see `reval.curves`."""
     found = curves(folders, metrics, axis)

@@ -122,9 +122,14 @@ class ReplayBuffer:
             span = slice(end - length, end)
             (reward, score), (iteration, finished, uses) = arrays["numbers"][i].tolist(), arrays["counts"][i].tolist()
             t = Trajectory(
-                token_ids=arrays["token_ids"][span], action_mask=arrays["action_mask"][span], reward=reward,
-                score=score, iteration=iteration, finished=bool(finished), uses=uses,
-            )  # fmt: skip
+                token_ids=arrays["token_ids"][span],
+                action_mask=arrays["action_mask"][span],
+                reward=reward,
+                score=score,
+                iteration=iteration,
+                finished=bool(finished),
+                uses=uses,
+            )
             if (version := int(arrays["reference_version"][i])) >= 0:
                 v, log_prob = arrays["reference"][i].tolist()
                 t.reference = {"version": version, "v": v, "log_prob": log_prob}

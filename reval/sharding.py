@@ -38,9 +38,14 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def shard(
-    model: PreTrainedModel, world: World, device: torch.device, compute_dtype: torch.dtype, *, offload: bool = False,
+    model: PreTrainedModel,
+    world: World,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    offload: bool = False,
     fill: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Spread `model`, which the main process holds and the others have only the shape of, over all processes.
 
     The layers compute in `compute_dtype`; what is kept, the head, and the sum of the gradients stay in the parameters'

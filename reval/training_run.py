@@ -91,10 +91,16 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
         named = {f"{rank}/{device}": state for rank, of in enumerate(generators) for device, state in of.items()}
         save_tensors(named, training / "rng.safetensors")
         state = {
-            "format": FORMAT, "iteration": run.iteration, "metrics": metrics, "updates": run.engine.updates,
-            "reference_version": run.reference.version, "problems_drawn": run.problems.drawn,
-            "rng": run.rng.getstate(), "ahead": ahead, "tracker": run.tracker.state(),
-        }  # fmt: skip
+            "format": FORMAT,
+            "iteration": run.iteration,
+            "metrics": metrics,
+            "updates": run.engine.updates,
+            "reference_version": run.reference.version,
+            "problems_drawn": run.problems.drawn,
+            "rng": run.rng.getstate(),
+            "ahead": ahead,
+            "tracker": run.tracker.state(),
+        }
         (unfinished / STATE).write_text(json.dumps(state), encoding="utf-8")
     world.barrier()
     finished = finish_checkpoint(folder, unfinished, run.iteration, run.config) if world.main else None

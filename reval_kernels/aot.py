@@ -146,14 +146,20 @@ def _linear_cases(gpu: GPU) -> list[Case]:
     count = math.ceil(VOCABULARY / linear.tile(torch.bfloat16, gpu.shared_block).words)
     padded = 1 << (count - 1).bit_length()
     merge = Case(
-        common.merge, {"parts": count},
+        common.merge,
+        {"parts": count},
         {**outputs, "index": "*i64", "rows": "i32", "count": "i32", "temperature": "fp32"},
-        {"ENTROPY": False, "PADDED": padded, "ROWS": max(1, 4096 // padded)}, 4, odd=("rows", "count"),
-    )  # fmt: skip
+        {"ENTROPY": False, "PADDED": padded, "ROWS": max(1, 4096 // padded)},
+        4,
+        odd=("rows", "count"),
+    )
     return [
-        case("bf16", False), case("bf16", True), case("bf16", False, SOFTCAP=True, ENTROPY=True), case("fp32", False),
+        case("bf16", False),
+        case("bf16", True),
+        case("bf16", False, SOFTCAP=True, ENTROPY=True),
+        case("fp32", False),
         merge,
-    ]  # fmt: skip
+    ]
 
 
 def _bellman_cases() -> list[Case]:
@@ -194,17 +200,24 @@ def report(target: str, case: Case) -> dict[str, Any]:
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": False, **case.options}
     compiled = triton.compile(
         ASTSource(case.function, signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options,
-    )  # fmt: skip
+        target=GPUTarget(gpu.backend, gpu.arch, gpu.warp),
+        options=options,
+    )
     read = _read_amd if gpu.backend == "hip" else _read_nvidia
     facts, code = read(compiled)
     shared = compiled.metadata.shared
     return {
-        "kernel": case.function.__name__, "target": target, "config": case.config, **facts, "shared_bytes": shared,
-        "occupancy": occupancy(gpu, facts["registers"], shared, case.warps), "load_bits": code.width("load"),
-        "store_bits": code.width("store"), "tensor_core": dict(Counter(code.kinds("mma").values())),
+        "kernel": case.function.__name__,
+        "target": target,
+        "config": case.config,
+        **facts,
+        "shared_bytes": shared,
+        "occupancy": occupancy(gpu, facts["registers"], shared, case.warps),
+        "load_bits": code.width("load"),
+        "store_bits": code.width("store"),
+        "tensor_core": dict(Counter(code.kinds("mma").values())),
         "exp2_per_entry": code.exp2_per_entry(case),
-    }  # fmt: skip
+    }
 
 
 class Code:

@@ -103,9 +103,17 @@ def bellman_loss(
     checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
     checks.level(level, reference, semi_gradient, normalizer)
     loss, residual, *_ = library.bellman_loss(
-        *values[:3], reference_tensors(reference), rewards, mask, cu_seqlens, float(beta), level, semi_gradient,
-        normalizer_tensor(normalizer), backend,
-    )  # fmt: skip
+        *values[:3],
+        reference_tensors(reference),
+        rewards,
+        mask,
+        cu_seqlens,
+        float(beta),
+        level,
+        semi_gradient,
+        normalizer_tensor(normalizer),
+        backend,
+    )
     return BellmanLoss(loss, residual)
 
 

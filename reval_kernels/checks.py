@@ -53,9 +53,13 @@ def number(name: str, x: Any, otherwise: str = "") -> None:
 
 
 def token_arguments(
-    actions: Tensor, shape: Sequence[int], device: object, mask: Tensor | None, temperature: float | Tensor,
+    actions: Tensor,
+    shape: Sequence[int],
+    device: object,
+    mask: Tensor | None,
+    temperature: float | Tensor,
     softcap: float | None,
-) -> None:  # fmt: skip
+) -> None:
     """What token_values and its relatives share; `shape` is the [...] of the tokens."""
     tensor("actions", actions, (torch.int64, torch.int32), shape, device)
     if mask is not None:
@@ -84,9 +88,14 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def bellman_arguments(
-    shape: Sequence[int], device: object, reference: TokenValues | Tensor, rewards: Tensor,
-    mask: Tensor | None, cu_seqlens: Tensor | None, beta: float,
-) -> None:  # fmt: skip
+    shape: Sequence[int],
+    device: object,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+) -> None:
     """What td_targets and bellman_loss share; `shape` is that of the policy's values, [B, T] or [N]."""
     if cu_seqlens is None:
         if len(shape) != 2:

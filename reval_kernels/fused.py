@@ -45,13 +45,26 @@ def reval_loss(
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
     """
     values = token_values(
-        logits, actions, mask=mask, temperature=temperature, softcap=softcap, inplace_grad=inplace_grad,
+        logits,
+        actions,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        inplace_grad=inplace_grad,
         backend=backend,
-    )  # fmt: skip
+    )
     return bellman_loss(
-        values, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta, level=level,
-        semi_gradient=semi_gradient, normalizer=normalizer, backend=backend,
-    )  # fmt: skip
+        values,
+        reference,
+        rewards,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        beta=beta,
+        level=level,
+        semi_gradient=semi_gradient,
+        normalizer=normalizer,
+        backend=backend,
+    )
 
 
 def linear_reval_loss(
@@ -99,8 +112,21 @@ def linear_reval_loss(
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, residual, *_ = library.linear_reval_loss(
-        hidden, weight, bias, actions, mask, cu_seqlens, *_temperature(temperature), softcap,
-        reference_tensors(reference), rewards, float(beta), level, semi_gradient,
-        normalizer_tensor(normalizer), needs, backend,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        actions,
+        mask,
+        cu_seqlens,
+        *_temperature(temperature),
+        softcap,
+        reference_tensors(reference),
+        rewards,
+        float(beta),
+        level,
+        semi_gradient,
+        normalizer_tensor(normalizer),
+        needs,
+        backend,
+    )
     return BellmanLoss(loss, residual.detach())

@@ -48,9 +48,16 @@ def _divisor(normalizer: Tensor | None, rewards: Tensor) -> float:
 
 @_op("token_values")
 def token_values(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-    softcap: float | None, with_entropy: bool, inplace_grad: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    with_entropy: bool,
+    inplace_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logits [..., V] -> q, v, log_prob, entropy, row_max, log_sum: [...] each."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     return _run("token_values", logits, backend, logits, actions, mask, transform, with_entropy)
@@ -63,9 +70,16 @@ def _(logits, actions, mask, temperature, temperatures, softcap, with_entropy, i
 
 @_op("token_values_backward")
 def token_values_backward(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-    softcap: float | None, statistics: Sequence[Tensor], cotangents: Sequence[Tensor], backend: str | None,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    statistics: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    backend: str | None,
+) -> Tensor:
     """dlogits [..., V]; statistics: row_max, log_sum, entropy; cotangents: dq, dv, dlog_prob, dentropy."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     args = (logits, actions, mask, transform, statistics, cotangents, False)
@@ -79,9 +93,16 @@ def _(logits, actions, mask, temperature, temperatures, softcap, statistics, cot
 
 @_op("token_values_backward_", mutates=("logits",))
 def token_values_backward_(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
-    softcap: float | None, statistics: Sequence[Tensor], cotangents: Sequence[Tensor], backend: str | None,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    statistics: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    backend: str | None,
+) -> None:
     """The same, written over the logits."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     args = (logits, actions, mask, transform, statistics, cotangents, True)
@@ -95,8 +116,17 @@ def _save_token_values(ctx, inputs, output):
 
 def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, _row_max, _log_sum):
     logits, actions, mask, temperatures, *statistics = ctx.saved_tensors
-    args = (logits, actions, mask, ctx.temperature, temperatures, ctx.softcap, statistics,
-            [dq, dv, dlog_prob, dentropy], ctx.backend)  # fmt: skip
+    args = (
+        logits,
+        actions,
+        mask,
+        ctx.temperature,
+        temperatures,
+        ctx.softcap,
+        statistics,
+        [dq, dv, dlog_prob, dentropy],
+        ctx.backend,
+    )
     if ctx.inplace_grad:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             raise RuntimeError("inplace_grad=True has no second-order gradient, which create_graph=True asks for")
@@ -115,9 +145,18 @@ token_values.register_autograd(_token_values_gradient, setup_context=_save_token
 
 @_op("linear_token_values")
 def linear_token_values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, temperature: float,
-    temperatures: Tensor | None, softcap: float | None, with_entropy: bool, with_expected: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    with_entropy: bool,
+    with_expected: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden [..., D], weight [V, D], bias [V] -> q, v, log_prob, entropy, row_max, log_sum: [...] each; and expected
     [..., D], with which the gradient of hidden alone needs the logits no more (empty unless wanted)."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
@@ -133,10 +172,19 @@ def _(hidden, weight, bias, actions, mask, temperature, temperatures, softcap, w
 
 @_op("linear_token_values_backward")
 def linear_token_values_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, temperature: float,
-    temperatures: Tensor | None, softcap: float | None, statistics: Sequence[Tensor], cotangents: Sequence[Tensor],
-    needs: Sequence[bool], backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    statistics: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias; an empty tensor where `needs` says no."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     args = (hidden, weight, bias, actions, mask, transform, statistics, cotangents, needs)
@@ -158,10 +206,18 @@ def _fake_head_gradients(hidden, weight, bias, needs):
 
 @_op("linear_expected_backward")
 def linear_expected_backward(
-    expected: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
-    temperature: float, temperatures: Tensor | None, softcap: float | None, log_prob: Tensor,
+    expected: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    log_prob: Tensor,
     cotangents: Sequence[Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dhidden [..., D]; cotangents: dq, dv, dlog_prob. A few numbers a token and D: one code serves every backend."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
     args = (expected, hidden, weight, bias, actions, mask, transform, log_prob, cotangents)
@@ -201,9 +257,16 @@ linear_token_values.register_autograd(_linear_token_values_gradient, setup_conte
 
 @_op("td_targets")
 def td_targets(
-    q: Tensor, v: Tensor, reference: Sequence[Tensor], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, gamma: float, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    reference: Sequence[Tensor],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    gamma: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, v [...] -> target, error, endogenous reward: [...] each."""
     return _run("td_targets", q, backend, q, v, reference, rewards, mask, cu_seqlens, beta, gamma)
 
@@ -215,9 +278,13 @@ def _(q, v, reference, rewards, mask, cu_seqlens, beta, gamma, backend):
 
 @_op("td_targets_backward")
 def td_targets_backward(
-    d_target: Tensor, d_error: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float,
+    d_target: Tensor,
+    d_error: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """dq, dv: [...] each."""
     return _run("td_targets_backward", d_error, backend, d_target, d_error, mask, cu_seqlens, gamma)
 
@@ -247,10 +314,19 @@ td_targets.register_autograd(_td_targets_gradient, setup_context=_save_td_target
 
 @_op("bellman_loss")
 def bellman_loss(
-    q: Tensor, v: Tensor, log_prob: Tensor, reference: Sequence[Tensor], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: Tensor | None,
+    q: Tensor,
+    v: Tensor,
+    log_prob: Tensor,
+    reference: Sequence[Tensor],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, v, log_prob [...] -> loss [], residual [B], and the loss's cotangents dq, dv, dlog_prob [...]."""
     divisor = _divisor(normalizer, rewards)
     args = (q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, divisor)
@@ -264,9 +340,13 @@ def _(q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gr
 
 @_op("bellman_loss_backward")
 def bellman_loss_backward(
-    d_loss: Tensor, d_residual: Tensor, unit: Sequence[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
+    d_loss: Tensor,
+    d_residual: Tensor,
+    unit: Sequence[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dv, dlog_prob [...] from the loss's cotangents and the upstream gradients [] and [B]."""
     return _run("bellman_loss_backward", d_loss, backend, d_loss, d_residual, unit, mask, cu_seqlens)
 
@@ -299,22 +379,66 @@ bellman_loss.register_autograd(_bellman_loss_gradient, setup_context=_save_bellm
 
 @_op("linear_reval_loss")
 def linear_reval_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float | None,
-    reference: Sequence[Tensor], rewards: Tensor, beta: float, level: str, semi_gradient: bool,
-    normalizer: Tensor | None, needs: Sequence[bool], backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    reference: Sequence[Tensor],
+    rewards: Tensor,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: Tensor | None,
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss [], residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed), in fp32
     (fp64) if any of these is fp16."""
     transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (hidden, weight, bias, actions, mask, cu_seqlens, transform, reference, rewards, beta, level,
-            semi_gradient, _divisor(normalizer, rewards), needs)  # fmt: skip
+    args = (
+        hidden,
+        weight,
+        bias,
+        actions,
+        mask,
+        cu_seqlens,
+        transform,
+        reference,
+        rewards,
+        beta,
+        level,
+        semi_gradient,
+        _divisor(normalizer, rewards),
+        needs,
+    )
     return _run("linear_reval_loss", hidden, backend, *args)
 
 
 @linear_reval_loss.register_fake
-def _(hidden, weight, bias, actions, mask, cu_seqlens, temperature, temperatures, softcap, reference, rewards, beta,
-      level, semi_gradient, normalizer, needs, backend):  # fmt: skip
+def _(
+    hidden,
+    weight,
+    bias,
+    actions,
+    mask,
+    cu_seqlens,
+    temperature,
+    temperatures,
+    softcap,
+    reference,
+    rewards,
+    beta,
+    level,
+    semi_gradient,
+    normalizer,
+    needs,
+    backend,
+):
     wide = _wide_dtype(hidden)
     gradients = _fake_head_gradients(hidden, weight, bias, needs)
     if wide_loss(hidden, weight, bias):

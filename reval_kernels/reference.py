@@ -146,9 +146,16 @@ def reval_loss(
     """`bellman_loss` of `token_values`."""
     values = token_values(logits, actions, mask=mask, temperature=temperature, softcap=softcap)
     return bellman_loss(
-        values, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta, level=level,
-        semi_gradient=semi_gradient, normalizer=normalizer,
-    )  # fmt: skip
+        values,
+        reference,
+        rewards,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        beta=beta,
+        level=level,
+        semi_gradient=semi_gradient,
+        normalizer=normalizer,
+    )
 
 
 def linear_reval_loss(
@@ -170,9 +177,19 @@ def linear_reval_loss(
 ) -> BellmanLoss:
     """`reval_loss` of logits = hidden @ weight.T + bias."""
     return reval_loss(
-        _head(hidden, weight, bias, mask), actions, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta,
-        level=level, semi_gradient=semi_gradient, normalizer=normalizer, temperature=temperature, softcap=softcap,
-    )  # fmt: skip
+        _head(hidden, weight, bias, mask),
+        actions,
+        reference,
+        rewards,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        beta=beta,
+        level=level,
+        semi_gradient=semi_gradient,
+        normalizer=normalizer,
+        temperature=temperature,
+        softcap=softcap,
+    )
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:

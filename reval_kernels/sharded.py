@@ -55,9 +55,19 @@ class _Sharded(torch.autograd.Function):
         dq, dlog_prob = dq.where(owned, 0), dlog_prob.where(owned, 0)
         needs = list(ctx.needs_input_grad[1:4])
         d_hidden, d_weight, d_bias = library.linear_token_values_backward(
-            hidden, weight, bias, local, mask, ctx.temperature, temperatures, ctx.softcap, statistics,
-            [dq, dv, dlog_prob, dentropy], needs, ctx.backend,
-        )  # fmt: skip
+            hidden,
+            weight,
+            bias,
+            local,
+            mask,
+            ctx.temperature,
+            temperatures,
+            ctx.softcap,
+            statistics,
+            [dq, dv, dlog_prob, dentropy],
+            needs,
+            ctx.backend,
+        )
         if needs[0]:
             d_hidden = d_hidden.to(statistics[0].dtype)  # ranks add up in fp32
             dist.all_reduce(d_hidden, dist.ReduceOp.SUM, ctx.group)

@@ -59,14 +59,22 @@ def token_values(
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have a vocabulary of at least one word, got shape {list(logits.shape)}")
     checks.token_arguments(actions, logits.shape[:-1], logits.device, mask, temperature, softcap)
-    if inplace_grad and not torch.compiler.is_compiling() and any(
-        step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)
-    ):  # fmt: skip
+    if (
+        inplace_grad
+        and not torch.compiler.is_compiling()
+        and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True))
+    ):
         raise ValueError(f"inplace_grad needs logits that are not expanded, got strides {list(logits.stride())}")
     out = library.token_values(
-        logits, actions, mask, *_temperature(temperature), softcap, with_entropy,
-        inplace_grad and not torch.compiler.is_compiling(), backend,
-    )  # fmt: skip
+        logits,
+        actions,
+        mask,
+        *_temperature(temperature),
+        softcap,
+        with_entropy,
+        inplace_grad and not torch.compiler.is_compiling(),
+        backend,
+    )
     return TokenValues(out[0], out[1], out[2], out[3] if with_entropy else None)
 
 

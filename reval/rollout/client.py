@@ -24,8 +24,15 @@ from .weights import Expected, checked, write_weights
 
 # set by torchrun for the trainer; an engine that saw them would join its process group
 TORCHRUN = {
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
-}  # fmt: skip
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 POLL = 0.2  # seconds between looks at whether the process still lives
 
 
@@ -46,9 +53,15 @@ class ServerRollout:
     shares_weights = False
 
     def __init__(
-        self, factory: str, arguments: dict[str, Any], *, expected: Expected, dtype: torch.dtype, timeout: float,
+        self,
+        factory: str,
+        arguments: dict[str, Any],
+        *,
+        expected: Expected,
+        dtype: torch.dtype,
+        timeout: float,
         environment: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    ):
         self._expected, self._dtype, self._timeout = expected, dtype, timeout
         self._lock = threading.Lock()
         self._closed = False
@@ -60,10 +73,13 @@ class ServerRollout:
             shared = (theirs.fileno(), self._weights)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "reval.rollout.server", *map(str, (*shared, os.getpid()))],
-                pass_fds=shared, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+                pass_fds=shared,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
                 env=_environment(environment or {}),
                 start_new_session=True,  # Ctrl-C is for the trainer, which saves a checkpoint first
-            )  # fmt: skip
+            )
         self.pid = self._process.pid
         self._connection.settimeout(POLL)
         self._exchange("starting", {"factory": factory, "arguments": arguments})
@@ -73,9 +89,14 @@ class ServerRollout:
     ) -> list[list[Response]]:
         """See RolloutEngine.generate."""
         groups = self._call(
-            f"generating {responses} responses to each of {len(prompts)} prompts", "generate", prompts=prompts,
-            responses=responses, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        )  # fmt: skip
+            f"generating {responses} responses to each of {len(prompts)} prompts",
+            "generate",
+            prompts=prompts,
+            responses=responses,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
         return [[Response(ids, finished) for ids, finished in group] for group in groups]
 
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:

@@ -101,9 +101,15 @@ class HFRollout:
         devices = [model.device] if model.device.type == "cuda" else []
         model.eval()
         model.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None, top_k=0,
-            top_p=1.0, eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id, use_cache=True,
-        )  # fmt: skip
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=self._ends,
+            pad_token_id=self._tokenizer.pad_token_id,
+            use_cache=True,
+        )
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(seed)
@@ -118,9 +124,10 @@ class HFRollout:
         ids, attention = (padded[key].to(self._model.device) for key in ("input_ids", "attention_mask"))
         policy: Any = self._model
         generated = policy.generate(
-            input_ids=ids.repeat_interleave(count, 0), attention_mask=attention.repeat_interleave(count, 0),
+            input_ids=ids.repeat_interleave(count, 0),
+            attention_mask=attention.repeat_interleave(count, 0),
             past_key_values=self._prefill(ids, attention, count),
-        )  # fmt: skip
+        )
         rows = [self._response(row) for row in generated[:, ids.shape[1] :].tolist()]
         return [rows[i * count : (i + 1) * count] for i in range(len(prompts))]
 

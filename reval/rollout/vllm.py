@@ -72,9 +72,13 @@ def make_vllm(
     threads = {"OMP_NUM_THREADS": str(config.run.threads)} if config.run.threads else {}
     with folder:
         return ServerRollout(
-            "reval.rollout.vllm:VLLMRollout", arguments, expected=expected, dtype=dtype, timeout=settings.timeout,
+            "reval.rollout.vllm:VLLMRollout",
+            arguments,
+            expected=expected,
+            dtype=dtype,
+            timeout=settings.timeout,
             environment=threads | devices,
-        )  # fmt: skip
+        )
 
 
 def engine_devices(devices: str | None, gpu: int | None, environment: Mapping[str, str]) -> tuple[dict[str, str], int]:
@@ -118,9 +122,16 @@ class VLLMRollout:
     shares_weights = False
 
     def __init__(
-        self, folder: str, *, dtype: str, ends: list[int], batch_size: int, gpu_memory: float,
-        options: dict[str, Any], expected: Expected | None = None,
-    ):  # fmt: skip
+        self,
+        folder: str,
+        *,
+        dtype: str,
+        ends: list[int],
+        batch_size: int,
+        gpu_memory: float,
+        options: dict[str, Any],
+        expected: Expected | None = None,
+    ):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import vllm
@@ -137,10 +148,17 @@ class VLLMRollout:
         self._lock = threading.RLock()
         self._vllm = vllm
         self._llm = vllm.LLM(
-            **{"seed": 0} | options, model=folder, skip_tokenizer_init=True, dtype=dtype, load_format="dummy",
-            generation_config="vllm", logprobs_mode="raw_logprobs", max_num_seqs=batch_size,
-            gpu_memory_utilization=gpu_memory, worker_extension_cls="reval.rollout.vllm_worker.SyncExtension",
-        )  # fmt: skip
+            **{"seed": 0} | options,
+            model=folder,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            load_format="dummy",
+            generation_config="vllm",
+            logprobs_mode="raw_logprobs",
+            max_num_seqs=batch_size,
+            gpu_memory_utilization=gpu_memory,
+            worker_extension_cls="reval.rollout.vllm_worker.SyncExtension",
+        )
         self._context = self._llm.model_config.max_model_len
 
     def generate(
@@ -155,12 +173,15 @@ class VLLMRollout:
             )
         params = [
             self._vllm.SamplingParams(
-                temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=self._ends, detokenize=False,
+                temperature=temperature,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self._ends,
+                detokenize=False,
                 seed=request_seed(seed, i, j),
             )
             for i in range(len(prompts))
             for j in range(responses)
-        ]  # fmt: skip
+        ]
         flat = [self._response(o) for o in self._run([p for p in prompts for _ in range(responses)], params)]
         return [flat[i * responses : (i + 1) * responses] for i in range(len(prompts))]
 
@@ -173,7 +194,7 @@ class VLLMRollout:
                 temperature=0.0, max_tokens=1, logprobs=0, allowed_token_ids=[ids[i]], detokenize=False
             )
             for ids, i in where
-        ]  # fmt: skip
+        ]
         outputs = self._run([ids[:i] for ids, i in where], params)
         flat = [o.outputs[0].logprobs[0][ids[i]].logprob for o, (ids, i) in zip(outputs, where, strict=True)]
         values = iter(flat)

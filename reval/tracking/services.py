@@ -63,9 +63,13 @@ class WandB:
         self.run: str | None = run or uuid.uuid4().hex[:8]
         self._table = wandb.Table
         self._run = wandb.init(
-            project=config.tracking.project, name=config.tracking.name or folder.resolve().name, id=self.run,
-            config=config.to_dict(), dir=str(folder), resume="allow" if run else None,
-        )  # fmt: skip
+            project=config.tracking.project,
+            name=config.tracking.name or folder.resolve().name,
+            id=self.run,
+            config=config.to_dict(),
+            dir=str(folder),
+            resume="allow" if run else None,
+        )
         # Not wandb's own step: that one cannot go back to the checkpoint when a run is resumed.
         self._run.define_metric("*", step_metric="iteration")
 
@@ -88,9 +92,12 @@ class Trackio:
         self._module = trackio
         settings = {f"{section}.{key}": value for section, s in config.to_dict().items() for key, value in s.items()}
         self._run = trackio.init(
-            project=config.tracking.project, name=self.run, config=settings, resume="allow" if run else "never",
+            project=config.tracking.project,
+            name=self.run,
+            config=settings,
+            resume="allow" if run else "never",
             embed=False,
-        )  # fmt: skip
+        )
 
     def log(self, iteration: int, row: Row, samples: list[Sample]) -> None:
         # one table a name: trackio shows the latest, with a slider over the steps
@@ -102,8 +109,10 @@ class Trackio:
 
 
 SERVICES: dict[str, Callable[[Path, Config, int, str | None], Service]] = {
-    "tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio,
-}  # fmt: skip
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
 """By the name of the setting in section `tracking`, which is also the package's."""
 
 

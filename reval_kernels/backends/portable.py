@@ -38,9 +38,14 @@ def token_values(
 
 
 def token_values_backward(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...], inplace: bool,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+    inplace: bool,
+) -> Tensor:
     """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
     rows, actions = _unmasked(actions, mask, logits.shape[-1], transform)
     out = logits if inplace else logits.new_zeros(logits.shape)
@@ -55,9 +60,15 @@ def token_values_backward(
 
 
 def linear_token_values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool, with_expected: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    with_entropy: bool,
+    with_expected: bool,
+) -> tuple[Tensor, ...]:
     """`token_values` of logits = hidden [..., D] @ weight [V, D].T + bias [V], a chunk of them at a time; `expected` as
     in `values_by_chunks`."""
     head = Head(hidden, weight, bias, (with_expected, False, False), wide=True)
@@ -89,9 +100,16 @@ def values_by_chunks(
 
 
 def linear_expected_backward(
-    expected: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
-    transform: Transform, log_prob: Tensor, cotangents: tuple[Tensor, ...],
-) -> Tensor:  # fmt: skip
+    expected: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    log_prob: Tensor,
+    cotangents: tuple[Tensor, ...],
+) -> Tensor:
     """d_hidden from the `expected` of `values_by_chunks`; cotangents: dq, dv, dlog_prob [...]."""
     rows, actions = _unmasked(actions, mask, len(weight), transform)
     d_hidden = hidden.new_zeros(hidden.shape)
@@ -108,17 +126,28 @@ def linear_expected_backward(
 
 
 def linear_token_values_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (empty where not needed); the logits are computed anew by chunks."""
     return recompute_gradients(Head(hidden, weight, bias, needs), actions, mask, transform, statistics, cotangents)
 
 
 def recompute_gradients(
-    head: Head, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
+    head: Head,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
     cotangents: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, actions = _unmasked(actions, mask, len(head.weight), transform)
     for c, at in _chunks(rows, head.size):
         logits = head.logits(at)
@@ -129,14 +158,35 @@ def recompute_gradients(
 
 
 def linear_reval_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
-    level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    transform: Transform,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed; `wide_loss`)."""
     head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs, wide_loss(hidden, weight, bias))
     return whole_trajectory_loss(
-        head, hidden.shape, actions, mask, cu_seqlens, transform, reference, rewards, beta, level, semi_gradient,
+        head,
+        hidden.shape,
+        actions,
+        mask,
+        cu_seqlens,
+        transform,
+        reference,
+        rewards,
+        beta,
+        level,
+        semi_gradient,
         normalizer,
     )
 
@@ -148,10 +198,19 @@ def wide_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def whole_trajectory_loss(
-    head: Head, shape: torch.Size, actions: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float, level: str,
-    semi_gradient: bool, normalizer: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    head: Head,
+    shape: torch.Size,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    transform: Transform,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`linear_reval_loss` for hidden states of this shape, which `head` holds as [N, D].
 
     A chunk is made of whole trajectories, so its residuals close and its gradient is known while its logits are still
@@ -172,27 +231,45 @@ def whole_trajectory_loss(
             values.append(numbers)
         q, v, log_prob, *statistics = (torch.cat(x) for x in zip(*values, strict=True))
         chunk_loss, residual[trajectories], *cotangents = head.bellman_loss(
-            q, v, log_prob, [r[trajectories] if len(reference) == 1 else r.reshape(-1)[tokens] for r in reference],
-            rewards[trajectories], None, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), beta, level,
-            semi_gradient, normalizer,
-        )  # fmt: skip
+            q,
+            v,
+            log_prob,
+            [r[trajectories] if len(reference) == 1 else r.reshape(-1)[tokens] for r in reference],
+            rewards[trajectories],
+            None,
+            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            beta,
+            level,
+            semi_gradient,
+            normalizer,
+        )
         loss += chunk_loss
         for c, at in pieces if any(head.needs) else ():
             if len(pieces) > 1:
                 logits = head.logits(at)
             entropy, row_max, log_sum = (x[c] for x in statistics)
             head.add_gradient_(
-                at, logits, taken[c], transform.at(at), (row_max, log_sum, entropy),
+                at,
+                logits,
+                taken[c],
+                transform.at(at),
+                (row_max, log_sum, entropy),
                 (*(x[c] for x in cotangents), torch.zeros_like(entropy)),
-            )  # fmt: skip
+            )
     d_hidden, d_weight, d_bias = head.finish()
     return loss, residual, d_hidden.view(shape) if head.needs[0] else d_hidden, d_weight, d_bias
 
 
 def td_targets(
-    q: Tensor, v: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, errors and endogenous rewards per token (METHOD.md section 2)."""
     layout = Trajectories(q.shape, q.device, mask, cu_seqlens)
     q_ref, v_ref = (layout.rows(x.to(q.dtype)) for x in reference[:2])
@@ -218,9 +295,18 @@ def td_targets_backward(
 
 
 def bellman_loss(
-    q: Tensor, v: Tensor, log_prob: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    log_prob: Tensor,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, residual [B] and the loss's cotangents dq, dv, dlog_prob per token (METHOD.md sections 3 and 4).
 
     `reference` is (q, v, log_prob) per token, or (returns [B],).
@@ -231,9 +317,7 @@ def bellman_loss(
     per_token = len(reference) == 3
     if per_token:
         # policy minus reference before anything else: exactly 0 where they agree
-        d_q, d_v, d_log = (
-            x - layout.rows(ref.to(x.dtype)) for x, ref in zip((q, v, log_prob), reference, strict=True)
-        )
+        d_q, d_v, d_log = (x - layout.rows(ref.to(x.dtype)) for x, ref in zip((q, v, log_prob), reference, strict=True))
         residual = _first(d_v) + d_log.sum(1) - outcome
     else:
         residual = _first(v) + log_prob.sum(1) - reference[0].to(q.dtype) - outcome
@@ -261,9 +345,12 @@ def bellman_loss(
 
 
 def bellman_loss_backward(
-    d_loss: Tensor, d_residual: Tensor, unit: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
+    d_loss: Tensor,
+    d_residual: Tensor,
+    unit: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dv, dlog_prob per token, from the cotangents at d_loss = 1 and the upstream gradients."""
     layout = Trajectories(unit[0].shape, unit[0].device, mask, cu_seqlens)
     dq, dv, dlog = (layout.rows(d_loss * x) for x in unit)
@@ -306,9 +393,14 @@ class Head:
         return logits, row_values(logits, actions, transform, with_entropy)
 
     def add_gradient_(
-        self, at: tuple[Tensor, ...], logits: Tensor, actions: Tensor, transform: Transform,
-        statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
-    ) -> None:  # fmt: skip
+        self,
+        at: tuple[Tensor, ...],
+        logits: Tensor,
+        actions: Tensor,
+        transform: Transform,
+        statistics: tuple[Tensor, ...],
+        cotangents: tuple[Tensor, ...],
+    ) -> None:
         """Take in the gradient of the tokens `at`, which may overwrite their logits."""
         self.gather(at, row_gradient_(logits, actions, transform, statistics, cotangents))
 

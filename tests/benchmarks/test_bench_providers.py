@@ -11,9 +11,13 @@ def test_every_family_has_ours_plain_pytorch_and_peers():
         assert len(set(names)) == len(names)
         assert all(p.computes in COMPUTES and p.family == family for p in providers(family))
     assert {p.name for p in providers("linear_reval_loss")} > {
-        "F.linear_cross_entropy", "F.linear_cross_entropy options", "cut-cross-entropy",
-        "cut-cross-entropy torch_compile", "Liger", "TRL fused head",
-    }  # fmt: skip
+        "F.linear_cross_entropy",
+        "F.linear_cross_entropy options",
+        "cut-cross-entropy",
+        "cut-cross-entropy torch_compile",
+        "Liger",
+        "TRL fused head",
+    }
 
 
 def test_a_peer_that_is_not_installed_or_lacks_the_name_says_so():

@@ -18,8 +18,11 @@ class CountingClock:
 
 def test_turns_spend_the_budget_within_bounds():
     assert turns({"fast": 1e-6, "middling": 0.5, "slow": 9.0, "at once": 0.0}, budget=5, least=3, most=25) == {
-        "fast": 25, "middling": 10, "slow": 3, "at once": 25,
-    }  # fmt: skip
+        "fast": 25,
+        "middling": 10,
+        "slow": 3,
+        "at once": 25,
+    }
 
 
 def test_everyone_gets_their_turns_spread_over_the_rounds():

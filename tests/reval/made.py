@@ -11,10 +11,7 @@ def random_trajectories(count: int, seed: int = 0, turns: int = 1, vocabulary: i
     out = []
     for _ in range(count):
         mask = np.concatenate(
-            [
-                np.repeat([False, True], [rng.integers(1, 6), rng.integers(1, 9)])
-                for _ in range(turns)
-            ]
+            [np.repeat([False, True], [rng.integers(1, 6), rng.integers(1, 9)]) for _ in range(turns)]
         )
         ids = rng.integers(6, vocabulary, len(mask))
         reward = float(rng.normal())

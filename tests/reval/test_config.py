@@ -214,8 +214,10 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
             "rollout.vllm_options.max_model_len=9",
             "rollout.vllm_options must be {} unless rollout.engine is 'vllm'; got {'max_model_len': 9}",
         ),
-        ("rollout.vllm_devices=0-3",
-         "rollout.vllm_devices must be null, or numbers with commas between them; got '0-3'"),
+        (
+            "rollout.vllm_devices=0-3",
+            "rollout.vllm_devices must be null, or numbers with commas between them; got '0-3'",
+        ),
         ("rollout.prompts=0", "rollout.prompts must be at least 1; got 0"),
         ("rollout.responses=0", "rollout.responses must be at least 1; got 0"),
         ("rollout.max_new_tokens=0", "rollout.max_new_tokens must be at least 1; got 0"),
@@ -258,19 +260,29 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("data.source=parquet", "data.path must be a file because data.source is 'parquet'; got null"),
         ("data.path=x.jsonl", "data.path must be null unless data.source is 'jsonl' or 'parquet'; got 'x.jsonl'"),
         ("data.held_out_path=x", "data.held_out_path must be null with data.source='reasoning_gym'; got 'x'"),
-        ("data.columns.prompt=3", "data.columns must be a mapping from names to the columns that hold them; got "
-         "{'prompt': 3}"),
+        (
+            "data.columns.prompt=3",
+            "data.columns must be a mapping from names to the columns that hold them; got {'prompt': 3}",
+        ),
         ("evaluation.k=[1, 5]", "evaluation.k must be a list of numbers from 1 to evaluation.samples (4); got [1, 5]"),
         ("evaluation.k=[0]", "evaluation.k must be a list of numbers from 1 to evaluation.samples (4); got [0]"),
         ("evaluation.problems=0", "evaluation.problems must be at least 1, or null; got 0"),
-        ("evaluation.benchmarks=[aime23]", "evaluation.benchmarks must be a list of aime24, aime25, amc23, math500, "
-         "minerva, olympiadbench, gpqa, champ, or of .jsonl and .parquet files; got ['aime23']"),
-        ("evaluation.benchmarks=[aime24, x/aime24.jsonl]", "evaluation.benchmarks must be a list of different names; "
-         "got ['aime24', 'x/aime24.jsonl']"),
+        (
+            "evaluation.benchmarks=[aime23]",
+            "evaluation.benchmarks must be a list of aime24, aime25, amc23, math500, "
+            "minerva, olympiadbench, gpqa, champ, or of .jsonl and .parquet files; got ['aime23']",
+        ),
+        (
+            "evaluation.benchmarks=[aime24, x/aime24.jsonl]",
+            "evaluation.benchmarks must be a list of different names; got ['aime24', 'x/aime24.jsonl']",
+        ),
         ("evaluation.folder=", "evaluation.folder must be a folder; got ''"),
         ("evaluation.template=Add.", "evaluation.template must be text that contains {question}, or null; got 'Add.'"),
-        ("evaluation.reward=maths", "evaluation.reward must be one of number, math, reasoning_gym, module:function or "
-         "file.py:function; got 'maths'"),
+        (
+            "evaluation.reward=maths",
+            "evaluation.reward must be one of number, math, reasoning_gym, module:function or "
+            "file.py:function; got 'maths'",
+        ),
         ("data.options=3", "data.options must be a mapping {name: value, ...}; got 3"),
         ("data.options={1: 2}", "data.options must be a mapping {name: value, ...}; got {1: 2}"),
         (

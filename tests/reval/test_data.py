@@ -11,8 +11,15 @@ import pytest
 from reval.config import DataConfig, EvaluationConfig
 from reval.data import Problem, ProblemSampler, encode, load_problems
 
-ADDITIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"],
-             "allow_parentheses": False, "allow_negation": False}  # fmt: skip
+ADDITIONS = {
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 1,
+    "max_digits": 1,
+    "operators": ["+"],
+    "allow_parentheses": False,
+    "allow_negation": False,
+}
 
 
 def jsonl(path, rows) -> str:

@@ -75,9 +75,7 @@ def test_a_linear_schedule_falls_to_0_over_the_run(tiny_config, trajectories):
     model, _ = load_model(tiny_config.model, seed=0)
     engine = Engine(model, configured(tiny_config, lr=4e-4, warmup=2, schedule="linear"))
     members = annotated(tiny_config, trajectories, count=2)
-    assert [engine.update(members)["lr"] for _ in range(7)] == pytest.approx(
-        [2e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4, 0.0]
-    )
+    assert [engine.update(members)["lr"] for _ in range(7)] == pytest.approx([2e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4, 0.0])
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

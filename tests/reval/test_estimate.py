@@ -18,10 +18,15 @@ GPU_RUN = ["rollout.max_new_tokens=1000", "optim.micro_batch_tokens=4096", "mode
 
 def as_transformers(shape: Shape, name: str = "Qwen") -> PreTrainedConfig:
     return (Qwen2Config if shape.qkv_bias else LlamaConfig)(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
-    )  # fmt: skip
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
 
 
 def counted(config: PreTrainedConfig) -> int:
@@ -46,13 +51,27 @@ def test_known_sizes():
     "config",
     [
         LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=50),
-        Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True),
-        Qwen3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=32, vocab_size=50),
+        Qwen2Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+            tie_word_embeddings=True,
+        ),
+        Qwen3Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=50,
+        ),
     ],
     ids=lambda c: c.model_type,
-)  # fmt: skip
+)
 def test_a_local_folder_says_its_own_shape(config, tmp_path):
     config.save_pretrained(tmp_path)
     shape = shape_of(str(tmp_path))

@@ -67,8 +67,12 @@ def test_metrics_of_the_held_out_problems(setting):
     rollout, _, _, _, config = setting
     result = evaluate(*setting)
     assert [a.scores for a in result.answers] == [
-        [1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [None, 1, 1, 0], [0, 0, 0, 0]
-    ]  # fmt: skip
+        [1, 1, 0, 0],
+        [0, 0, 0, 1],
+        [1, 0, 0, 0],
+        [None, 1, 1, 0],
+        [0, 0, 0, 0],
+    ]
     assert rollout.calls == [([[0], [1], [2], [3], [4]], 4, 1.0, 0), ([[0], [1], [2], [3], [4]], 1, 0.0, 0)]
     metrics = result.metrics()
     assert metrics["eval/accuracy"] == pytest.approx(6 / 20) == metrics["eval/pass@1"]
@@ -180,9 +184,7 @@ def test_answers_are_saved_one_problem_a_line(setting, tmp_path):
 
 
 def test_what_others_make_by_hand_still_has_metrics():
-    assert Evaluation([Answered("p", ["a", "b"], [1.0, None])]).metrics() == {
-        "eval/accuracy": 0.5, "eval/pass@2": 1.0
-    }  # fmt: skip
+    assert Evaluation([Answered("p", ["a", "b"], [1.0, None])]).metrics() == {"eval/accuracy": 0.5, "eval/pass@2": 1.0}
     assert Evaluation([]).metrics() == {"eval/accuracy": 0.0}
 
 
@@ -195,11 +197,16 @@ def checkpoint(tiny, tmp_path):
     rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(4)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [
-        f"evaluation.benchmarks=[{tmp_path / 'own.jsonl'}]", "evaluation.template={question}", "data.held_out=5",
-        "evaluation.samples=2", "evaluation.best_of_n=true", "evaluation.problems=3", "reward.workers=1",
+        f"evaluation.benchmarks=[{tmp_path / 'own.jsonl'}]",
+        "evaluation.template={question}",
+        "data.held_out=5",
+        "evaluation.samples=2",
+        "evaluation.best_of_n=true",
+        "evaluation.problems=3",
+        "reward.workers=1",
         # so cold that sampling is greedy, whatever the seed
         "evaluation.temperature=1e-4",
-    ]  # fmt: skip
+    ]
     return folder, overrides
 
 

@@ -16,11 +16,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = [sys.executable, "-m", "reval.train", "configs/tiny.yaml"]
 METRICS = {
-    "iteration", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
-    "completions/clipped_ratio", "num_tokens", "step_time", "loss", "grad_norm", "lr", "reference/version",
-    "rollout/lag", "buffer/size", "buffer/age_mean", "buffer/reuse_mean", "rollout/tokens_per_second", "reward_errors",
+    "iteration",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "num_tokens",
+    "step_time",
+    "loss",
+    "grad_norm",
+    "lr",
+    "reference/version",
+    "rollout/lag",
+    "buffer/size",
+    "buffer/age_mean",
+    "buffer/reuse_mean",
+    "rollout/tokens_per_second",
+    "reward_errors",
     "reward_timeouts",
-}  # fmt: skip
+}
 PARTS = {"residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio"}
 
 
@@ -114,8 +129,12 @@ def test_every_objective_and_a_reset_train(tmp_path):
     for name, overrides in {
         "token": ["objective.level=token", "objective.semi_gradient=true", "reference.reset_every=1"],
         "tbrm": ["objective.name=tbrm"],
-        "grpo": ["objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1",
-                 "reward.function=tests/reval/rewards_by_length.py:score"],
+        "grpo": [
+            "objective.name=grpo",
+            "reward.shaping=normalized",
+            "replay.updates_per_iteration=1",
+            "reward.function=tests/reval/rewards_by_length.py:score",
+        ],
     }.items():
         run(tmp_path / name, "reward.shaping=plus_minus_one", *small, *overrides)
         rows = metrics(tmp_path / name)
@@ -190,10 +209,13 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path):
     folder = tmp_path / "run"
     command = [*TINY, f"run.dir={folder}", "run.iterations=100000", "data.held_out=0"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # a test run in the background ignores Ctrl-C, and its children would inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 2

@@ -19,9 +19,16 @@ from reval.models import Head, check_head, compute_dtype, head_of, last_hidden, 
 from reval_kernels import linear_token_values, token_values
 
 SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 MODELS = {
     "plain": LlamaConfig(**SMALL),
     "softcap": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5),

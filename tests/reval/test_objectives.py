@@ -69,9 +69,15 @@ def expected(name, level, case):
 
 @pytest.mark.parametrize(
     ("name", "level"),
-    [("reval", "trajectory"), ("reval", "token"), ("reval", "subtrajectory"), ("tbrm", "trajectory"),
-     ("regression", "trajectory"), ("grpo", "trajectory")],
-)  # fmt: skip
+    [
+        ("reval", "trajectory"),
+        ("reval", "token"),
+        ("reval", "subtrajectory"),
+        ("tbrm", "trajectory"),
+        ("regression", "trajectory"),
+        ("grpo", "trajectory"),
+    ],
+)
 def test_loss_is_the_formula(case, tiny_config, name, level):
     model, _, batch, reference, _ = case
     config = ObjectiveConfig(name=name, level=level, beta=BETA)

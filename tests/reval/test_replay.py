@@ -17,9 +17,12 @@ from reval.replay import ReplayBuffer, Trajectory, load_rollouts
 
 def trajectory(reward: float = 0.0, iteration: int = 0) -> Trajectory:
     return Trajectory(
-        token_ids=np.array([1, 2, 3]), action_mask=np.array([False, True, True]), reward=reward, score=reward,
+        token_ids=np.array([1, 2, 3]),
+        action_mask=np.array([False, True, True]),
+        reward=reward,
+        score=reward,
         iteration=iteration,
-    )  # fmt: skip
+    )
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 15), max_size=12))

@@ -21,9 +21,7 @@ PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]  # unequal, so that pad
 
 def generate(model, tokenizer, *, batch_size=64, responses=3, temperature=1.0, seed=0, tokens=6, prompts=PROMPTS):
     rollout = HFRollout(model, tokenizer, batch_size=batch_size)
-    return rollout.generate(
-        prompts, responses=responses, max_new_tokens=tokens, temperature=temperature, seed=seed
-    )  # fmt: skip
+    return rollout.generate(prompts, responses=responses, max_new_tokens=tokens, temperature=temperature, seed=seed)
 
 
 def ids(groups):
@@ -176,8 +174,10 @@ def test_tied_weights_may_come_under_one_of_their_names(tiny, name):
 @torch.no_grad()
 def policy_log_probs(model, sequences, starts):
     """One token at a time, each from its own forward pass."""
+
     def one(ids, i):
         return float(model(input_ids=torch.tensor([ids[:i]])).logits[0, -1].double().log_softmax(-1)[ids[i]])
+
     return [[one(ids, i) for i in range(start, len(ids))] for ids, start in zip(sequences, starts, strict=True)]
 
 

@@ -38,9 +38,13 @@ class Model(torch.nn.Module):
 
 def start(timeout=LONG, dtype=torch.float32, **arguments):
     return ServerRollout(
-        "fake_engine:Fake", {"dtype": str(dtype).removeprefix("torch."), **arguments}, timeout=timeout, dtype=dtype,
-        expected=expected_weights(Model()), environment={"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
+        "fake_engine:Fake",
+        {"dtype": str(dtype).removeprefix("torch."), **arguments},
+        timeout=timeout,
+        dtype=dtype,
+        expected=expected_weights(Model()),
+        environment={"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"},
+    )
 
 
 @pytest.fixture
@@ -127,9 +131,12 @@ def test_an_argument_that_the_engine_refuses_is_a_value_error(lasting):
 
 @pytest.mark.parametrize(
     ("what", "how"),
-    [(fake_engine.EXIT, "ended with status 3"), (fake_engine.KILL, "was killed by SIGKILL"),
-     (fake_engine.CHILD, "was killed by SIGKILL")],
-)  # fmt: skip
+    [
+        (fake_engine.EXIT, "ended with status 3"),
+        (fake_engine.KILL, "was killed by SIGKILL"),
+        (fake_engine.CHILD, "was killed by SIGKILL"),
+    ],
+)
 def test_a_process_that_dies_is_an_error_at_once(engine, what, how):
     with pytest.raises(RolloutError, match=f"the engine's process {engine.pid} {how} while generating"):
         ask(engine, what)
@@ -182,10 +189,12 @@ def test_close_ends_the_process_and_may_come_twice(engine):
 
 def test_threads_take_turns(lasting):
     results = {}
+
     def work(seed):
         for _ in range(20):
             results[seed] = ask(lasting, fake_engine.ECHO, seed=seed)
             lasting.sync(Model().state_dict().items())
+
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
@@ -197,14 +206,16 @@ def test_threads_take_turns(lasting):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_engine_dies_with_the_trainer_even_while_it_generates(how, tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent(f"""
+    script.write_text(
+        textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(HERE)!r})
         from test_rollout_server import ask, fake_engine, start
         engine = start()
         print(engine.pid, flush=True)
         ask(engine, fake_engine.SLEEP)
-    """))
+    """)
+    )
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]) as trainer:
         pid = int(trainer.stdout.readline())
         trainer.send_signal(how)

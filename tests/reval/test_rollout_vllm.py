@@ -66,11 +66,21 @@ def small(tiny_config):
     """Untied, with a head size that vLLM's CPU attention has; the head is scaled up so that some words stand out."""
     _, tokenizer = load_model(tiny_config.model)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=102, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0,
-    ))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=102,
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     return model.eval(), tokenizer
@@ -96,9 +106,7 @@ def log_probs(model, sequences, starts):
 def generated(engine, tokenizer, **settings):
     """(groups, sequences, starts) of a generation, whose keys and values are in the prefix cache from then on."""
     asked = prompts(tokenizer)
-    groups = engine.generate(
-        asked, **{"responses": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 3} | settings
-    )  # fmt: skip
+    groups = engine.generate(asked, **{"responses": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 3} | settings)
     pairs = [(p, r) for p, group in zip(asked, groups, strict=True) for r in group]
     return groups, [p + r.token_ids for p, r in pairs], [len(p) for p, _ in pairs]
 
@@ -187,7 +195,7 @@ def test_greedy_is_what_transformers_says(engine, policy):
     model, tokenizer = policy
     expected = HFRollout(model, tokenizer, batch_size=8).generate(
         prompts(tokenizer), responses=1, max_new_tokens=12, temperature=0.0, seed=0
-    )  # fmt: skip
+    )
     groups, _, _ = generated(engine, tokenizer, responses=1, max_new_tokens=12, temperature=0.0)
     assert groups == expected
 
@@ -205,7 +213,7 @@ def test_lengths_and_ends(engine, policy):
     _, tokenizer = policy
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say yes."}], add_generation_prompt=True, return_dict=True
-    )["input_ids"]  # fmt: skip
+    )["input_ids"]
     [group] = engine.generate([chat], responses=32, max_new_tokens=16, temperature=1.0, seed=0)
     assert {r.finished for r in group} == {True, False}
     for r in group:

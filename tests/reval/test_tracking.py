@@ -89,9 +89,11 @@ def test_samples_and_errors_of_the_reward(whole):
     samples = rows(whole, "samples.jsonl")
     assert [s["iteration"] for s in samples] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert samples[0] == {
-        "iteration": 1, "prompt": [{"role": "user", "content": "1 + 1 \u2028"}],
-        "completion": "two\nlines", "score": 1.0,
-    }  # fmt: skip
+        "iteration": 1,
+        "prompt": [{"role": "user", "content": "1 + 1 \u2028"}],
+        "completion": "two\nlines",
+        "score": 1.0,
+    }
     assert "KeyError: 6" in (whole / "reward_errors.txt").read_text()
 
 

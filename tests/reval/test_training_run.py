@@ -124,8 +124,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert tokens == sorted(tokens)
     train(configured(tmp_path / "one", "run.iterations=6", "evaluation.every=0"))
     # answers differ, since each process has a seed of its own; which problems are asked, and in which order, does not
-    asked = [[json.loads(line)["prompt"] for line in (f / "samples.jsonl").read_text().splitlines()]
-             for f in (folder, tmp_path / "one")]  # fmt: skip
+    asked = [
+        [json.loads(line)["prompt"] for line in (f / "samples.jsonl").read_text().splitlines()]
+        for f in (folder, tmp_path / "one")
+    ]
     assert asked[0] == asked[1]
 
 
@@ -250,8 +252,9 @@ def test_a_finished_run_has_nothing_to_do(tmp_path, capsys):
 
 
 def test_a_reward_that_its_shaping_cannot_take_ends_the_run_with_a_message(tmp_path):
-    (tmp_path / "threes.py").write_text("def score(prompts, completions, completion_ids, **columns):\n"
-                                        "    return [3.0] * len(completions)\n")  # fmt: skip
+    (tmp_path / "threes.py").write_text(
+        "def score(prompts, completions, completion_ids, **columns):\n    return [3.0] * len(completions)\n"
+    )
     settings = [f"reward.function={tmp_path}/threes.py:score", "reward.shaping=plus_minus_one", "data.held_out=0"]
     with pytest.raises(RunError, match="iteration 1: reward.shaping=plus_minus_one: .* expects rewards in 0..1"):
         train(configured(tmp_path / "run", *settings))

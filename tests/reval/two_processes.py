@@ -1,6 +1,6 @@
 """What torchrun starts for test_distributed.py: a few updates for each case, and what came of them.
 
-    torchrun --nproc-per-node 2 tests/reval/two_processes.py FOLDER
+torchrun --nproc-per-node 2 tests/reval/two_processes.py FOLDER
 """
 
 import copy

@@ -166,9 +166,15 @@ def torch_error(x: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
 
 
 def assert_no_worse_than_torch(
-    ours: Tensor, plain: Tensor, truth: Tensor, slack: float = 2.0, *, scale: Tensor | None = None, floor: float = 0.0,
+    ours: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    slack: float = 2.0,
+    *,
+    scale: Tensor | None = None,
+    floor: float = 0.0,
     what: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Our error is at most `slack` times plain PyTorch's in the same dtype, plus `floor` and one unit in the last
     place."""
     assert ours.dtype == plain.dtype, f"{what}: {ours.dtype}, the definition has {plain.dtype}"

@@ -9,9 +9,17 @@ from reval_kernels import token_values
 from reval_kernels.backends import PREFERENCE, backend_for, portable
 
 FUNCTIONS = [
-    "token_values", "token_values_backward", "linear_token_values", "linear_token_values_backward", "td_targets",
-    "td_targets_backward", "bellman_loss", "bellman_loss_backward", "linear_reval_loss", "missing",
-]  # fmt: skip
+    "token_values",
+    "token_values_backward",
+    "linear_token_values",
+    "linear_token_values_backward",
+    "td_targets",
+    "td_targets_backward",
+    "bellman_loss",
+    "bellman_loss_backward",
+    "linear_reval_loss",
+    "missing",
+]
 
 
 def names() -> str:
@@ -59,9 +67,11 @@ def test_unknown_name():
 def test_a_missing_backend(monkeypatch):
     """It is passed over as a default, and named with the reason when asked for."""
     first = PREFERENCE[0]
-    module = backend_for("portable", "cpu") if first == "portable" else __import__(
-        f"reval_kernels.backends.{first}", fromlist=[first]
-    )  # fmt: skip
+    module = (
+        backend_for("portable", "cpu")
+        if first == "portable"
+        else __import__(f"reval_kernels.backends.{first}", fromlist=[first])
+    )
     monkeypatch.setattr(module, "missing", lambda: "it rains")
     assert reval_kernels.backends()[first] == (False, (), "it rains")
     with pytest.raises(ValueError) as caught:

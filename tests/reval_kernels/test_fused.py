@@ -86,10 +86,17 @@ def test_from_logits(backend, level, dtype):
 
 
 @pytest.mark.parametrize("function", ["reval_loss", "linear_reval_loss"])
-@pytest.mark.parametrize("options", [
-    {"softcap": 5.0}, {"temperature": 0.7}, {"temperature": "per token", "softcap": 30.0}, {"normalizer": 7},
-    {"level": "token", "semi_gradient": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 5.0},
+        {"temperature": 0.7},
+        {"temperature": "per token", "softcap": 30.0},
+        {"normalizer": 7},
+        {"level": "token", "semi_gradient": True},
+    ],
+    ids=str,
+)
 def test_options(backend, function, options):
     inputs, mask = inputs_of(bias=True), lengths_mask()
     if function == "reval_loss":

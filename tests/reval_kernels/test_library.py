@@ -73,8 +73,13 @@ def test_linear_token_values(backend, optional, dtype, needs, expected):
     statistics, by = [torch.randn(B, T) for _ in range(3)], [torch.randn(B, T) for _ in range(4)]
     needs = [*needs[:2], needs[2] and bias is not None]
     rest = (t["actions"], *extra, statistics, by, needs, backend)
-    check(library.linear_token_values_backward, hidden.detach(), t["weight"].detach(),
-          None if bias is None else bias.detach(), *rest)  # fmt: skip
+    check(
+        library.linear_token_values_backward,
+        hidden.detach(),
+        t["weight"].detach(),
+        None if bias is None else bias.detach(),
+        *rest,
+    )
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -83,8 +88,17 @@ def test_linear_expected_backward(optional):
     extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
     hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
     by = [torch.randn(B, T) for _ in range(3)]
-    check(library.linear_expected_backward, torch.randn(B, T, D), hidden, t["weight"], bias, t["actions"], *extra,
-          -torch.rand(B, T), by)  # fmt: skip
+    check(
+        library.linear_expected_backward,
+        torch.randn(B, T, D),
+        hidden,
+        t["weight"],
+        bias,
+        t["actions"],
+        *extra,
+        -torch.rand(B, T),
+        by,
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -110,8 +124,19 @@ def test_bellman_loss(backend, level):
         values, reference = ([x.flatten() for x in part] for part in (values, reference))
     op_level = "trajectory" if level == "returns" else level
     normalizer = None if level == "returns" else torch.tensor(2.0, dtype=torch.float64)
-    check(library.bellman_loss, *values, reference, t["rewards"], mask, cu_seqlens, 0.5, op_level, False, normalizer,
-          backend)  # fmt: skip
+    check(
+        library.bellman_loss,
+        *values,
+        reference,
+        t["rewards"],
+        mask,
+        cu_seqlens,
+        0.5,
+        op_level,
+        False,
+        normalizer,
+        backend,
+    )
     unit = [torch.randn_like(x) for x in values]
     check(library.bellman_loss_backward, torch.randn(()), torch.randn(B), unit, mask, cu_seqlens, backend)
 
@@ -123,9 +148,22 @@ def test_linear_reval_loss(backend, optional, dtype):
     hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
     reference = [t["q_ref"], t["v_ref"], t["log_ref"]] if optional else [t["returns"]]
     needs = [True, True, bias is not None]
-    check(library.linear_reval_loss, hidden, t["weight"], bias, t["actions"], *extra, reference, t["rewards"], 0.5,
-          "trajectory", False, torch.tensor(2.0, dtype=torch.float64) if optional else None, needs,
-          backend)  # fmt: skip
+    check(
+        library.linear_reval_loss,
+        hidden,
+        t["weight"],
+        bias,
+        t["actions"],
+        *extra,
+        reference,
+        t["rewards"],
+        0.5,
+        "trajectory",
+        False,
+        torch.tensor(2.0, dtype=torch.float64) if optional else None,
+        needs,
+        backend,
+    )
 
 
 def test_backends_run_without_autocast(monkeypatch):

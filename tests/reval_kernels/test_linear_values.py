@@ -31,9 +31,16 @@ from reval_kernels.backends import portable
 from reval_kernels.backends.rows import Transform
 
 SHAPES = [
-    (0, 7, 31), (1, 7, 1), (5, 1, 31), (2, 3, 7, 123), (5, 129, 576), (3, 7, 129, 1), (4, 1000, 123), (2, 32001, 31),
+    (0, 7, 31),
+    (1, 7, 1),
+    (5, 1, 31),
+    (2, 3, 7, 123),
+    (5, 129, 576),
+    (3, 7, 129, 1),
+    (4, 1000, 123),
+    (2, 32001, 31),
     (1, 151936, 3),
-]  # fmt: skip
+]
 
 
 def inputs_of(*shape, dtype=torch.float32, bias=False):

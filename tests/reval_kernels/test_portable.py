@@ -47,8 +47,12 @@ def test_token_values_by_chunks(small_chunks, dtype):
 
 def test_inplace_gradient_by_chunks(small_chunks):
     logits, actions = logits_and_actions(5, 6, V)
-    expected = evaluate(reval_kernels.token_values, {"logits": logits, "actions": actions},
-                        {"log_prob": torch.ones(5, 6)}, backend="portable")["d logits"]  # fmt: skip
+    expected = evaluate(
+        reval_kernels.token_values,
+        {"logits": logits, "actions": actions},
+        {"log_prob": torch.ones(5, 6)},
+        backend="portable",
+    )["d logits"]
     out = reval_kernels.token_values(logits.requires_grad_(), actions, inplace_grad=True, backend="portable")
     out.log_prob.sum().backward()
     assert_same_bits(logits.grad, expected)

@@ -79,8 +79,11 @@ def cases(backend: str) -> None:
     wanted(backend)
     refused(backend)
     repeated(backend)
-    check({k: x[:0] if k in ("hidden", "actions") else x for k, x in inputs_of().items()}, backend,
-          upstream((0, *TOKENS[1:])))  # fmt: skip
+    check(
+        {k: x[:0] if k in ("hidden", "actions") else x for k, x in inputs_of().items()},
+        backend,
+        upstream((0, *TOKENS[1:])),
+    )
 
 
 def masked(backend):

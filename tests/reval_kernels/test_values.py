@@ -59,8 +59,13 @@ def test_softcap_and_temperature(backend, softcap, temperature):
 def test_one_output_alone(backend, output):
     """With p near 1e-3, an error that looks small beside the upstream gradient is large beside that of v."""
     logits, actions = logits_and_actions(6, 1000)
-    compare(backend, "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape, output),
-            with_entropy=True)  # fmt: skip
+    compare(
+        backend,
+        "token_values",
+        {"logits": logits, "actions": actions},
+        upstream(actions.shape, output),
+        with_entropy=True,
+    )
 
 
 @pytest.mark.parametrize("layout", ["expanded", "strided", "transposed"])
@@ -146,9 +151,7 @@ def test_common_offset_costs_no_precision(backend):
 def test_words_at_minus_infinity(backend, finite, dtype):
     """A first block that is all -inf, a last one, and all words but one; a block in the middle of row 0."""
     logits, actions = logits_and_actions(4, 1000, dtype=dtype)
-    logits[1:] = torch.full_like(logits[1:], -torch.inf).index_copy(
-        1, torch.arange(1000)[finite], logits[1:, finite]
-    )  # fmt: skip
+    logits[1:] = torch.full_like(logits[1:], -torch.inf).index_copy(1, torch.arange(1000)[finite], logits[1:, finite])
     logits[0, 200:800] = -torch.inf
     actions[:] = torch.arange(1000)[finite][-1]
     actions[0] = 900

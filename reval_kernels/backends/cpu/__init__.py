@@ -44,9 +44,14 @@ def token_values(
 
 
 def token_values_backward(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...], inplace: bool,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+    inplace: bool,
+) -> Tensor:
     """As `portable.token_values_backward`."""
     if not _rows(logits):
         return portable.token_values_backward(logits, actions, mask, transform, statistics, cotangents, inplace)
@@ -56,9 +61,15 @@ def token_values_backward(
 
 
 def linear_token_values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool, with_expected: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    with_entropy: bool,
+    with_expected: bool,
+) -> tuple[Tensor, ...]:
     """As `portable.linear_token_values`."""
     if torch.float64 in _dtypes(hidden, weight, bias) or (with_entropy and with_expected):
         args = (hidden, weight, bias, actions, mask, transform, with_entropy, with_expected)
@@ -75,24 +86,44 @@ def linear_token_values(
 
 
 def linear_token_values_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `portable.linear_token_values_backward`."""
     if torch.float64 in _dtypes(hidden, weight, bias):
         return portable.linear_token_values_backward(
             hidden, weight, bias, actions, mask, transform, statistics, cotangents, needs
         )
-    return tuple(_ops().linear_token_values_backward(
-        hidden, weight, bias, actions, mask, *_flat(transform), list(statistics), list(cotangents), *needs, []
-    ))  # fmt: skip
+    return tuple(
+        _ops().linear_token_values_backward(
+            hidden, weight, bias, actions, mask, *_flat(transform), list(statistics), list(cotangents), *needs, []
+        )
+    )
 
 
 def linear_reval_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
-    level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    transform: Transform,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `portable.linear_reval_loss`, with two passes over the vocabulary instead of chunks of logits.
 
     With a frozen head, what the gradient of the hidden states needs of the logits is summed up beside the values, up to
@@ -101,9 +132,21 @@ def linear_reval_loss(
     """
     if torch.float64 in _dtypes(hidden, weight, bias):
         return portable.linear_reval_loss(
-            hidden, weight, bias, actions, mask, cu_seqlens, transform, reference, rewards, beta, level,
-            semi_gradient, normalizer, needs,
-        )  # fmt: skip
+            hidden,
+            weight,
+            bias,
+            actions,
+            mask,
+            cu_seqlens,
+            transform,
+            reference,
+            rewards,
+            beta,
+            level,
+            semi_gradient,
+            normalizer,
+            needs,
+        )
     if portable.wide_loss(hidden, weight, bias):
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     args = (hidden, weight, bias, actions, mask, *_flat(transform))
@@ -129,9 +172,15 @@ def linear_reval_loss(
 
 
 def td_targets(
-    q: Tensor, v: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, gamma: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    gamma: float,
+) -> tuple[Tensor, ...]:
     """As `portable.td_targets`."""
     return tuple(_ops().td_targets(q, v, list(reference), rewards, mask, cu_seqlens, beta, gamma))
 
@@ -144,13 +193,24 @@ def td_targets_backward(
 
 
 def bellman_loss(
-    q: Tensor, v: Tensor, log_prob: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    log_prob: Tensor,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+) -> tuple[Tensor, ...]:
     """As `portable.bellman_loss`."""
-    return tuple(_ops().bellman_loss(
-        q, v, log_prob, list(reference), rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
-    ))  # fmt: skip
+    return tuple(
+        _ops().bellman_loss(
+            q, v, log_prob, list(reference), rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
+        )
+    )
 
 
 def bellman_loss_backward(

@@ -57,10 +57,22 @@ def _action(where, start, step, count, MASKED: tl.constexpr):
 
 @triton.jit
 def td_kernel(
-    q, v, q_ref, v_ref, outcomes, mask, cu_seqlens, where, target, error, endogenous,
-    tokens, length, gamma,
+    q,
+    v,
+    q_ref,
+    v_ref,
+    outcomes,
+    mask,
+    cu_seqlens,
+    where,
+    target,
+    error,
+    endogenous,
+    tokens,
+    length,
+    gamma,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """METHOD.md section 2, for every action of trajectory b."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     outcome = tl.load(outcomes + tl.program_id(0))
@@ -83,10 +95,18 @@ def td_kernel(
 
 @triton.jit
 def td_backward_kernel(
-    d_target, d_error, mask, cu_seqlens, where, dq, dv,
-    tokens, length, gamma,
+    d_target,
+    d_error,
+    mask,
+    cu_seqlens,
+    where,
+    dq,
+    dv,
+    tokens,
+    length,
+    gamma,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """dq of every action; dv of the one after it."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     for at in range(0, count, BLOCK):
@@ -111,11 +131,30 @@ def _minus(x, reference, token, inside, PER_TOKEN: tl.constexpr):
 
 @triton.jit
 def loss_kernel(
-    q, v, log_prob, q_ref, v_ref, log_prob_ref, returns, outcomes, mask, cu_seqlens, where,
-    loss, residual, dq, dv, dlog_prob,
-    tokens, length, scale,
-    PER_TOKEN: tl.constexpr, LEVEL: tl.constexpr, SEMI_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    q,
+    v,
+    log_prob,
+    q_ref,
+    v_ref,
+    log_prob_ref,
+    returns,
+    outcomes,
+    mask,
+    cu_seqlens,
+    where,
+    loss,
+    residual,
+    dq,
+    dv,
+    dlog_prob,
+    tokens,
+    length,
+    scale,
+    PER_TOKEN: tl.constexpr,
+    LEVEL: tl.constexpr,
+    SEMI_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """METHOD.md sections 3 and 4 for trajectory b: its sum of squares, its residual, and the cotangents of its actions.
 
     LEVEL 0 is the trajectory, 1 the token, 2 the sub-trajectory; `scale` is 2 / normalizer.
@@ -184,10 +223,21 @@ def loss_kernel(
 
 @triton.jit
 def loss_backward_kernel(
-    d_loss, d_residual, unit_q, unit_v, unit_log_prob, mask, cu_seqlens, where, dq, dv, dlog_prob,
-    tokens, length,
+    d_loss,
+    d_residual,
+    unit_q,
+    unit_v,
+    unit_log_prob,
+    mask,
+    cu_seqlens,
+    where,
+    dq,
+    dv,
+    dlog_prob,
+    tokens,
+    length,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """The loss's cotangents times its upstream gradient, plus what comes through the residual."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     of_loss = tl.load(d_loss)
@@ -235,18 +285,34 @@ class _Layout:
 
 
 def td_targets(
-    q: Tensor, v: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Targets, errors and endogenous rewards per token (METHOD.md section 2)."""
     if q.dtype == torch.float64:
         return portable.td_targets(q, v, reference, rewards, mask, cu_seqlens, beta, gamma)
     layout = _Layout(q, mask, cu_seqlens)
     target, error, endogenous = (q.new_zeros(q.shape) for _ in range(3))
     layout.launch(
-        td_kernel, q.contiguous(), v.contiguous(), *(x.contiguous() for x in reference[:2]), rewards.double() / beta,
-        *layout.arguments, target, error, endogenous, layout.tokens, layout.length, gamma,
-    )  # fmt: skip
+        td_kernel,
+        q.contiguous(),
+        v.contiguous(),
+        *(x.contiguous() for x in reference[:2]),
+        rewards.double() / beta,
+        *layout.arguments,
+        target,
+        error,
+        endogenous,
+        layout.tokens,
+        layout.length,
+        gamma,
+    )
     return target, error, endogenous
 
 
@@ -259,16 +325,32 @@ def td_targets_backward(
     layout = _Layout(d_error, mask, cu_seqlens)
     dq, dv = (d_error.new_zeros(d_error.shape) for _ in range(2))
     layout.launch(
-        td_backward_kernel, d_target.contiguous(), d_error.contiguous(), *layout.arguments, dq, dv,
-        layout.tokens, layout.length, gamma,
-    )  # fmt: skip
+        td_backward_kernel,
+        d_target.contiguous(),
+        d_error.contiguous(),
+        *layout.arguments,
+        dq,
+        dv,
+        layout.tokens,
+        layout.length,
+        gamma,
+    )
     return dq, dv
 
 
 def bellman_loss(
-    q: Tensor, v: Tensor, log_prob: Tensor, reference: tuple[Tensor, ...], rewards: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, beta: float, level: str, semi_gradient: bool, normalizer: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    log_prob: Tensor,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, residual [B] and the loss's cotangents dq, dv, dlog_prob per token (METHOD.md sections 3 and 4)."""
     if q.dtype == torch.float64:
         return portable.bellman_loss(
@@ -281,25 +363,51 @@ def bellman_loss(
     squares = residual.new_empty(layout.trajectories, dtype=torch.float64)
     dq, dv, dlog_prob = (q.new_zeros(q.shape) for _ in range(3))
     layout.launch(
-        loss_kernel, q.contiguous(), v.contiguous(), log_prob.contiguous(),
-        *(reference if per_token else (None, None, None)), None if per_token else reference[0], rewards.double() / beta,
-        *layout.arguments, squares, residual, dq, dv, dlog_prob, layout.tokens, layout.length, 2 / normalizer,
-        PER_TOKEN=per_token, LEVEL=LEVELS[level], SEMI_GRADIENT=semi_gradient,
-    )  # fmt: skip
+        loss_kernel,
+        q.contiguous(),
+        v.contiguous(),
+        log_prob.contiguous(),
+        *(reference if per_token else (None, None, None)),
+        None if per_token else reference[0],
+        rewards.double() / beta,
+        *layout.arguments,
+        squares,
+        residual,
+        dq,
+        dv,
+        dlog_prob,
+        layout.tokens,
+        layout.length,
+        2 / normalizer,
+        PER_TOKEN=per_token,
+        LEVEL=LEVELS[level],
+        SEMI_GRADIENT=semi_gradient,
+    )
     return (squares.sum() / normalizer).to(q.dtype), residual, dq, dv, dlog_prob
 
 
 def bellman_loss_backward(
-    d_loss: Tensor, d_residual: Tensor, unit: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
+    d_loss: Tensor,
+    d_residual: Tensor,
+    unit: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dv, dlog_prob per token, from the cotangents at d_loss = 1 and the upstream gradients."""
     if unit[0].dtype == torch.float64:
         return portable.bellman_loss_backward(d_loss, d_residual, unit, mask, cu_seqlens)
     layout = _Layout(unit[0], mask, cu_seqlens)
     dq, dv, dlog_prob = (x.new_zeros(x.shape) for x in unit)
     layout.launch(
-        loss_backward_kernel, d_loss.contiguous(), d_residual.contiguous(), *(x.contiguous() for x in unit),
-        *layout.arguments, dq, dv, dlog_prob, layout.tokens, layout.length,
-    )  # fmt: skip
+        loss_backward_kernel,
+        d_loss.contiguous(),
+        d_residual.contiguous(),
+        *(x.contiguous() for x in unit),
+        *layout.arguments,
+        dq,
+        dv,
+        dlog_prob,
+        layout.tokens,
+        layout.length,
+    )
     return dq, dv, dlog_prob

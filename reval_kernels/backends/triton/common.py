@@ -78,9 +78,13 @@ def new_values(like: Tensor, mask: Tensor | None, count: int) -> list[Tensor]:
 
 
 def merge_parts(
-    parts: Tensor, index: Tensor | None, mask: Tensor | None, transform: Transform, with_entropy: bool,
+    parts: Tensor,
+    index: Tensor | None,
+    mask: Tensor | None,
+    transform: Transform,
+    with_entropy: bool,
     out: list[Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """parts [4, M, P] -> the six numbers of each row, written to `out` at index [M] (None: 0..M) but where masked out.
 
     Temperatures and mask are [M].
@@ -90,9 +94,21 @@ def merge_parts(
     together = max(1, min(32, 4096 // padded))
     per_token, temperature = temperatures(transform)
     launch(
-        merge, (triton.cdiv(rows, together),), parts, index, mask, per_token, *out, rows, count, temperature,
-        ENTROPY=with_entropy, PADDED=padded, ROWS=together, num_warps=4,
-    )  # fmt: skip
+        merge,
+        (triton.cdiv(rows, together),),
+        parts,
+        index,
+        mask,
+        per_token,
+        *out,
+        rows,
+        count,
+        temperature,
+        ENTROPY=with_entropy,
+        PADDED=padded,
+        ROWS=together,
+        num_warps=4,
+    )
 
 
 # --- device ---------------------------------------------------------------------------------------------------------
@@ -179,10 +195,23 @@ def numbers(m, s, t, x_action, temperature):
 
 @triton.jit
 def merge(
-    parts, index, mask, temperatures, q, v, log_prob, entropy, row_max, log_sum,
-    rows, count, temperature,
-    ENTROPY: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    parts,
+    index,
+    mask,
+    temperatures,
+    q,
+    v,
+    log_prob,
+    entropy,
+    row_max,
+    log_sum,
+    rows,
+    count,
+    temperature,
+    ENTROPY: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """One row's parts [4, M, P] from several programs -> its numbers, in a fixed order: the result never varies."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows

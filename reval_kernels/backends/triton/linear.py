@@ -39,20 +39,38 @@ from .common import (
     new_values,
     temperature_at,
     temperatures,
-)  # fmt: skip
+)
 
 GROUP = 16  # blocks of tokens that share one pass over the head
 
 
 @triton.jit
 def linear_forward(
-    hidden, weight, bias, index, actions, temperatures, logits, parts,
-    rows, vocabulary, width,
-    stride_token, stride_hidden, stride_word, stride_weight,
-    temperature, softcap,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    index,
+    actions,
+    temperatures,
+    logits,
+    parts,
+    rows,
+    vocabulary,
+    width,
+    stride_token,
+    stride_hidden,
+    stride_word,
+    stride_weight,
+    temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """One tile: ROWS unmasked tokens (which ones, `index` says), WORDS words.
 
     Writes logits [M, V] in fp32 and parts [4, M, tiles], either of which may be None.
@@ -125,9 +143,14 @@ class Tile(NamedTuple):
 
     def constants(self, width: int) -> dict[str, Any]:
         return {
-            "EVEN": width % self.depth == 0, "ROWS": self.rows, "WORDS": self.words, "DEPTH": self.depth,
-            "GROUP": GROUP, "num_warps": self.warps, "num_stages": self.stages,
-        }  # fmt: skip
+            "EVEN": width % self.depth == 0,
+            "ROWS": self.rows,
+            "WORDS": self.words,
+            "DEPTH": self.depth,
+            "GROUP": GROUP,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 def tile(dtype: torch.dtype, shared: int) -> Tile:
@@ -149,9 +172,15 @@ def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
 
 
 def linear_token_values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool, with_expected: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    with_entropy: bool,
+    with_expected: bool,
+) -> tuple[Tensor, ...]:
     """As `portable.linear_token_values`; without `expected` no logits are written down."""
     if with_expected:
         head = _head_type(hidden, weight)(hidden, weight, bias, (True, False, False), wide=True)
@@ -162,16 +191,30 @@ def linear_token_values(
     out = new_values(hidden, mask, 6)
     index = _unmasked(actions, mask)
     _forward(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, index, actions.reshape(-1)[index],
-        transform.flattened().at((index,)), with_entropy, None, out,
-    )  # fmt: skip
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        index,
+        actions.reshape(-1)[index],
+        transform.flattened().at((index,)),
+        with_entropy,
+        None,
+        out,
+    )
     return *out, out[0].new_empty(0)
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, actions: Tensor, transform: Transform,
-    with_entropy: bool, logits: Tensor | None, out: list[Tensor] | None,
-) -> None:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    actions: Tensor,
+    transform: Transform,
+    with_entropy: bool,
+    logits: Tensor | None,
+    out: list[Tensor] | None,
+) -> None:
     """For the tokens index [M] of hidden [N, D], with actions and temperatures [M]: writes logits [M, V] and `out`."""
     rows, (vocabulary, width) = len(index), weight.shape
     if rows == 0:
@@ -181,29 +224,63 @@ def _forward(
     parts = hidden.new_empty(4, rows, tiles, dtype=torch.float32) if out else None
     per_token, temperature = temperatures(transform)
     launch(
-        linear_forward, (blocks * tiles,),
-        hidden, weight, bias, index, actions.contiguous(), per_token, logits, parts,
-        rows, vocabulary, width, *hidden.stride(), *weight.stride(), temperature, transform.softcap or 1.0,
-        SOFTCAP=transform.softcap is not None, ENTROPY=with_entropy, **shape.constants(width),
-    )  # fmt: skip
+        linear_forward,
+        (blocks * tiles,),
+        hidden,
+        weight,
+        bias,
+        index,
+        actions.contiguous(),
+        per_token,
+        logits,
+        parts,
+        rows,
+        vocabulary,
+        width,
+        *hidden.stride(),
+        *weight.stride(),
+        temperature,
+        transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None,
+        ENTROPY=with_entropy,
+        **shape.constants(width),
+    )
     if out:
         merge_parts(parts, index, None, transform, with_entropy, out)
 
 
 def linear_token_values_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None, transform: Transform,
-    statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (empty where not needed); the logits are computed anew by chunks."""
     head = _head_type(hidden, weight)(hidden, weight, bias, needs)
     return portable.recompute_gradients(head, actions, mask, transform, statistics, cotangents)
 
 
 def linear_reval_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, transform: Transform, reference: tuple[Tensor, ...], rewards: Tensor, beta: float,
-    level: str, semi_gradient: bool, normalizer: float, needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    transform: Transform,
+    reference: tuple[Tensor, ...],
+    rewards: Tensor,
+    beta: float,
+    level: str,
+    semi_gradient: bool,
+    normalizer: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed).
 
     Trajectories of more than LINEAR_CHUNK // V actions together do not fit one chunk; one alone that does not has its
@@ -212,7 +289,17 @@ def linear_reval_loss(
     wide = portable.wide_loss(hidden, weight, bias)
     head = _head_type(hidden, weight)(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs, wide)
     return portable.whole_trajectory_loss(
-        head, hidden.shape, actions, mask, cu_seqlens, transform, reference, rewards, beta, level, semi_gradient,
+        head,
+        hidden.shape,
+        actions,
+        mask,
+        cu_seqlens,
+        transform,
+        reference,
+        rewards,
+        beta,
+        level,
+        semi_gradient,
         normalizer,
     )
 
@@ -249,9 +336,14 @@ class Head(portable.Head):
         return logits, tuple(out)
 
     def add_gradient_(
-        self, at: tuple[Tensor, ...], logits: Tensor, actions: Tensor, transform: Transform,
-        statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
-    ) -> None:  # fmt: skip
+        self,
+        at: tuple[Tensor, ...],
+        logits: Tensor,
+        actions: Tensor,
+        transform: Transform,
+        statistics: tuple[Tensor, ...],
+        cotangents: tuple[Tensor, ...],
+    ) -> None:
         narrow = self.narrow and not self.needs[2]
         dlogits = torch.empty_like(logits, dtype=torch.bfloat16) if narrow else logits
         rows.backward(logits, rows.two_strides(logits), dlogits, actions, None, transform, statistics, cotangents)

@@ -32,17 +32,36 @@ from .common import (
     numbers,
     temperature_at,
     temperatures,
-)  # fmt: skip
+)
 
 
 @triton.jit
 def row_forward(
-    logits, actions, mask, temperatures, parts, q, v, log_prob, entropy, row_max, log_sum,
-    tokens, vocabulary, inner, blocks,
-    stride_outer, stride_inner, stride_v,
-    temperature, softcap,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    actions,
+    mask,
+    temperatures,
+    parts,
+    q,
+    v,
+    log_prob,
+    entropy,
+    row_max,
+    log_sum,
+    tokens,
+    vocabulary,
+    inner,
+    blocks,
+    stride_outer,
+    stride_inner,
+    stride_v,
+    temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program (n, k) reads `blocks` blocks of row n, the k-th such run. Row n = (n // inner, n % inner)."""
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if mask is not None:
@@ -99,12 +118,32 @@ def row_forward(
 
 @triton.jit
 def row_backward(
-    logits, out, actions, mask, temperatures, row_max, log_sum, entropy, dq, dv, dlog_prob, dentropy,
-    vocabulary, inner, blocks,
-    stride_outer, stride_inner, stride_v, out_stride_outer, out_stride_inner, out_stride_v,
-    temperature, softcap,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    out,
+    actions,
+    mask,
+    temperatures,
+    row_max,
+    log_sum,
+    entropy,
+    dq,
+    dv,
+    dlog_prob,
+    dentropy,
+    vocabulary,
+    inner,
+    blocks,
+    stride_outer,
+    stride_inner,
+    stride_v,
+    out_stride_outer,
+    out_stride_inner,
+    out_stride_v,
+    temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program (n, k) writes the gradient of `blocks` blocks of row n. `out` may be `logits` itself.
 
     METHOD.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v; d entropy / dz = -p (log p + H).
@@ -119,8 +158,11 @@ def row_backward(
         if tl.load(mask + token) == 0:
             for start in range(first, last, BLOCK):
                 column = start + lane
-                tl.store(out_row + column.to(tl.int64) * out_stride_v, tl.zeros([BLOCK], out.dtype.element_ty),
-                         mask=column < last)  # fmt: skip
+                tl.store(
+                    out_row + column.to(tl.int64) * out_stride_v,
+                    tl.zeros([BLOCK], out.dtype.element_ty),
+                    mask=column < last,
+                )
             return
 
     scale = 1 / temperature_at(temperatures, token, True, temperature)
@@ -171,9 +213,14 @@ def token_values(
 
 
 def forward(
-    logits: Tensor, strides: tuple[int, int, int], actions: Tensor, mask: Tensor | None, transform: Transform,
-    with_entropy: bool, out: list[Tensor],
-) -> None:  # fmt: skip
+    logits: Tensor,
+    strides: tuple[int, int, int],
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    with_entropy: bool,
+    out: list[Tensor],
+) -> None:
     """The six numbers of every unmasked row, written to `out`."""
     tokens, vocabulary = actions.numel(), logits.shape[-1]
     if tokens == 0:
@@ -183,19 +230,41 @@ def forward(
     parts = out[0].new_empty(4, tokens, splits) if splits > 1 else None
     per_token, temperature = temperatures(transform)
     launch(
-        row_forward, (tokens, splits),
-        logits, actions.contiguous(), mask, per_token, parts, *out,
-        tokens, vocabulary, strides[0], blocks, *strides[1:], logits.stride(-1), temperature, transform.softcap or 1.0,
-        SOFTCAP=transform.softcap is not None, ENTROPY=with_entropy, SPLITS=splits, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        row_forward,
+        (tokens, splits),
+        logits,
+        actions.contiguous(),
+        mask,
+        per_token,
+        parts,
+        *out,
+        tokens,
+        vocabulary,
+        strides[0],
+        blocks,
+        *strides[1:],
+        logits.stride(-1),
+        temperature,
+        transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None,
+        ENTROPY=with_entropy,
+        SPLITS=splits,
+        BLOCK=block,
+        num_warps=warps,
+    )
     if splits > 1:
         merge_parts(parts, None, mask, transform, with_entropy, out)
 
 
 def token_values_backward(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...], inplace: bool,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+    inplace: bool,
+) -> Tensor:
     """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
     strides = two_strides(logits)
     if strides is None or logits.dtype == torch.float64:
@@ -206,9 +275,15 @@ def token_values_backward(
 
 
 def backward(
-    logits: Tensor, strides: tuple[int, int, int], out: Tensor, actions: Tensor, mask: Tensor | None,
-    transform: Transform, statistics: tuple[Tensor, ...], cotangents: tuple[Tensor, ...],
-) -> None:  # fmt: skip
+    logits: Tensor,
+    strides: tuple[int, int, int],
+    out: Tensor,
+    actions: Tensor,
+    mask: Tensor | None,
+    transform: Transform,
+    statistics: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+) -> None:
     """The gradient of every row, 0 where masked out, written to `out` (of any dtype; it may be the logits)."""
     tokens, vocabulary = actions.numel(), logits.shape[-1]
     if tokens == 0:
@@ -217,13 +292,27 @@ def backward(
     per_token, temperature = temperatures(transform)
     out_strides = strides if out is logits else (strides[0], strides[0] * vocabulary, vocabulary)
     launch(
-        row_backward, (tokens, splits),
-        logits, out, actions.contiguous(), None if mask is None else mask.contiguous(), per_token,
+        row_backward,
+        (tokens, splits),
+        logits,
+        out,
+        actions.contiguous(),
+        None if mask is None else mask.contiguous(),
+        per_token,
         *(x.contiguous() for x in (*statistics, *cotangents)),
-        vocabulary, strides[0], blocks, *strides[1:], logits.stride(-1), *out_strides[1:], out.stride(-1),
-        temperature, transform.softcap or 1.0,
-        SOFTCAP=transform.softcap is not None, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        vocabulary,
+        strides[0],
+        blocks,
+        *strides[1:],
+        logits.stride(-1),
+        *out_strides[1:],
+        out.stride(-1),
+        temperature,
+        transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def layout(vocabulary: int) -> tuple[int, int, int, int]:

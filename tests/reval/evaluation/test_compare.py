@@ -30,8 +30,10 @@ def scores(values, name="held-out"):
 def test_files_are_read_back_as_the_means_of_problems(tmp_path):
     path = save(tmp_path / "a.jsonl", {None: [[1.0, 0.0], [None, 1.0, 1.0, 1.0]], "aime24": [[1.0]]})
     assert list(read(path).items()) == [
-        (("held-out", '"None 0"', 0), 0.5), (("held-out", '"None 1"', 0), 0.75), (("aime24", '"aime24 0"', 0), 1.0)
-    ]  # fmt: skip
+        (("held-out", '"None 0"', 0), 0.5),
+        (("held-out", '"None 1"', 0), 0.75),
+        (("aime24", '"aime24 0"', 0), 1.0),
+    ]
 
 
 def test_equal_prompts_stay_two_problems(tmp_path):

@@ -291,9 +291,10 @@ def test_the_package_installs_without_a_compiler(missing, tmp_path):
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
-        ROOT / "reval_kernels/backends/cpu", tmp_path / "reval_kernels/backends/cpu",
+        ROOT / "reval_kernels/backends/cpu",
+        tmp_path / "reval_kernels/backends/cpu",
         ignore=shutil.ignore_patterns("*.so", "*.txt"),
-    )  # fmt: skip
+    )
     (tmp_path / "reval").mkdir()
     (tmp_path / "reval/__init__.py").write_text('__version__ = "0"\n')
     (tmp_path / "README.md").write_text("")

@@ -1,6 +1,6 @@
 """Facts about the machine code of every GPU kernel, on a machine without a GPU. The whole table:
 
-    python -m reval_kernels.aot
+python -m reval_kernels.aot
 """
 
 import json
@@ -15,9 +15,19 @@ triton = pytest.importorskip("triton")
 # The block sizes were chosen with 3.9. Triton 3.6 compiles them all, but leaves two kernels 8 and 40 bytes of stack.
 STRICT = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9)
 KEYS = {
-    "kernel", "target", "config", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "occupancy", "load_bits",
-    "store_bits", "tensor_core", "exp2_per_entry",
-}  # fmt: skip
+    "kernel",
+    "target",
+    "config",
+    "registers",
+    "spill_bytes",
+    "stack_bytes",
+    "shared_bytes",
+    "occupancy",
+    "load_bits",
+    "store_bits",
+    "tensor_core",
+    "exp2_per_entry",
+}
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 

@@ -18,8 +18,14 @@ pytest.importorskip("triton")
 def test_shapes(shape, dtype):
     hidden, weight, actions = head(*shape, dtype=dtype)
     mask = torch.rand(actions.shape) < 0.8
-    compare("triton", "linear_token_values", {"hidden": hidden, "weight": weight, "actions": actions},
-            upstream(actions.shape), mask=mask, with_entropy=True)  # fmt: skip
+    compare(
+        "triton",
+        "linear_token_values",
+        {"hidden": hidden, "weight": weight, "actions": actions},
+        upstream(actions.shape),
+        mask=mask,
+        with_entropy=True,
+    )
 
 
 @pytest.mark.slow
@@ -97,8 +103,15 @@ def test_a_policy_equal_to_its_reference_has_no_loss_whatever_the_chunks(monkeyp
     behaviour = linear_token_values(hidden, weight, actions, backend="triton")
     monkeypatch.setattr(triton, "LINEAR_CHUNK", 129 * 10)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
-    ours = evaluate(linear_reval_loss, inputs, {"loss": torch.tensor(1.0)}, reference=behaviour,
-                    rewards=torch.zeros(4), beta=0.1, backend="triton")  # fmt: skip
+    ours = evaluate(
+        linear_reval_loss,
+        inputs,
+        {"loss": torch.tensor(1.0)},
+        reference=behaviour,
+        rewards=torch.zeros(4),
+        beta=0.1,
+        backend="triton",
+    )
     assert all((ours[k] == 0).all() for k in ("loss", "d hidden", "d weight"))
 
 
@@ -109,8 +122,15 @@ def test_where_no_matmul_goes_from_bf16_to_fp32(monkeypatch):
     hidden, weight, actions = head(2, 5, 129, 31, dtype=torch.bfloat16)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     compare("triton", "linear_token_values", inputs, upstream(actions.shape), with_entropy=True)
-    ours = evaluate(linear_reval_loss, inputs, {"loss": torch.tensor(1.0)}, beta=0.1, rewards=torch.zeros(2),
-                    reference=linear_token_values(**inputs, backend="triton"), backend="triton")  # fmt: skip
+    ours = evaluate(
+        linear_reval_loss,
+        inputs,
+        {"loss": torch.tensor(1.0)},
+        beta=0.1,
+        rewards=torch.zeros(2),
+        reference=linear_token_values(**inputs, backend="triton"),
+        backend="triton",
+    )
     assert all((ours[k] == 0).all() for k in ("loss", "d hidden", "d weight"))
 
 

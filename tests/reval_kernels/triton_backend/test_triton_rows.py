@@ -104,8 +104,9 @@ def test_more_dimensions_than_a_kernel_addresses(shape):
 def test_in_place_in_pieces(small_blocks):
     """Every program overwrites its part of the row; none may read the action's logit from another's."""
     logits, actions = logits_and_actions(2, 129, dtype=torch.bfloat16)
-    wanted = evaluate(token_values, {"logits": logits, "actions": actions}, upstream(actions.shape, "log_prob"),
-                      backend="triton")["d logits"]  # fmt: skip
+    wanted = evaluate(
+        token_values, {"logits": logits, "actions": actions}, upstream(actions.shape, "log_prob"), backend="triton"
+    )["d logits"]
     torch.manual_seed(1)
     leaf = logits.clone().requires_grad_()
     work = leaf * 1

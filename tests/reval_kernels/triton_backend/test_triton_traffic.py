@@ -99,6 +99,12 @@ def test_bellman_reads_and_writes_each_number_at_most_twice():
     names = ("q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref")
     for level in ("trajectory", "token", "subtrajectory"):
         with counted(**dict(zip(names, numbers, strict=True))) as traffic:
-            bellman_loss(TokenValues(*numbers[:3]), TokenValues(*numbers[3:]), torch.randn(2), beta=1.0, level=level,
-                         backend="triton")  # fmt: skip
+            bellman_loss(
+                TokenValues(*numbers[:3]),
+                TokenValues(*numbers[3:]),
+                torch.randn(2),
+                beta=1.0,
+                level=level,
+                backend="triton",
+            )
         assert all(traffic.loaded.get(n, 0) <= 2 * numbers[0].nbytes for n in names)
