@@ -7,8 +7,7 @@ A language model's logits are soft Q-values and their logsumexp is V (ReVal, arX
 
 from . import reference
 from .backends import backends
-from .bellman import bellman_loss, td_targets
-from .fused import linear_reval_loss, reval_loss
+from .losses import bellman_loss, linear_reval_loss, reval_loss, td_targets
 from .types import BellmanLoss, TDTargets, TokenValues
 from .values import linear_token_values, token_values
 

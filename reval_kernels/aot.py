@@ -93,9 +93,9 @@ def cases(gpu: GPU) -> list[Case]:
 
 
 def _row_cases() -> list[Case]:
-    from .backends.triton import rows
+    from .backends.gpu import rows
 
-    block, warps, _, splits = rows.layout(VOCABULARY)
+    block, warps, _, splits = rows.row_blocks(VOCABULARY)
     numbers = _pointers("fp32", "parts q v log_prob entropy row_max log_sum dq dv dlog_prob dentropy")
     sizes = dict.fromkeys("tokens vocabulary inner blocks stride_outer stride_inner".split(), "i32")
     sizes |= {"out_stride_outer": "i32", "out_stride_inner": "i32", "temperature": "fp32", "softcap": "fp32"}
@@ -124,7 +124,7 @@ def _row_cases() -> list[Case]:
 
 
 def _linear_cases(gpu: GPU) -> list[Case]:
-    from .backends.triton import common, linear
+    from .backends.gpu import common, linear
 
     sizes = dict.fromkeys("rows vocabulary width stride_token stride_word".split(), "i32")
     sizes |= {"temperature": "fp32", "softcap": "fp32"}
@@ -163,7 +163,7 @@ def _linear_cases(gpu: GPU) -> list[Case]:
 
 
 def _bellman_cases() -> list[Case]:
-    from .backends.triton import bellman
+    from .backends.gpu import bellman
 
     types = _pointers("fp32", "q v log_prob q_ref v_ref log_prob_ref target error endogenous residual dq dv dlog_prob")
     types |= _pointers("fp32", "d_target d_error d_loss d_residual unit_q unit_v unit_log_prob")

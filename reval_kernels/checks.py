@@ -1,7 +1,8 @@
-"""Arguments as users pass them, checked with messages that name the argument, what it was and what it must be.
+"""Checks of arguments, with messages that name the argument, its value, and what is allowed.
 
-Only what tensors say about themselves (shape, dtype, device) is looked at here, so every check also runs while
-torch.compile traces. What needs the data itself (is an action inside the vocabulary?) the backends check.
+There are two kinds. What a tensor says about itself (shape, dtype, device) is checked by the public functions, so these
+checks also run while torch.compile traces. What needs the data (is an action inside the vocabulary?) is checked by the
+ops of library.py before they call a backend: `check_token_data` and `check_cu_seqlens`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import Layout, Level, Tokens, Transform
 from .types import TokenValues
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE = (torch.float32, torch.float64)
-LEVELS = ("trajectory", "token", "subtrajectory")
+LEVELS = {level.name.lower(): level for level in Level}
 
 
 def unknown(name: str, given: object, allowed: Sequence[str]) -> str:
-    """The message about a name that is none of the allowed: all of these, and the one that was probably meant."""
+    """The message about a name that is not allowed: all allowed names, and the nearest one."""
     close = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{name} must be one of {', '.join(map(repr, allowed))}; got {given!r}{hint}"
+
+
+# --- shapes, dtypes, devices, numbers -------------------------------------------------------------------------------
 
 
 def tensor(
@@ -46,7 +51,7 @@ def tensor(
 
 def number(name: str, x: Any, otherwise: str = "") -> None:
     """Check a positive number; `otherwise` says what else the argument may be."""
-    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):  # a symbolic number cannot be asked
+    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):  # a symbolic number has no __float__
         raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
     if not x > 0:
         raise ValueError(f"{name} must be positive{otherwise}, got {x}")
@@ -60,7 +65,7 @@ def token_arguments(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> None:
-    """What token_values and its relatives share; `shape` is the [...] of the tokens."""
+    """The arguments that token_values and its relatives share; `shape` is the [...] of the tokens."""
     tensor("actions", actions, (torch.int64, torch.int32), shape, device)
     if mask is not None:
         tensor("mask", mask, (torch.bool,), shape, device)
@@ -70,11 +75,13 @@ def token_arguments(
         number("temperature", temperature)
     if softcap is not None:
         number("softcap", softcap, " or None")
-        if not softcap >= torch.finfo(torch.float32).tiny:  # which the kernels compute in, where it would be 0: no cap
+        # the kernels compute in float32, where a smaller softcap would be 0
+        if not softcap >= torch.finfo(torch.float32).tiny:
             raise ValueError(f"softcap must be at least {torch.finfo(torch.float32).tiny:.2g} or None, got {softcap}")
 
 
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states [..., D], the head's weight [V, D] and bias [V]."""
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError(f"hidden must be a tensor of shape [..., D], got {getattr(hidden, 'shape', type(hidden))}")
     tensor("hidden", hidden, FLOATS, hidden.shape, None)
@@ -96,7 +103,7 @@ def bellman_arguments(
     cu_seqlens: Tensor | None,
     beta: float,
 ) -> None:
-    """What td_targets and bellman_loss share; `shape` is that of the policy's values, [B, T] or [N]."""
+    """The arguments that td_targets and the losses share; `shape` is that of the policy's values, [B, T] or [N]."""
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(
@@ -124,12 +131,52 @@ def bellman_arguments(
         raise TypeError(f"reference must be TokenValues or a tensor of returns [B], got {type(reference).__name__}")
 
 
-def level(name: str, reference: TokenValues | Tensor, semi_gradient: bool, normalizer: float | None) -> None:
-    if name not in LEVELS:
-        raise ValueError(unknown("level", name, LEVELS))
-    if name != "trajectory" and not isinstance(reference, TokenValues):
-        raise ValueError(f"level {name!r} needs the reference's TokenValues, got its returns (a tensor)")
-    if semi_gradient and name != "token":
-        raise ValueError(f"semi_gradient stops the gradient at the TD target of level 'token', got level {name!r}")
+def loss_options(level: str, reference: TokenValues | Tensor, semi_gradient: bool, normalizer: float | None) -> None:
+    """The options of a Bellman loss."""
+    if level not in LEVELS:
+        raise ValueError(unknown("level", level, list(LEVELS)))
+    if level != "trajectory" and not isinstance(reference, TokenValues):
+        raise ValueError(f"level {level!r} needs the reference's TokenValues, got its returns (a tensor)")
+    if semi_gradient and level != "token":
+        raise ValueError(f"semi_gradient stops the gradient at the TD target of level 'token', got level {level!r}")
     if normalizer is not None:
         number("normalizer", normalizer, " or None")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+# On a GPU the answer would make the CPU wait for the GPU. So a GPU answers by a device-side assert, as in torch's own
+# losses: a RuntimeError at some later call. No kernel reads outside its tensors meanwhile.
+
+
+def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int) -> None:
+    """Every unmasked action lies in [0, vocabulary), and every unmasked temperature is positive."""
+    actions, mask = tokens
+    inside = (actions >= 0) & (actions < vocabulary)
+    good = inside if transform.temperatures is None else inside & (transform.temperatures > 0)
+    if mask is not None:
+        good = good | ~mask
+    if actions.device.type == "cuda":
+        torch._assert_async(good.all(), f"actions must lie in [0, {vocabulary}), temperatures be positive")
+        return
+    if good.all():
+        return
+    outside = (~inside if mask is None else ~inside & mask).nonzero()
+    if not len(outside):
+        raise ValueError("temperature must be positive at every unmasked token")
+    place = outside[0].tolist()
+    raise ValueError(
+        f"actions must lie in [0, {vocabulary}) where they are not masked out; got {int(actions[tuple(place)])} at "
+        f"{place}"
+    )
+
+
+def check_cu_seqlens(layout: Layout, like: Tensor) -> None:
+    """cu_seqlens starts at 0, never falls, and ends at the number of tokens of `like` [N]."""
+    cu_seqlens, tokens = layout.cu_seqlens, like.numel()
+    if cu_seqlens is None:
+        return
+    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.device.type == "cuda":
+        torch._assert_async(good, "cu_seqlens must be 0, ..., N and never fall")
+    elif not good:
+        raise ValueError(f"cu_seqlens must start at 0, never fall and end at N = {tokens}, got {cu_seqlens.tolist()}")

@@ -1,455 +1,394 @@
-"""The torch.library ops: schemas, fakes, autograd, and dispatch to a backend by name or by device.
+"""The torch.library ops: what they take and return, their fakes, their autograd, and the choice of the backend.
 
-No arithmetic happens here. Each op is opaque to torch.compile, so compiled and eager code run the same kernels and
-agree to the bit. `transform` travels as three arguments (temperature, per-token temperatures or None, softcap), the
-reference as a list of tensors: (q, v, log_prob) per token, or (returns [B],) alone.
+The backends compute. The only arithmetic here is the product of a kept gradient and its upstream gradient (`_scaled`).
+Each op is opaque to torch.compile, so compiled and eager code run the same kernels and agree to the bit. contract.py
+describes the groups that the ops take; grouped_op.py flattens them for torch.library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import torch_private
 from .backends import backend_for
-from .backends.portable import wide_loss
-from .backends.rows import Transform
+from .backends.frozen_head import gradient_of_hidden
+from .checks import check_cu_seqlens, check_token_data
+from .contract import (
+    Backend,
+    BellmanOptions,
+    Cotangents,
+    HeadGradients,
+    HeadInputs,
+    Layout,
+    LossAndGradients,
+    LossTerms,
+    Needs,
+    Reference,
+    RowValues,
+    Statistics,
+    Tokens,
+    Transform,
+    UnitGradients,
+    keeps_wide_gradients,
+    wide_dtype,
+)
+from .grouped_op import grouped_op
+from .types import TokenValues
 
 
-def _op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    return torch.library.custom_op(f"reval_kernels::{name}", mutates_args=mutates)
+@contextmanager
+def _computing(backend: str | None, like: Tensor) -> Iterator[Backend]:
+    """The backend of this name, or the default of the tensor's device, without autocast.
 
-
-def _run(function: str, like: Tensor, backend: str | None, *args: Any) -> Any:
-    # autocast would turn the fp32 matmuls inside into bf16
+    Autocast would turn the float32 matmuls of a backend into bfloat16.
+    """
     with torch.autocast(like.device.type, enabled=False):
-        return getattr(backend_for(backend, like.device.type), function)(*args)
+        yield backend_for(backend, like.device.type)
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _fake_values(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    new = [torch.empty(like.shape[:-1], dtype=_wide_dtype(like), device=like.device) for _ in range(6)]
-    return new[0], new[1], new[2], new[3], new[4], new[5]
-
-
-def _divisor(normalizer: Tensor | None, rewards: Tensor) -> float:
-    """By default the number of trajectories. It is a number only in here: outside, torch.compile would compile anew for
-    each normalizer (hence the tensor []) and each batch size."""
-    return float(max(rewards.shape[0], 1)) if normalizer is None else normalizer.item()
+def _new_row_values(like: Tensor) -> RowValues:
+    """Empty row values for the rows of logits or hidden states."""
+    return RowValues(*(like.new_empty(like.shape[:-1], dtype=wide_dtype(like)) for _ in RowValues._fields))
 
 
 # --- token values from logits ---------------------------------------------------------------------------------------
 
 
-@_op("token_values")
+@grouped_op("token_values")
 def token_values(
     logits: Tensor,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
+    tokens: Tokens,
+    transform: Transform,
     with_entropy: bool,
     inplace_grad: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logits [..., V] -> q, v, log_prob, entropy, row_max, log_sum: [...] each."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    return _run("token_values", logits, backend, logits, actions, mask, transform, with_entropy)
+) -> RowValues:
+    """From logits [..., V]. The first four results are differentiable in the logits."""
+    check_token_data(tokens, transform, logits.shape[-1])
+    with _computing(backend, logits) as kernels:
+        return kernels.token_values(logits, tokens, transform, with_entropy)
 
 
 @token_values.register_fake
-def _(logits, actions, mask, temperature, temperatures, softcap, with_entropy, inplace_grad, backend):
-    return _fake_values(logits)
+def _(logits, tokens, transform, with_entropy, inplace_grad, backend):
+    return _new_row_values(logits)
 
 
-@_op("token_values_backward")
+@grouped_op("token_values_backward")
 def token_values_backward(
     logits: Tensor,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
-    statistics: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    tokens: Tokens,
+    transform: Transform,
+    statistics: Statistics,
+    cotangents: Cotangents,
     backend: str | None,
 ) -> Tensor:
-    """dlogits [..., V]; statistics: row_max, log_sum, entropy; cotangents: dq, dv, dlog_prob, dentropy."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (logits, actions, mask, transform, statistics, cotangents, False)
-    return _run("token_values_backward", logits, backend, *args)
+    """dlogits [..., V]."""
+    with _computing(backend, logits) as kernels:
+        return kernels.token_values_backward(logits, tokens, transform, statistics, cotangents, False)
 
 
 @token_values_backward.register_fake
-def _(logits, actions, mask, temperature, temperatures, softcap, statistics, cotangents, backend):
+def _(logits, tokens, transform, statistics, cotangents, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@_op("token_values_backward_", mutates=("logits",))
+@grouped_op("token_values_backward_", mutates=("logits",))
 def token_values_backward_(
     logits: Tensor,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
-    statistics: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    tokens: Tokens,
+    transform: Transform,
+    statistics: Statistics,
+    cotangents: Cotangents,
     backend: str | None,
 ) -> None:
     """The same, written over the logits."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (logits, actions, mask, transform, statistics, cotangents, True)
-    _run("token_values_backward", logits, backend, *args)
+    with _computing(backend, logits) as kernels:
+        kernels.token_values_backward(logits, tokens, transform, statistics, cotangents, True)
 
 
-def _save_token_values(ctx, inputs, output):
-    logits, actions, mask, ctx.temperature, temperatures, ctx.softcap, _, ctx.inplace_grad, ctx.backend = inputs
-    ctx.save_for_backward(logits, actions, mask, temperatures, output[4], output[5], output[3])
+def _save_token_values(ctx, groups, output):
+    logits, tokens, transform, _, ctx.inplace_grad, ctx.backend = groups
+    _save(ctx, transform, logits, *tokens, transform.temperatures, *RowValues(*output).statistics)
 
 
-def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, _row_max, _log_sum):
+def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, *_):
     logits, actions, mask, temperatures, *statistics = ctx.saved_tensors
-    args = (
+    arguments = (
         logits,
-        actions,
-        mask,
-        ctx.temperature,
-        temperatures,
-        ctx.softcap,
-        statistics,
-        [dq, dv, dlog_prob, dentropy],
+        Tokens(actions, mask),
+        _saved_transform(ctx, temperatures),
+        Statistics(*statistics),
+        Cotangents(dq, dv, dlog_prob, dentropy),
         ctx.backend,
     )
-    if ctx.inplace_grad:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            raise RuntimeError("inplace_grad=True has no second-order gradient, which create_graph=True asks for")
-        token_values_backward_(*args)  # bumps the version counter: a second backward raises
-        dlogits = logits
-    else:
-        dlogits = token_values_backward(*args)
-    return dlogits, None, None, None, None, None, None, None, None
+    if not ctx.inplace_grad:
+        return (token_values_backward(*arguments),)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        raise RuntimeError("inplace_grad=True has no second-order gradient, which create_graph=True asks for")
+    token_values_backward_(*arguments)  # bumps the version counter: a second backward raises
+    return (logits,)
 
 
-token_values.register_autograd(_token_values_gradient, setup_context=_save_token_values)
+def _save(ctx: Any, transform: Transform, *tensors: Tensor | None) -> None:
+    ctx.temperature, ctx.softcap = transform.temperature, transform.softcap
+    ctx.save_for_backward(*tensors)
+
+
+def _saved_transform(ctx: Any, temperatures: Tensor | None) -> Transform:
+    return Transform(ctx.temperature, temperatures, ctx.softcap)
+
+
+token_values.register_autograd(_token_values_gradient, _save_token_values)
 
 
 # --- token values from hidden states --------------------------------------------------------------------------------
 
 
-@_op("linear_token_values")
+@grouped_op("linear_token_values")
 def linear_token_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
+    head: HeadInputs,
+    tokens: Tokens,
+    transform: Transform,
     with_entropy: bool,
     with_expected: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [..., D], weight [V, D], bias [V] -> q, v, log_prob, entropy, row_max, log_sum: [...] each; and expected
-    [..., D], with which the gradient of hidden alone needs the logits no more (empty unless wanted)."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (hidden, weight, bias, actions, mask, transform, with_entropy, with_expected)
-    return _run("linear_token_values", hidden, backend, *args)
+) -> tuple[RowValues, Tensor]:
+    """The values, and `expected` [..., D] (frozen_head.py), which is empty unless `with_expected`."""
+    check_token_data(tokens, transform, head.weight.shape[0])
+    with _computing(backend, head.hidden) as kernels:
+        return kernels.linear_token_values(head, tokens, transform, with_entropy, with_expected)
 
 
 @linear_token_values.register_fake
-def _(hidden, weight, bias, actions, mask, temperature, temperatures, softcap, with_entropy, with_expected, backend):
-    expected = hidden.new_empty(hidden.shape if with_expected else (0,), dtype=_wide_dtype(hidden))
-    return *_fake_values(hidden), expected
+def _(head, tokens, transform, with_entropy, with_expected, backend):
+    hidden = head.hidden
+    expected = hidden.new_empty(hidden.shape if with_expected else (0,), dtype=wide_dtype(hidden))
+    return _new_row_values(hidden), expected
 
 
-@_op("linear_token_values_backward")
+@grouped_op("linear_token_values_backward")
 def linear_token_values_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
-    statistics: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    needs: Sequence[bool],
+    head: HeadInputs,
+    tokens: Tokens,
+    transform: Transform,
+    statistics: Statistics,
+    cotangents: Cotangents,
+    needs: Needs,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight, dbias; an empty tensor where `needs` says no."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (hidden, weight, bias, actions, mask, transform, statistics, cotangents, needs)
-    return _run("linear_token_values_backward", hidden, backend, *args)
+) -> HeadGradients:
+    """Gradients in the dtypes of the inputs; an empty tensor where `needs` says no."""
+    with _computing(backend, head.hidden) as kernels:
+        return kernels.linear_token_values_backward(head, tokens, transform, statistics, cotangents, needs)
 
 
 @linear_token_values_backward.register_fake
-def _(hidden, weight, bias, actions, mask, temperature, temperatures, softcap, statistics, cotangents, needs, backend):
-    return _fake_head_gradients(hidden, weight, bias, needs)
+def _(head, tokens, transform, statistics, cotangents, needs, backend):
+    return _new_head_gradients(head, needs)
 
 
-def _fake_head_gradients(hidden, weight, bias, needs):
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        (weight if bias is None else bias).new_empty(weight.shape[0] if needs[2] else 0),
+def _new_head_gradients(head: HeadInputs, needs: Needs) -> HeadGradients:
+    hidden, weight, bias = head
+    return HeadGradients(
+        hidden.new_empty(hidden.shape if needs.needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs.needs_weight else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if needs.needs_bias else 0),
     )
 
 
-@_op("linear_expected_backward")
+@grouped_op("linear_expected_backward")
 def linear_expected_backward(
     expected: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
+    head: HeadInputs,
+    tokens: Tokens,
+    transform: Transform,
     log_prob: Tensor,
-    cotangents: Sequence[Tensor],
+    dq: Tensor,
+    dv: Tensor,
+    dlog_prob: Tensor,
 ) -> Tensor:
-    """dhidden [..., D]; cotangents: dq, dv, dlog_prob. A few numbers a token and D: one code serves every backend."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (expected, hidden, weight, bias, actions, mask, transform, log_prob, cotangents)
-    return _run("linear_expected_backward", hidden, "portable", *args)
+    """dhidden [..., D] for a frozen head. A few numbers a token and D: one PyTorch function serves every backend."""
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        return gradient_of_hidden(expected, head, tokens, transform, log_prob, UnitGradients(dq, dv, dlog_prob))
 
 
 @linear_expected_backward.register_fake
-def _(expected, hidden, weight, bias, actions, mask, temperature, temperatures, softcap, log_prob, cotangents):
-    return hidden.new_empty(hidden.shape)
+def _(expected, head, tokens, transform, log_prob, dq, dv, dlog_prob):
+    return head.hidden.new_empty(head.hidden.shape)
 
 
-def _save_linear_token_values(ctx, inputs, output):
-    *tensors, ctx.temperature, temperatures, ctx.softcap, _, ctx.with_expected, ctx.backend = inputs
-    _, _, log_prob, entropy, row_max, log_sum, expected = output
+def _save_linear_token_values(ctx, groups, output):
+    head, tokens, transform, _, ctx.with_expected, ctx.backend = groups
+    *values, expected = output
+    values = RowValues(*values)
     ctx.set_materialize_grads(False)  # zeros for `expected` would be another N x D
-    ctx.save_for_backward(*tensors, temperatures, row_max, log_sum, entropy, log_prob, expected)
+    _save(ctx, transform, *head, *tokens, transform.temperatures, *values.statistics, values.log_prob, expected)
 
 
-def _linear_token_values_gradient(ctx, *given):
+def _linear_token_values_gradient(ctx, *upstream):
     hidden, weight, bias, actions, mask, temperatures, *statistics, log_prob, expected = ctx.saved_tensors
-    needs, transform = list(ctx.needs_input_grad[:3]), (ctx.temperature, temperatures, ctx.softcap)
-    cotangents = [torch.zeros_like(log_prob) if g is None else g for g in given[:4]]
-    if ctx.with_expected and given[3] is None and needs == [True, False, False]:
-        head = (expected, hidden, weight, bias, actions, mask)
-        return linear_expected_backward(*head, *transform, log_prob, cotangents[:3]), *(None,) * 10
-    gradients = linear_token_values_backward(
-        hidden, weight, bias, actions, mask, *transform, statistics, cotangents, needs, ctx.backend
+    head, tokens, transform = (
+        HeadInputs(hidden, weight, bias),
+        Tokens(actions, mask),
+        _saved_transform(ctx, temperatures),
     )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 8
+    needs = Needs(*ctx.needs_input_grad[:3])
+    cotangents = Cotangents(*(torch.zeros_like(log_prob) if g is None else g for g in upstream[:4]))
+    if ctx.with_expected and upstream[3] is None and needs.frozen_head:
+        return (linear_expected_backward(expected, head, tokens, transform, log_prob, *cotangents[:3]),)
+    gradients = linear_token_values_backward(
+        head, tokens, transform, Statistics(*statistics), cotangents, needs, ctx.backend
+    )
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
-linear_token_values.register_autograd(_linear_token_values_gradient, setup_context=_save_linear_token_values)
+linear_token_values.register_autograd(_linear_token_values_gradient, _save_linear_token_values)
 
 
 # --- TD targets -----------------------------------------------------------------------------------------------------
 
 
-@_op("td_targets")
+@grouped_op("td_targets")
 def td_targets(
-    q: Tensor,
-    v: Tensor,
-    reference: Sequence[Tensor],
+    values: TokenValues,
+    reference: Reference,
     rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     beta: float,
     gamma: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, v [...] -> target, error, endogenous reward: [...] each."""
-    return _run("td_targets", q, backend, q, v, reference, rewards, mask, cu_seqlens, beta, gamma)
+    """Target, error, endogenous reward: [...] each."""
+    check_cu_seqlens(layout, values.q)
+    with _computing(backend, values.q) as kernels:
+        return kernels.td_targets(values, reference, rewards, layout, beta, gamma)
 
 
 @td_targets.register_fake
-def _(q, v, reference, rewards, mask, cu_seqlens, beta, gamma, backend):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _(values, reference, rewards, layout, beta, gamma, backend):
+    return tuple(values.q.new_empty(values.q.shape) for _ in range(3))
 
 
-@_op("td_targets_backward")
+@grouped_op("td_targets_backward")
 def td_targets_backward(
-    d_target: Tensor,
-    d_error: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gamma: float,
-    backend: str | None,
+    d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """dq, dv: [...] each."""
-    return _run("td_targets_backward", d_error, backend, d_target, d_error, mask, cu_seqlens, gamma)
+    with _computing(backend, d_error) as kernels:
+        return kernels.td_targets_backward(d_target, d_error, layout, gamma)
 
 
 @td_targets_backward.register_fake
-def _(d_target, d_error, mask, cu_seqlens, gamma, backend):
+def _(d_target, d_error, layout, gamma, backend):
     return d_error.new_empty(d_error.shape), d_error.new_empty(d_error.shape)
 
 
-def _save_td_targets(ctx, inputs, output):
-    _, _, reference, _, mask, cu_seqlens, _, ctx.gamma, ctx.backend = inputs
-    ctx.no_gradient = [None] * len(reference)  # a list among the inputs wants a list among the gradients
-    ctx.save_for_backward(mask, cu_seqlens)
+def _save_td_targets(ctx, groups, output):
+    *_, layout, _, ctx.gamma, ctx.backend = groups
+    ctx.save_for_backward(*layout)
 
 
 def _td_targets_gradient(ctx, d_target, d_error, _):
-    mask, cu_seqlens = ctx.saved_tensors
-    dq, dv = td_targets_backward(d_target, d_error, mask, cu_seqlens, ctx.gamma, ctx.backend)
-    return dq, dv, ctx.no_gradient, *(None,) * 6
+    return td_targets_backward(d_target, d_error, Layout(*ctx.saved_tensors), ctx.gamma, ctx.backend)
 
 
-td_targets.register_autograd(_td_targets_gradient, setup_context=_save_td_targets)
+td_targets.register_autograd(_td_targets_gradient, _save_td_targets)
 
 
 # --- Bellman losses -------------------------------------------------------------------------------------------------
 
 
-@_op("bellman_loss")
+@grouped_op("bellman_loss")
 def bellman_loss(
-    q: Tensor,
-    v: Tensor,
-    log_prob: Tensor,
-    reference: Sequence[Tensor],
+    values: TokenValues,
+    reference: Reference,
     rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    level: str,
-    semi_gradient: bool,
-    normalizer: Tensor | None,
+    layout: Layout,
+    options: BellmanOptions,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, v, log_prob [...] -> loss [], residual [B], and the loss's cotangents dq, dv, dlog_prob [...]."""
-    divisor = _divisor(normalizer, rewards)
-    args = (q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, divisor)
-    return _run("bellman_loss", q, backend, *args)
+) -> LossTerms:
+    """The loss [] and the residuals [B], both differentiable, and the loss's gradients by q, v and log_prob."""
+    check_cu_seqlens(layout, values.q)
+    with _computing(backend, values.q) as kernels:
+        return kernels.bellman_loss(values, reference, rewards, layout, options)
 
 
 @bellman_loss.register_fake
-def _(q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer, backend):
-    return q.new_empty(()), q.new_empty(rewards.shape), *(q.new_empty(q.shape) for _ in range(3))
+def _(values, reference, rewards, layout, options, backend):
+    q = values.q
+    return LossTerms(q.new_empty(()), q.new_empty(rewards.shape), *(q.new_empty(q.shape) for _ in range(3)))
 
 
-@_op("bellman_loss_backward")
+@grouped_op("bellman_loss_backward")
 def bellman_loss_backward(
-    d_loss: Tensor,
-    d_residual: Tensor,
-    unit: Sequence[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dv, dlog_prob [...] from the loss's cotangents and the upstream gradients [] and [B]."""
-    return _run("bellman_loss_backward", d_loss, backend, d_loss, d_residual, unit, mask, cu_seqlens)
+    d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout, backend: str | None
+) -> UnitGradients:
+    """dq, dv, dlog_prob [...] for the upstream gradients d_loss [] and d_residual [B]."""
+    with _computing(backend, d_loss) as kernels:
+        return kernels.bellman_loss_backward(d_loss, d_residual, unit, layout)
 
 
 @bellman_loss_backward.register_fake
-def _(d_loss, d_residual, unit, mask, cu_seqlens, backend):
-    return tuple(x.new_empty(x.shape) for x in unit)
+def _(d_loss, d_residual, unit, layout, backend):
+    return UnitGradients(*(x.new_empty(x.shape) for x in unit))
 
 
-def _save_bellman_loss(ctx, inputs, output):
-    mask, cu_seqlens, ctx.backend = inputs[5], inputs[6], inputs[-1]
-    ctx.no_gradient, ctx.trajectories = [None] * len(inputs[3]), inputs[4].shape
-    ctx.set_materialize_grads(False)  # zeros for the outputs that hold the cotangents would be as many again
-    ctx.save_for_backward(*output[2:], mask, cu_seqlens)
+def _save_bellman_loss(ctx, groups, output):
+    _, _, rewards, layout, _, ctx.backend = groups
+    ctx.trajectories = rewards.shape
+    ctx.set_materialize_grads(False)  # zeros for the gradients among the outputs would be three more tensors [...]
+    ctx.save_for_backward(*LossTerms(*output).unit, *layout)
 
 
 def _bellman_loss_gradient(ctx, d_loss, d_residual, *_):
     *unit, mask, cu_seqlens = ctx.saved_tensors
     d_loss = unit[0].new_zeros(()) if d_loss is None else d_loss
     d_residual = unit[0].new_zeros(ctx.trajectories) if d_residual is None else d_residual
-    gradients = bellman_loss_backward(d_loss, d_residual, unit, mask, cu_seqlens, ctx.backend)
-    return *gradients, ctx.no_gradient, *(None,) * 8
+    return bellman_loss_backward(d_loss, d_residual, UnitGradients(*unit), Layout(mask, cu_seqlens), ctx.backend)
 
 
-bellman_loss.register_autograd(_bellman_loss_gradient, setup_context=_save_bellman_loss)
+bellman_loss.register_autograd(_bellman_loss_gradient, _save_bellman_loss)
 
 
 # --- the loss from hidden states ------------------------------------------------------------------------------------
 
 
-@_op("linear_reval_loss")
+@grouped_op("linear_reval_loss")
 def linear_reval_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadInputs,
     actions: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    softcap: float | None,
-    reference: Sequence[Tensor],
+    layout: Layout,
+    transform: Transform,
+    reference: Reference,
     rewards: Tensor,
-    beta: float,
-    level: str,
-    semi_gradient: bool,
-    normalizer: Tensor | None,
-    needs: Sequence[bool],
+    options: BellmanOptions,
+    needs: Needs,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss [], residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed), in fp32
-    (fp64) if any of these is fp16."""
-    transform = Transform(temperature if temperatures is None else temperatures, softcap)
-    args = (
-        hidden,
-        weight,
-        bias,
-        actions,
-        mask,
-        cu_seqlens,
-        transform,
-        reference,
-        rewards,
-        beta,
-        level,
-        semi_gradient,
-        _divisor(normalizer, rewards),
-        needs,
-    )
-    return _run("linear_reval_loss", hidden, backend, *args)
+) -> LossAndGradients:
+    """The loss [], differentiable in the head's inputs; the residuals [B]; and the gradients that `needs` names."""
+    check_token_data(Tokens(actions, layout.mask), transform, head.weight.shape[0])
+    check_cu_seqlens(layout, actions)
+    with _computing(backend, head.hidden) as kernels:
+        return kernels.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
 
 
 @linear_reval_loss.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    actions,
-    mask,
-    cu_seqlens,
-    temperature,
-    temperatures,
-    softcap,
-    reference,
-    rewards,
-    beta,
-    level,
-    semi_gradient,
-    normalizer,
-    needs,
-    backend,
-):
-    wide = _wide_dtype(hidden)
-    gradients = _fake_head_gradients(hidden, weight, bias, needs)
-    if wide_loss(hidden, weight, bias):
-        gradients = tuple(x.to(wide) for x in gradients)
-    return hidden.new_empty((), dtype=wide), hidden.new_empty(rewards.shape, dtype=wide), *gradients
+def _(head, actions, layout, transform, reference, rewards, options, needs, backend):
+    hidden, wide = head.hidden, wide_dtype(head.hidden)
+    gradients = _new_head_gradients(head, needs)
+    if keeps_wide_gradients(head):
+        gradients = HeadGradients(*(x.to(wide) for x in gradients))
+    return LossAndGradients(hidden.new_empty((), dtype=wide), hidden.new_empty(rewards.shape, dtype=wide), *gradients)
 
 
-def _save_linear_reval_loss(ctx, inputs, output):
-    ctx.no_gradient = [None] * len(inputs[9])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.set_materialize_grads(False)  # zeros for the outputs that hold the gradients would be another V x D
+def _save_linear_reval_loss(ctx, groups, output):
+    ctx.dtypes = [None if x is None else x.dtype for x in groups[0]]
+    ctx.set_materialize_grads(False)  # zeros for the gradients among the outputs would be another V x D
     ctx.save_for_backward(*output[2:])
 
 
@@ -458,21 +397,23 @@ def _linear_reval_loss_gradient(ctx, d_loss, *_):
     each = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     gradients = [_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each]
     if torch.is_grad_enabled():  # create_graph: a constant would pass for a second-order gradient of 0
-        refuse = torch._C._functions.DelayedError("linear_reval_loss has no second-order gradient", 1)
-        gradients = [None if g is None else refuse(g.detach().requires_grad_()) for g in gradients]
-    return *gradients, *(None,) * 6, ctx.no_gradient, *(None,) * 7
+        message = "linear_reval_loss has no second-order gradient"
+        gradients = [None if g is None else torch_private.second_order_refused(g, message) for g in gradients]
+    return tuple(gradients)
 
 
 def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
-    """gradient * d_loss: in place in an eager backward that does not retain its graph, where nothing asks for it again.
-    Otherwise the head's gradient would be in memory twice."""
+    """gradient * d_loss.
+
+    In place in an eager backward that does not keep its graph: nothing asks for the gradient again, and a second
+    tensor [V, D] would double the memory of the head's gradient.
+    """
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
-    batched = torch._C._functorch.is_legacy_batchedtensor(d_loss)  # by is_grads_batched
-    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
+    if traced or torch_private.is_batched(d_loss) or torch_private.backward_keeps_graph():
         return gradient * d_loss
     if d_loss.device.type == "cpu" and d_loss == 1:  # on a GPU the question would cost more than the product
         return gradient.data
     return gradient.data.mul_(d_loss)
 
 
-linear_reval_loss.register_autograd(_linear_reval_loss_gradient, setup_context=_save_linear_reval_loss)
+linear_reval_loss.register_autograd(_linear_reval_loss_gradient, _save_linear_reval_loss)

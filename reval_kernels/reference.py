@@ -1,8 +1,8 @@
 """The definition: every public function in plain PyTorch, written to be obviously right rather than fast.
 
 Works in any floating dtype up to float64, on any device, under plain autograd. The tests compare every backend with
-this file in float64; METHOD.md (arXiv 2603.23355, with the corrections noted there) is its only source. Arguments and
-results are those of the functions of the same name in `reval_kernels`.
+this file in float64. Its only source is docs/method.md (arXiv 2603.23355, with the corrections noted there). Arguments
+and results are those of the functions of the same name in `reval_kernels`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def td_targets(
     beta: float,
     gamma: float = 1.0,
 ) -> TDTargets:
-    """TD targets, TD errors and endogenous rewards of every action (METHOD.md section 2)."""
+    """TD targets, TD errors and endogenous rewards of every action (docs/method.md section 2)."""
     q, v, shape = values.q.flatten(), values.v.flatten(), values.q.shape
     q_ref, v_ref = (_constant(x, q.dtype).flatten() for x in (reference.q, reference.v))
     target, error, endogenous = (torch.zeros_like(q) for _ in range(3))
@@ -96,7 +96,7 @@ def bellman_loss(
     semi_gradient: bool = False,
     normalizer: float | None = None,
 ) -> BellmanLoss:
-    """The squared Bellman residual at one of three levels (METHOD.md sections 3 and 4)."""
+    """The squared Bellman residual at one of three levels (docs/method.md sections 3 and 4)."""
     v, log_prob = values.v.flatten(), values.log_prob.flatten()
     trajectories = _trajectories(values.q, mask, cu_seqlens)
     if level == "token":

@@ -23,7 +23,7 @@ class TokenValues(NamedTuple):
 
 
 class TDTargets(NamedTuple):
-    """The stepwise signal of METHOD.md section 2, each [...] like the token values; 0 where masked out."""
+    """The stepwise signal of docs/method.md section 2, each [...] like the token values; 0 where masked out."""
 
     target: Tensor
     """y_h = e_h + 1[h=H] r / beta + gamma V(s_{h+1})"""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
+from .contract import HeadInputs, Tokens, Transform
 from .types import TokenValues
 
 if TYPE_CHECKING:
@@ -65,17 +66,11 @@ def token_values(
         and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True))
     ):
         raise ValueError(f"inplace_grad needs logits that are not expanded, got strides {list(logits.stride())}")
+    in_place = inplace_grad and not torch.compiler.is_compiling()
     out = library.token_values(
-        logits,
-        actions,
-        mask,
-        *_temperature(temperature),
-        softcap,
-        with_entropy,
-        inplace_grad and not torch.compiler.is_compiling(),
-        backend,
+        logits, Tokens(actions, mask), transform_of(temperature, softcap), with_entropy, in_place, backend
     )
-    return TokenValues(out[0], out[1], out[2], out[3] if with_entropy else None)
+    return TokenValues(out.q, out.v, out.log_prob, out.entropy if with_entropy else None)
 
 
 def linear_token_values(
@@ -118,17 +113,23 @@ def linear_token_values(
     """
     checks.head_arguments(hidden, weight, bias)
     checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
-    args = (actions, mask, *_temperature(temperature), softcap, with_entropy)
-    if process_group is None:
-        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        with_expected = torch.is_grad_enabled() and hidden.requires_grad and frozen and not with_entropy
-        out = library.linear_token_values(hidden, weight, bias, *args, with_expected, backend)
-    else:
+    head, tokens, transform = (
+        HeadInputs(hidden, weight, bias),
+        Tokens(actions, mask),
+        transform_of(temperature, softcap),
+    )
+    if process_group is not None:
         from .sharded import sharded_token_values
 
-        out = sharded_token_values(process_group, hidden, weight, bias, *args, backend)
-    return TokenValues(out[0], out[1], out[2], out[3] if with_entropy else None)
+        return sharded_token_values(process_group, head, tokens, transform, with_entropy, backend)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    with_expected = torch.is_grad_enabled() and hidden.requires_grad and frozen and not with_entropy
+    out, _ = library.linear_token_values(head, tokens, transform, with_entropy, with_expected, backend)
+    return TokenValues(out.q, out.v, out.log_prob, out.entropy if with_entropy else None)
 
 
-def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
+def transform_of(temperature: float | Tensor, softcap: float | None) -> Transform:
+    """The transform that two arguments of the public functions describe."""
+    if isinstance(temperature, Tensor):
+        return Transform(temperatures=temperature, softcap=softcap)
+    return Transform(float(temperature), softcap=softcap)

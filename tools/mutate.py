@@ -29,7 +29,7 @@ settings.register_profile("mutate", deadline=None, phases=[Phase.explicit, Phase
 settings.load_profile("mutate")
 """
 TESTS = "tests/reval_kernels/"
-TRITON = TESTS + "triton_backend/test_triton_"
+TRITON = TESTS + "gpu/test_triton_"
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,24 @@ class Mutation:
 MUTATIONS = [
     # --- triton: rows -----------------------------------------------------------------------------------------------
     Mutation(
-        "rows: padding is filled before softcap", "triton/rows.py",
+        "rows: padding is filled before softcap", "gpu/rows.py",
         '            x = tl.where(inside, x, float("-inf"))  # only now', "            x = x  # only now",
         TRITON + "rows.py -k softcap_comes_before",
     ),
     Mutation(
-        "rows: the sum is not rescaled when the maximum rises", "triton/rows.py",
+        "rows: the sum is not rescaled when the maximum rises", "gpu/rows.py",
         "        s = tl.where(rise > 0, s * e, s) + e", "        s = s + e",
         TRITON + "rows.py -k shared_by_programs",
     ),
     Mutation(
-        "rows: 32-bit offsets", "triton/rows.py",
+        "rows: 32-bit offsets", "gpu/rows.py",
         '    """Program (n, k) reads `blocks` blocks of row n, the k-th such run. Row n = (n // inner, n % inner)."""\n'
         "    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)",
         "    token, split = tl.program_id(0), tl.program_id(1)",
         TRITON + "rows.py -k two_to_the_31",
     ),
     Mutation(
-        "rows: a program reads one column of the next one's", "triton/rows.py",
+        "rows: a program reads one column of the next one's", "gpu/rows.py",
         "        inside = column < last\n"
         "        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=f",
         "        inside = column <= last\n"
@@ -72,84 +72,84 @@ MUTATIONS = [
         TRITON + "rows.py -k shared_by_programs",
     ),
     Mutation(
-        "rows: 1 - p of a confident action by subtraction", "triton/rows.py",
+        "rows: 1 - p of a confident action by subtraction", "gpu/rows.py",
         "- d_log * expm1(log_pi)", "- d_log * (p - 1)",
         TESTS + "test_values.py -k confident_action",
     ),
     Mutation(
-        "rows: the gradient forgets the slope of softcap and temperature", "triton/rows.py",
+        "rows: the gradient forgets the slope of softcap and temperature", "gpu/rows.py",
         "        g = tl.where(column == action, at_action, g) * slope",
         "        g = tl.where(column == action, at_action, g)",
         TRITON + "rows.py -k shared_by_programs",
     ),
     Mutation(
-        "rows: masked rows keep what lay in memory", "triton/rows.py",
+        "rows: masked rows keep what lay in memory", "gpu/rows.py",
         "        if tl.load(mask + token) == 0:\n            for start",
         "        if tl.load(mask + token) == 2:\n            for start",
         TRITON + "rows.py -k shared_by_programs",
     ),
     # --- triton: parts and their merge ------------------------------------------------------------------------------
     Mutation(
-        "merge: all parts at the top stay out of the sum", "triton/common.py",
+        "merge: all parts at the top stay out of the sum", "gpu/common.py",
         "(tl.sum(top.to(tl.float32), ROWS) - 1)", "0",
         TRITON + "rows.py -k tie_for_the_top",
     ),
     Mutation(
-        "merge: a part that holds nothing has tops", "triton/common.py",
+        "merge: a part that holds nothing has tops", "gpu/common.py",
         "tl.where(total_m == LOWEST, tl.sum(s, ROWS), others)", "others",
         TRITON + "rows.py -k minus_infinity",
     ),
     Mutation(
-        "merge: row_max by division, the backward by multiplication", "triton/common.py",
+        "merge: row_max by division, the backward by multiplication", "gpu/common.py",
         "row_max * (1 / temperature), log_sum", "v - log_sum, log_sum",
         TESTS + "test_values.py -k confident or common_offset or softcap_and",
     ),
     # --- triton: linear ---------------------------------------------------------------------------------------------
     Mutation(
-        "linear: padding is not removed", "triton/linear.py",
+        "linear: padding is not removed", "gpu/linear.py",
         '        x = tl.where(real[None, :], x, float("-inf"))', "        x = x",
         TRITON + "linear.py -k test_shapes",
     ),
     Mutation(
-        "linear: the last group is as large as the others", "triton/linear.py",
+        "linear: the last group is as large as the others", "gpu/linear.py",
         "    size = tl.minimum(GROUP, tl.cdiv(rows, ROWS) - group * GROUP)", "    size = GROUP",
         TRITON + "linear.py -k company",
     ),
     Mutation(
-        "linear: the width's last step is not masked", "triton/linear.py",
+        "linear: the width's last step is not masked", "gpu/linear.py",
         "mask=(d + depth < width)[:, None]", "mask=(d + depth < width + 1)[:, None]",
         TRITON + "linear.py -k test_strides",
     ),
     Mutation(
-        "linear: logits computed again by another matmul", "triton/linear.py",
+        "linear: logits computed again by another matmul", "gpu/linear.py",
         "        _forward(hidden, self.weight, self.bias, everything, everything, Transform(), False, logits, None)",
         "        torch.mm(hidden.float(), self.weight.float().T, out=logits)",
         TRITON + "linear.py -k confident_state or test_shapes",
     ),
     # --- triton: bellman --------------------------------------------------------------------------------------------
     Mutation(
-        "bellman: a segment takes the next one's first token", "triton/bellman.py",
+        "bellman: a segment takes the next one's first token", "gpu/bellman.py",
         "        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64), tokens)",
         "        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64) + 1, tokens)",
         TRITON + "bellman.py",
     ),
     Mutation(
-        "bellman: sums to go run forwards", "triton/bellman.py",
+        "bellman: sums to go run forwards", "gpu/bellman.py",
         "tl.cumsum(dlog, 0, reverse=True)", "tl.cumsum(dlog, 0)",
         TRITON + "bellman.py",
     ),
     Mutation(
-        "bellman: what later blocks hold is forgotten", "triton/bellman.py",
+        "bellman: what later blocks hold is forgotten", "gpu/bellman.py",
         "            to_go += tl.sum(dlog, 0)", "            to_go += 0",
         TRITON + "bellman.py",
     ),
     Mutation(
-        "bellman: environment tokens get a place", "triton/bellman.py",
+        "bellman: environment tokens get a place", "gpu/bellman.py",
         "    if MASKED:\n", "    if MASKED and False:\n",
         TRITON + "bellman.py",
     ),
     Mutation(
-        "bellman: the residual's gradient reaches every state's value", "triton/bellman.py",
+        "bellman: the residual's gradient reaches every state's value", "gpu/bellman.py",
         "        first = tl.where(step == 0, of_residual, 0.0)",
         "        first = tl.where(step >= 0, of_residual, 0.0)",
         TRITON + "bellman.py",

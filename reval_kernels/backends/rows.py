@@ -1,62 +1,24 @@
-"""One chunk of logits in fp32 (or fp64): its token values, and its gradient written over it.
+"""One chunk of logits in float32 (or float64): its token values, and its gradient written over it.
 
-Letters: C tokens of the chunk, V vocabulary.
+Letters: C tokens of the chunk, V words of the vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Transform(NamedTuple):
-    """What happens to logits before anything is read off them: softcap * tanh(z / softcap), then z / temperature."""
-
-    temperature: float | Tensor = 1.0
-    """A number, or one per token [...]."""
-    softcap: float | None = None
-
-    def at(self, index: tuple[Tensor, ...]) -> Transform:
-        """The transform of some tokens: temperature [C, 1]."""
-        if isinstance(self.temperature, Tensor):
-            return self._replace(temperature=self.temperature[index][:, None])
-        return self
-
-    def flattened(self) -> Transform:
-        if isinstance(self.temperature, Tensor):
-            return self._replace(temperature=self.temperature.reshape(-1))
-        return self
-
-    def apply(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The transformed logits, and tanh(logits / softcap) where there is a softcap. `logits` is left alone."""
-        z, tanh = logits, None
-        if self.softcap is not None:
-            tanh = torch.tanh(logits / self.softcap)
-            z = tanh * self.softcap
-        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
-            z = z / (self.temperature.to(z.dtype) if isinstance(self.temperature, Tensor) else self.temperature)
-        return z, tanh
-
-    def slope(self, logits: Tensor) -> Tensor:
-        """The derivative of softcap * tanh(logits / softcap), without the cancellation of 1 - tanh^2 far out."""
-        e = torch.exp(-2 / self.softcap * logits.abs())
-        return 4 * e / (1 + e).square()
+from ..contract import Cotangents, RowValues, Statistics, Transform
 
 
-def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entropy: bool) -> tuple[Tensor, ...]:
-    """q, v, log_prob, entropy (0 if not wanted), row_max, log_sum: each [C].
-
-    v = row_max + log_sum; both parts are returned because v alone, near 1e4, would lose the digits that the gradient
-    needs.
-    """
-    z, _ = transform.apply(logits)
+def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entropy: bool) -> RowValues:
+    """The six numbers [C] of each row of logits [C, V]; `transform` has temperatures [C]."""
+    z, _ = _transformed(logits, transform)
     top, first = z.max(dim=-1, keepdim=True)
     row_max = torch.where(top.isinf(), 0, top)  # a row of -inf alone: exp(-inf - 0) is 0, -inf - -inf is NaN
     shifted = z - row_max
-    # The largest weight, 1, stays out of the sum: next to it the rest would lose the digits in which a confident
-    # state's 1 - p is written. log1p keeps them.
+    # The largest weight, 1, stays out of the sum. Beside a 1 the sum would lose the digits in which a confident state's
+    # 1 - p is written: float32 cannot hold 1 + 1e-9. log1p adds the 1 without losing them.
     weights = shifted.exp().scatter_(-1, first, 0)
     others = weights.sum(dim=-1)
     top, row_max = top[:, 0], row_max[:, 0]
@@ -66,29 +28,25 @@ def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entro
     if with_entropy:
         # a word at -inf has weight 0 and would contribute 0 * -inf = NaN
         entropy = log_sum - (weights * shifted.clamp(min=torch.finfo(z.dtype).min)).sum(dim=-1) / (1 + others)
-    return q, row_max + log_sum, (q - row_max) - log_sum, entropy, row_max, log_sum
+    return RowValues(q, row_max + log_sum, (q - row_max) - log_sum, entropy, row_max, log_sum)
 
 
 def row_gradient_(
-    logits: Tensor,
-    actions: Tensor,
-    transform: Transform,
-    statistics: tuple[Tensor, Tensor, Tensor],
-    cotangents: tuple[Tensor, Tensor, Tensor, Tensor],
+    logits: Tensor, actions: Tensor, transform: Transform, statistics: Statistics, cotangents: Cotangents
 ) -> Tensor:
-    """The gradient [C, V] of the chunk's logits; `logits` is overwritten.
+    """The gradient [C, V] of the chunk's logits; `logits` is overwritten. The other tensors are [C].
 
-    statistics: row_max, log_sum, entropy; cotangents: dq, dv, dlog_prob, dentropy; each [C]. METHOD.md section 4:
-    dlogits = dq * onehot + dv * softmax, with log_prob = q - v, and d entropy / dz = -p (log p + entropy).
+    docs/method.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v. And
+    d entropy / dz = -p (log p + entropy).
     """
     row_max, log_sum, entropy = (x[:, None] for x in statistics)
     dq, dv, dlog, dentropy = (x[:, None] for x in cotangents)
     action = actions[:, None]
-    z, tanh = transform.apply(logits)
+    z, tanh = _transformed(logits, transform)
     log_pi = torch.sub(z, row_max, out=logits).sub_(log_sum)
     log_pi_action = log_pi.gather(-1, action)
-    # What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
-    # dv * p stands alone, so that an unlikely action keeps its own.
+    # The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
+    # The product dv * p stands alone, so an unlikely action keeps its gradient.
     at_action = dq + dv * log_pi_action.exp() - dlog * torch.expm1(log_pi_action)
     if (dentropy != 0).any():
         p = log_pi.exp()
@@ -102,6 +60,33 @@ def row_gradient_(
     gradient.scatter_(-1, action, at_action)
     if tanh is not None:
         gradient.mul_(tanh.square_().neg_().add_(1))
-    if isinstance(transform.temperature, Tensor) or transform.temperature != 1.0:
-        gradient.div_(transform.temperature)
+    if transform.temperatures is not None or transform.temperature != 1.0:
+        gradient.div_(divisor_of(transform))
     return gradient
+
+
+def divisor_of(transform: Transform) -> Tensor | float:
+    """The temperature that a column of one number for each token is divided by: [C, 1], or a number."""
+    return transform.temperature if transform.temperatures is None else transform.temperatures[:, None]
+
+
+def softcap_slope(logits: Tensor, softcap: float) -> Tensor:
+    """The derivative of softcap * tanh(logits / softcap).
+
+    1 - tanh^2 would cancel for a large logit: at 10 times the softcap its true value, 8e-9, would be 0 in float32.
+    """
+    e = torch.exp(-2 / softcap * logits.abs())
+    return 4 * e / (1 + e).square()
+
+
+def _transformed(logits: Tensor, transform: Transform) -> tuple[Tensor, Tensor | None]:
+    """The transformed logits, and tanh(logits / softcap) where there is a softcap. `logits` is left alone."""
+    z, tanh = logits, None
+    if transform.softcap is not None:
+        tanh = torch.tanh(logits / transform.softcap)
+        z = tanh * transform.softcap
+    if transform.temperatures is not None:
+        z = z / transform.temperatures[:, None].to(z.dtype)
+    elif transform.temperature != 1.0:
+        z = z / transform.temperature
+    return z, tanh

@@ -6,30 +6,20 @@ from cases import logits_and_actions
 
 import reval_kernels
 from reval_kernels import token_values
-from reval_kernels.backends import PREFERENCE, backend_for, portable
+from reval_kernels.backends import BACKENDS, backend_for, portable
+from reval_kernels.contract import Backend
 
-FUNCTIONS = [
-    "token_values",
-    "token_values_backward",
-    "linear_token_values",
-    "linear_token_values_backward",
-    "td_targets",
-    "td_targets_backward",
-    "bellman_loss",
-    "bellman_loss_backward",
-    "linear_reval_loss",
-    "missing",
-]
+FUNCTIONS = [name for name, x in vars(Backend).items() if callable(x) and not name.startswith("_")]
 
 
 def names() -> str:
-    return ", ".join(map(repr, PREFERENCE))
+    return ", ".join(map(repr, BACKENDS))
 
 
 def test_every_backend_is_reported():
     """One default for each device type, and one for all that no backend claims; a reason wherever one is missing."""
     found = reval_kernels.backends()
-    assert list(found) == list(PREFERENCE)
+    assert list(found) == list(BACKENDS)
     claimed = [device for info in found.values() for device in info.default_for]
     assert len(claimed) == len(set(claimed)) and claimed.count("*") == 1
     for info in found.values():
@@ -40,7 +30,7 @@ def test_every_backend_is_reported():
 def test_portable_serves_what_is_left():
     assert reval_kernels.backends()["portable"] == (True, ("*",), None)
     assert backend_for(None, "some new device") is portable
-    assert PREFERENCE[-1] == "portable", "it serves every device, so nothing after it would ever be chosen"
+    assert list(BACKENDS)[-1] == "portable", "it serves every device, so nothing after it would ever be chosen"
 
 
 def test_the_default_is_the_one_that_is_reported():
@@ -51,6 +41,7 @@ def test_the_default_is_the_one_that_is_reported():
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_backend_has_every_function(backend, function):
+    assert len(FUNCTIONS) == 10
     assert callable(getattr(backend_for(backend, "cpu"), function))
 
 
@@ -66,13 +57,8 @@ def test_unknown_name():
 
 def test_a_missing_backend(monkeypatch):
     """It is passed over as a default, and named with the reason when asked for."""
-    first = PREFERENCE[0]
-    module = (
-        backend_for("portable", "cpu")
-        if first == "portable"
-        else __import__(f"reval_kernels.backends.{first}", fromlist=[first])
-    )
-    monkeypatch.setattr(module, "missing", lambda: "it rains")
+    first = next(iter(BACKENDS))
+    monkeypatch.setattr(BACKENDS[first], "missing", lambda: "it rains")
     assert reval_kernels.backends()[first] == (False, (), "it rains")
     with pytest.raises(ValueError) as caught:
         token_values(*logits_and_actions(2, 7), backend=first)

@@ -14,6 +14,22 @@ from torch.library import opcheck
 import reval_kernels
 from reval_kernels import TokenValues, library
 from reval_kernels.backends import portable
+from reval_kernels.checks import LEVELS
+from reval_kernels.contract import (
+    BellmanOptions,
+    Cotangents,
+    HeadInputs,
+    Layout,
+    Level,
+    Needs,
+    Reference,
+    RowValues,
+    Statistics,
+    Tokens,
+    Transform,
+    UnitGradients,
+)
+from reval_kernels.grouped_op import flatten
 
 B, T, V, D = 2, 5, 7, 3
 
@@ -35,8 +51,23 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([x.detach(), x.detach()], -1).flatten(-2)[..., ::2].requires_grad_(x.requires_grad)
 
 
-def check(op, *args) -> None:
-    assert set(opcheck(op, args).values()) == {"SUCCESS"}
+def check(op, *groups) -> None:
+    assert set(opcheck(op.definition, flatten(groups)).values()) == {"SUCCESS"}
+
+
+def transform(t: dict, optional: bool) -> Transform:
+    return Transform(1.0, t["temperatures"], 5.0) if optional else Transform(0.7)
+
+
+def tokens_of(t: dict, optional: bool) -> Tokens:
+    return Tokens(t["actions"], t["mask"] if optional else None)
+
+
+def head_of(t: dict, optional: bool) -> HeadInputs:
+    """Strided and with a bias, or neither."""
+    if optional:
+        return HeadInputs(strided(t["hidden"]), t["weight"], t["bias"])
+    return HeadInputs(t["hidden"], t["weight"], None)
 
 
 @pytest.mark.parametrize(("dtype", "optional"), [(torch.float64, False), (torch.bfloat16, True)])
@@ -44,11 +75,11 @@ def test_token_values(backend, optional, dtype):
     """With every optional argument None, and with all of them given and the logits strided."""
     t = tensors(dtype)
     logits = strided(t["logits"]) if optional else t["logits"]
-    extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
-    check(library.token_values, logits, t["actions"], *extra, optional, False, backend)
-    statistics, by = [torch.randn(B, T) for _ in range(3)], [torch.randn(B, T) for _ in range(4)]
+    given = (tokens_of(t, optional), transform(t, optional))
+    check(library.token_values, logits, *given, optional, False, backend)
+    by = (Statistics(*torch.randn(3, B, T)), Cotangents(*torch.randn(4, B, T)))
     for op in (library.token_values_backward, library.token_values_backward_):
-        check(op, logits.detach(), t["actions"], *extra, statistics, by, backend)
+        check(op, logits.detach(), *given, *by, backend)
 
 
 @pytest.mark.parametrize("expected", [False, True])
@@ -65,105 +96,69 @@ def test_linear_token_values(backend, optional, dtype, needs, expected):
     t = tensors(dtype, requires_grad=False)
     for name, need in zip(("hidden", "weight", "bias"), needs, strict=True):
         t[name].requires_grad_(need)
-    hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
-    extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
-    check(library.linear_token_values, hidden, t["weight"], bias, t["actions"], *extra, optional, expected, backend)
+    head, given = head_of(t, optional), (tokens_of(t, optional), transform(t, optional))
+    check(library.linear_token_values, head, *given, optional, expected, backend)
     if expected:
         return
-    statistics, by = [torch.randn(B, T) for _ in range(3)], [torch.randn(B, T) for _ in range(4)]
-    needs = [*needs[:2], needs[2] and bias is not None]
-    rest = (t["actions"], *extra, statistics, by, needs, backend)
-    check(
-        library.linear_token_values_backward,
-        hidden.detach(),
-        t["weight"].detach(),
-        None if bias is None else bias.detach(),
-        *rest,
-    )
+    by = (Statistics(*torch.randn(3, B, T)), Cotangents(*torch.randn(4, B, T)))
+    head = HeadInputs(*(None if x is None else x.detach() for x in head))
+    needs = Needs(*needs[:2], needs[2] and head.bias is not None)
+    check(library.linear_token_values_backward, head, *given, *by, needs, backend)
 
 
 @pytest.mark.parametrize("optional", [False, True])
 def test_linear_expected_backward(optional):
     t = tensors(torch.bfloat16, requires_grad=False)
-    extra = (t["mask"], 1.0, t["temperatures"], 5.0) if optional else (None, 0.7, None, None)
-    hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
-    by = [torch.randn(B, T) for _ in range(3)]
-    check(
-        library.linear_expected_backward,
-        torch.randn(B, T, D),
-        hidden,
-        t["weight"],
-        bias,
-        t["actions"],
-        *extra,
-        -torch.rand(B, T),
-        by,
-    )
+    given = (head_of(t, optional), tokens_of(t, optional), transform(t, optional))
+    check(library.linear_expected_backward, torch.randn(B, T, D), *given, -torch.rand(B, T), *torch.randn(3, B, T))
+
+
+def packed_layout(t: dict) -> Layout:
+    return Layout(t["mask"].flatten(), torch.tensor([0, 4, 10], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_td_targets(backend, packed):
-    t, cu_seqlens = tensors(), None
-    values = [t["q"], t["v"]]
-    reference, mask, by = [t["q_ref"], t["v_ref"]], None, [torch.randn(B, T), torch.randn(B, T)]
-    if packed:
-        cu_seqlens, mask = torch.tensor([0, 4, 10], dtype=torch.int32), t["mask"].flatten()
-        values, reference, by = ([x.flatten() for x in part] for part in (values, reference, by))
-        values = [strided(x) for x in values]
-    check(library.td_targets, *values, reference, t["rewards"], mask, cu_seqlens, 0.5, 0.9, backend)
-    check(library.td_targets_backward, *by, mask, cu_seqlens, 0.9, backend)
-
-
-@pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory", "returns"])
-def test_bellman_loss(backend, level):
-    t, cu_seqlens, mask = tensors(), None, None
-    values = [t["q"], t["v"], t["log_prob"]]
-    reference = [t["returns"]] if level == "returns" else [t["q_ref"], t["v_ref"], t["log_ref"]]
-    if level == "token":
-        cu_seqlens, mask = torch.tensor([0, 4, 10]), t["mask"].flatten()
-        values, reference = ([x.flatten() for x in part] for part in (values, reference))
-    op_level = "trajectory" if level == "returns" else level
-    normalizer = None if level == "returns" else torch.tensor(2.0, dtype=torch.float64)
-    check(
-        library.bellman_loss,
-        *values,
-        reference,
-        t["rewards"],
-        mask,
-        cu_seqlens,
-        0.5,
-        op_level,
-        False,
-        normalizer,
-        backend,
+    t, layout = tensors(), Layout(None, None)
+    values, reference, by = (
+        [t["q"], t["v"], t["log_prob"]],
+        [t["q_ref"], t["v_ref"], t["log_ref"]],
+        torch.randn(2, B, T),
     )
-    unit = [torch.randn_like(x) for x in values]
-    check(library.bellman_loss_backward, torch.randn(()), torch.randn(B), unit, mask, cu_seqlens, backend)
+    if packed:
+        layout = packed_layout(t)
+        values, reference, by = ([x.flatten() for x in several] for several in (values, reference, by))
+        values = [strided(x) for x in values]
+    given = (TokenValues(*values), Reference(*reference, None), t["rewards"], layout)
+    check(library.td_targets, *given, 0.5, 0.9, backend)
+    check(library.td_targets_backward, *by, layout, 0.9, backend)
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "returns"])
+def test_bellman_loss(backend, level):
+    t, layout = tensors(), Layout(None, None)
+    values, reference = [t["q"], t["v"], t["log_prob"]], [t["q_ref"], t["v_ref"], t["log_ref"]]
+    if level == "token":
+        layout = packed_layout(t)
+        values, reference = ([x.flatten() for x in several] for several in (values, reference))
+    anchor, normalizer = Reference(*reference, None), torch.tensor(2.0, dtype=torch.float64)
+    if level == "returns":
+        anchor, normalizer = Reference.of(t["returns"]), None
+    options = BellmanOptions(0.5, LEVELS.get(level, Level.TRAJECTORY), False, normalizer)
+    check(library.bellman_loss, TokenValues(*values), anchor, t["rewards"], layout, options, backend)
+    unit = UnitGradients(*(torch.randn_like(x) for x in values))
+    check(library.bellman_loss_backward, torch.randn(()), torch.randn(B), unit, layout, backend)
 
 
 @pytest.mark.parametrize(("dtype", "optional"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_linear_reval_loss(backend, optional, dtype):
     t = tensors(dtype)
-    extra = (t["mask"], None, 1.0, t["temperatures"], 5.0) if optional else (None, None, 0.7, None, None)
-    hidden, bias = (strided(t["hidden"]), t["bias"]) if optional else (t["hidden"], None)
-    reference = [t["q_ref"], t["v_ref"], t["log_ref"]] if optional else [t["returns"]]
-    needs = [True, True, bias is not None]
-    check(
-        library.linear_reval_loss,
-        hidden,
-        t["weight"],
-        bias,
-        t["actions"],
-        *extra,
-        reference,
-        t["rewards"],
-        0.5,
-        "trajectory",
-        False,
-        torch.tensor(2.0, dtype=torch.float64) if optional else None,
-        needs,
-        backend,
-    )
+    head, given = head_of(t, optional), (t["actions"], Layout(t["mask"] if optional else None, None))
+    values = TokenValues(t["q_ref"], t["v_ref"], t["log_ref"])
+    options = BellmanOptions(0.5, Level.TRAJECTORY, False, torch.tensor(2.0, dtype=torch.float64) if optional else None)
+    rest = (Reference.of(values if optional else t["returns"]), t["rewards"], options)
+    needs = Needs(True, True, head.bias is not None)
+    check(library.linear_reval_loss, head, *given, transform(t, optional), *rest, needs, backend)
 
 
 def test_backends_run_without_autocast(monkeypatch):
@@ -172,7 +167,7 @@ def test_backends_run_without_autocast(monkeypatch):
 
     def values(logits, *_):
         seen.append(torch.is_autocast_enabled(logits.device.type))
-        return tuple(torch.zeros(logits.shape[:-1]) for _ in range(6))
+        return RowValues(*(torch.zeros(logits.shape[:-1]) for _ in range(6)))
 
     monkeypatch.setattr(portable, "token_values", values)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):

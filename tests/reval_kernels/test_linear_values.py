@@ -4,7 +4,6 @@ Vocabularies as in test_values.py. Widths: 1, 31 and 123 end in the middle of an
 small model; N, V and D are paired so that every one of them is odd somewhere and the truth stays affordable.
 """
 
-import importlib
 import math
 
 import pytest
@@ -27,8 +26,10 @@ from cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reval_kernels import linear_token_values, reference
-from reval_kernels.backends import portable
-from reval_kernels.backends.rows import Transform
+from reval_kernels.backends import BACKENDS as BACKENDS_BY_NAME
+from reval_kernels.backends import chunks, gpu
+from reval_kernels.backends.frozen_head import gradient_of_hidden
+from reval_kernels.contract import HeadInputs, Tokens, Transform, UnitGradients
 
 SHAPES = [
     (0, 7, 31),
@@ -275,8 +276,7 @@ def no_logits_in_backward(backend, monkeypatch):
     def refuse(*_):
         raise AssertionError("the backward computed logits")
 
-    module = importlib.import_module(f"reval_kernels.backends.{backend}")
-    monkeypatch.setattr(module, "linear_token_values_backward", refuse)
+    monkeypatch.setattr(BACKENDS_BY_NAME[backend], "linear_token_values_backward", refuse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -374,22 +374,23 @@ def test_frozen_head_costs_two_products_and_no_more(backend, monkeypatch):
     """Logits once and the sum over the head once, both forward: 4 N V D operations. Backward no product at all."""
     tokens, words, width, logits = 24, 129, 16, 0
     hidden, weight, actions = head(tokens, words, width)
-    module = importlib.import_module(f"reval_kernels.backends.{backend}")
-    monkeypatch.setattr(module, "LINEAR_CHUNK", 10 * words)  # chunks of 10, 10 and 4
+    module = BACKENDS_BY_NAME[backend]
+    for holder in (chunks, gpu):
+        monkeypatch.setattr(holder, "LINEAR_CHUNK", 10 * words)  # chunks of 10, 10 and 4
     if backend == "triton":  # logits come from its own kernel
-        from reval_kernels.backends.triton import linear
+        from reval_kernels.backends.gpu import linear
 
-        def counting(hidden, weight, *rest, forward=linear._forward):
+        def counting(head, *rest, forward=linear._forward):
             nonlocal logits
-            logits += 2 * len(hidden) * weight.numel()
-            forward(hidden, weight, *rest)
+            logits += 2 * len(head.hidden) * head.weight.numel()
+            forward(head, *rest)
 
         monkeypatch.setattr(linear, "_forward", counting)
-    transform, product = Transform(), 2 * tokens * words * width
+    given, product = (HeadInputs(hidden, weight, None), Tokens(actions, None), Transform()), 2 * tokens * words * width
     with Products() as counted:
-        out = module.linear_token_values(hidden, weight, None, actions, None, transform, False, True)
+        out, expected = module.linear_token_values(*given, False, True)
     assert counted.operations + logits == 2 * product
-    by = [torch.randn(tokens) for _ in range(3)]
+    by = UnitGradients(*torch.randn(3, tokens))
     with Products() as counted:
-        portable.linear_expected_backward(out[6], hidden, weight, None, actions, None, transform, out[2], by)
+        gradient_of_hidden(expected, *given, out.log_prob, by)
     assert counted.operations == 0

@@ -4,8 +4,6 @@ V = 129 and D = 31, with chunks of 1 token, of a few, and of a size that leaves 
 longer and shorter than a chunk, empty ones among them; peak memory is what the allocator saw.
 """
 
-import importlib
-
 import pytest
 import torch
 from cases import LARGEST, assert_close, assert_same_bits, compare, evaluate, head, logits_and_actions, upstream
@@ -13,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import reval_kernels
 from reval_kernels import linear_reval_loss, reference
-from reval_kernels.backends import portable
+from reval_kernels.backends import chunks, gpu, portable
 
 V, D = 129, 31
 LENGTHS = [0, 3, 0, 11, 1, 0, 0, 8, 2, 5, 0]
@@ -23,7 +21,7 @@ LENGTHS = [0, 3, 0, 11, 1, 0, 0, 8, 2, 5, 0]
 def small_chunks(request, monkeypatch):
     """Chunks of so many tokens."""
     monkeypatch.setattr(portable, "ROWS_CHUNK", request.param * V)
-    monkeypatch.setattr(portable, "LINEAR_CHUNK", request.param * V)
+    monkeypatch.setattr(chunks, "LINEAR_CHUNK", request.param * V)
 
 
 def masked_batch():
@@ -80,7 +78,7 @@ def test_linear_reval_loss_by_chunks(small_chunks, level, cached):
     one = {"loss": torch.ones(())}
     chunked = compare("portable", "linear_reval_loss", inputs, one, **options)
     residual = linear_reval_loss(**inputs, **options, backend="portable").residual
-    portable.LINEAR_CHUNK = 1 << 24
+    chunks.LINEAR_CHUNK = 1 << 24
     whole = evaluate(linear_reval_loss, inputs, one, backend="portable", **options)
     for name, x in whole.items():
         assert_close(chunked[name], x)
@@ -101,10 +99,10 @@ def test_gaps_and_needs_by_chunks(small_chunks):
 @pytest.mark.parametrize("size", [1, 5, 64, 1000])
 def test_a_narrow_head_is_widened_in_parts(monkeypatch, size):
     """Parts of 1 word, of a few, with a last part, and all at once."""
-    monkeypatch.setattr(portable, "LINEAR_CHUNK", size * 4 * D)
+    monkeypatch.setattr(chunks, "LINEAR_CHUNK", size * 4 * D)
     hidden, weight, actions = head(6, V, D, dtype=torch.bfloat16)
-    parts = [words for words, _ in portable._tiles(weight, torch.float32)]
-    assert len(parts) == -(-V // size) and parts[0].start == 0 and parts[-1].stop == V
+    tiles = [words for words, _ in chunks.tiles(weight, torch.float32)]
+    assert len(tiles) == -(-V // size) and tiles[0].start == 0 and tiles[-1].stop == V
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     compare("portable", "linear_token_values", inputs, upstream((6,)), with_entropy=True)
 
@@ -121,7 +119,7 @@ def test_a_narrow_head_is_widened_in_parts(monkeypatch, size):
     ],
 )
 def test_whole_trajectories(counts, size, expected):
-    runs = [(t.start, t.stop, a.start, a.stop) for t, a in portable._whole_trajectories(counts, size)]
+    runs = [(t.start, t.stop, a.start, a.stop) for t, a in chunks.whole_trajectories(counts, size)]
     assert runs == expected
 
 
@@ -162,8 +160,8 @@ def test_the_measure_sees_the_logits(size):
 def test_the_logits_never_exist_as_a_whole(backend, monkeypatch, function, trajectories, dtype):
     """Forward and backward of 512 tokens, in trajectories of 16 and in one of 512, in half of their logits' room."""
     tokens, words, width = sizes(backend)
-    for module in (portable, importlib.import_module(f"reval_kernels.backends.{backend}")):
-        monkeypatch.setattr(module, "LINEAR_CHUNK", tokens // 16 * words, raising=False)
+    for module in (chunks, gpu):
+        monkeypatch.setattr(module, "LINEAR_CHUNK", tokens // 16 * words)
     hidden, weight, actions = head(trajectories, tokens // trajectories, words, width, dtype=dtype)
     leaves = hidden.requires_grad_(), weight.requires_grad_(function != "frozen head")
     count = torch.zeros(len(hidden))

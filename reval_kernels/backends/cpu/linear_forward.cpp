@@ -183,7 +183,7 @@ std::vector<Tensor> linear_token_values(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap,
     bool with_entropy) {
-  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   return forward(hidden, weight, bias, actions, tokens, with_entropy, nullptr);
 }
 
@@ -191,7 +191,7 @@ std::vector<Tensor> linear_keeping(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
     std::optional<double> softcap) {
-  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   const bool narrow = hidden.element_size() == 2 && weight.element_size() == 2;
   const int64_t room = weight.size(1) * weight.element_size() / (kStrip * (narrow ? 2 : 4));  // strips
   KeptTensors kept{
@@ -208,7 +208,7 @@ std::vector<Tensor> linear_expected(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
     std::optional<double> softcap) {
-  const Tokens tokens(actions, mask, weight.size(0), temperature, temperatures, softcap);
+  const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   Tensor expected = at::empty({tokens.size(), weight.size(1)}, at::kFloat);
   auto out = forward(hidden, weight, bias, actions, tokens, false, expected.mutable_data_ptr<float>());
   out.push_back(expected);

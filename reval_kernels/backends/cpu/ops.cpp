@@ -55,7 +55,6 @@ at::Tensor gradient_like(const at::Tensor& x) { return empty_gradient(x.sizes(),
 }  // namespace reval
 
 #define HEAD "Tensor hidden, Tensor weight, Tensor? bias, Tensor actions, "
-#define LAYOUT "Tensor? mask, Tensor? cu_seqlens"
 #define TRANSFORM "Tensor? mask, float temperature, Tensor? temperatures, float? softcap"
 
 TORCH_LIBRARY(reval_kernels_cpu, m) {
@@ -81,18 +80,4 @@ TORCH_LIBRARY(reval_kernels_cpu, m) {
       &reval::linear_token_values_backward);
   m.def("linear_keeping(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_keeping);
   m.def("linear_expected(" HEAD TRANSFORM ") -> Tensor[]", &reval::linear_expected);
-  m.def(
-      "td_targets(Tensor q, Tensor v, Tensor[] reference, Tensor rewards, " LAYOUT
-      ", float beta, float gamma) -> Tensor[]",
-      &reval::td_targets);
-  m.def(
-      "td_targets_backward(Tensor d_target, Tensor d_error, " LAYOUT ", float gamma) -> Tensor[]",
-      &reval::td_targets_backward);
-  m.def(
-      "bellman_loss(Tensor q, Tensor v, Tensor log_prob, Tensor[] reference, Tensor rewards, " LAYOUT
-      ", float beta, str level, bool semi_gradient, float normalizer) -> Tensor[]",
-      &reval::bellman_loss);
-  m.def(
-      "bellman_loss_backward(Tensor d_loss, Tensor d_residual, Tensor[] unit, " LAYOUT ") -> Tensor[]",
-      &reval::bellman_loss_backward);
 }

@@ -1,4 +1,4 @@
-// The functions behind torch.ops.reval_kernels_cpu, and how their per-token arguments are read and written.
+// The functions behind torch.ops.reval_kernels_cpu (bellman.cpp registers its own), and how their per-token arguments are read and written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -59,22 +59,5 @@ std::vector<at::Tensor> linear_keeping(
 std::vector<at::Tensor> linear_expected(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap);
-
-std::vector<at::Tensor> td_targets(
-    const at::Tensor& q, const at::Tensor& v, at::TensorList reference, const at::Tensor& rewards,
-    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double beta, double gamma);
-
-std::vector<at::Tensor> td_targets_backward(
-    const at::Tensor& d_target, const at::Tensor& d_error, const OptionalTensor& mask,
-    const OptionalTensor& cu_seqlens, double gamma);
-
-std::vector<at::Tensor> bellman_loss(
-    const at::Tensor& q, const at::Tensor& v, const at::Tensor& log_prob, at::TensorList reference,
-    const at::Tensor& rewards, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double beta,
-    c10::string_view level, bool semi_gradient, double normalizer);
-
-std::vector<at::Tensor> bellman_loss_backward(
-    const at::Tensor& d_loss, const at::Tensor& d_residual, at::TensorList unit, const OptionalTensor& mask,
-    const OptionalTensor& cu_seqlens);
 
 }  // namespace reval

@@ -48,7 +48,7 @@ const char* at_entry(const at::Tensor& x, int64_t entry) {
 std::vector<at::Tensor> token_values(
     const at::Tensor& logits, const at::Tensor& actions, const OptionalTensor& mask, double temperature,
     const OptionalTensor& temperatures, std::optional<double> softcap, bool with_entropy) {
-  const Tokens tokens(actions, mask, logits.size(-1), temperature, temperatures, softcap);
+  const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   const Segments segments(logits.size(-1));
   const DType type = dtype_of(logits);
   const auto offsets = row_offsets(logits, tokens.index);
@@ -76,7 +76,7 @@ void token_values_backward(
     const at::Tensor& logits, const at::Tensor& actions, const OptionalTensor& mask, double temperature,
     const OptionalTensor& temperatures, std::optional<double> softcap, at::TensorList statistics,
     at::TensorList cotangents, const at::Tensor& out) {
-  const Tokens tokens(actions, mask, logits.size(-1), temperature, temperatures, softcap);
+  const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   const Segments segments(logits.size(-1));
   const DType type = dtype_of(logits);
   const TokenInputs inputs(statistics, cotangents);

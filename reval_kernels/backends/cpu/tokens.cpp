@@ -5,41 +5,23 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <sstream>
 
 namespace reval {
 namespace {
 
-// [i, j]: where a token lies among the leading dimensions.
-std::string place(at::IntArrayRef shape, int64_t index) {
-  std::vector<int64_t> where(shape.size());
-  for (auto d = static_cast<int64_t>(shape.size()) - 1; d >= 0; --d) {
-    where[d] = index % shape[d];
-    index /= shape[d];
-  }
-  std::ostringstream text;
-  text << at::IntArrayRef(where);
-  return text.str();
-}
-
 template <typename T>
-void take_actions(const at::Tensor& actions, int64_t vocabulary, Tokens& tokens) {
+void take_actions(const at::Tensor& actions, Tokens& tokens) {
   at::Tensor flat = actions.contiguous();
   const T* from = flat.const_data_ptr<T>();
   tokens.actions.reserve(tokens.index.size());
-  for (int64_t i : tokens.index) {
-    TORCH_CHECK_VALUE(
-        from[i] >= 0 && from[i] < vocabulary, "actions must lie in [0, ", vocabulary,
-        ") where they are not masked out; got ", static_cast<int64_t>(from[i]), " at ", place(actions.sizes(), i));
-    tokens.actions.push_back(from[i]);
-  }
+  for (int64_t i : tokens.index) tokens.actions.push_back(from[i]);
 }
 
 }  // namespace
 
 Tokens::Tokens(
-    const at::Tensor& actions, const OptionalTensor& mask, int64_t vocabulary, double temperature,
-    const OptionalTensor& temperatures, std::optional<double> softcap_or_none)
+    const at::Tensor& actions, const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
+    std::optional<double> softcap_or_none)
     : all(actions.numel()), softcap(static_cast<float>(softcap_or_none.value_or(0.0))) {
   at::Tensor flat = mask ? mask->contiguous() : at::Tensor();
   const bool* taken = mask ? flat.const_data_ptr<bool>() : nullptr;
@@ -48,17 +30,13 @@ Tokens::Tokens(
     if (!taken || taken[i]) index.push_back(i);
   }
   if (actions.scalar_type() == at::kInt) {
-    take_actions<int32_t>(actions, vocabulary, *this);
+    take_actions<int32_t>(actions, *this);
   } else {
-    take_actions<int64_t>(actions, vocabulary, *this);
+    take_actions<int64_t>(actions, *this);
   }
   if (temperatures) {
     at::Tensor each = temperatures->to(at::kFloat).contiguous();
-    for (int64_t i : index) {
-      float value = each.const_data_ptr<float>()[i];
-      TORCH_CHECK_VALUE(value > 0, "temperature must be positive at every unmasked token");
-      inv_temperature.push_back(1.0f / value);
-    }
+    for (int64_t i : index) inv_temperature.push_back(1.0f / each.const_data_ptr<float>()[i]);
   }
   if (inv_temperature.empty()) inv_temperature.push_back(static_cast<float>(1.0 / temperature));
 }

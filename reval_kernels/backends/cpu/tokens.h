@@ -21,9 +21,10 @@ struct Tokens {
   std::vector<float> inv_temperature;  // [M], or one for all
   float softcap;                       // 0: none
 
+  // library.py has checked that the actions lie in the vocabulary and that the temperatures are positive.
   Tokens(
-      const at::Tensor& actions, const OptionalTensor& mask, int64_t vocabulary, double temperature,
-      const OptionalTensor& temperatures, std::optional<double> softcap);
+      const at::Tensor& actions, const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures,
+      std::optional<double> softcap);
 
   int64_t size() const { return static_cast<int64_t>(index.size()); }
   Transform transform(int64_t i) const { return {softcap, inv_temperature[inv_temperature.size() == 1 ? 0 : i]}; }

@@ -188,7 +188,7 @@ def test_linear_does_not_depend_on_the_number_of_threads(shape, dtype, frozen):
 MEMORY = """
 import sys, torch
 from reval_kernels.backends import cpu
-from reval_kernels.backends.rows import Transform
+from reval_kernels.contract import BellmanOptions, HeadInputs, Layout, Level, Needs, Reference, Transform
 assert cpu.missing() is None
 dtype, frozen = getattr(torch, sys.argv[1]), sys.argv[2] == "True"
 tokens, vocabulary, width = 1024, 40_000, 64
@@ -200,9 +200,9 @@ def now(what):
         return next(int(line.split()[1]) for line in status if line.startswith(what)) / 1024
 
 def run(words):
-    needs = (True, not frozen, False)
-    args = (None, actions % words, None, None, Transform(), (returns,), rewards, 0.5, "trajectory", False, 4.0, needs)
-    return cpu.linear_reval_loss(hidden, weight[:words], *args)
+    head, options = HeadInputs(hidden, weight[:words], None), BellmanOptions(0.5, Level.TRAJECTORY, False, None)
+    rest = (Transform(), Reference.of(returns), rewards, options, Needs(True, not frozen, False))
+    return cpu.linear_reval_loss(head, actions % words, Layout(None, None), *rest)
 
 run(600)  # threads, kernels made at run time
 with open("/proc/self/clear_refs", "w") as file:

@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton")
 @pytest.fixture(params=[1, 2, 9])
 def small_blocks(request, monkeypatch):
     """Blocks of 16 words, this many a program."""
-    from reval_kernels.backends.triton import rows
+    from reval_kernels.backends.gpu import rows
 
     def layout(vocabulary):
         return 16, 1, request.param, triton.cdiv(triton.cdiv(vocabulary, 16), request.param)
@@ -128,7 +128,7 @@ memory = torch.frombuffer(pages, dtype=torch.bfloat16)
 logits = memory.as_strided((rows, words), (stride, 1))
 logits.copy_(torch.randn(rows, words))
 actions = torch.tensor([1, 6, 3])
-from reval_kernels.backends.triton import rows as kernels
+from reval_kernels.backends.gpu import rows as kernels
 from unittest import mock
 # The interpreter copies whole storages back and forth, which would touch every page.
 from triton.runtime.interpreter import GridExecutor

@@ -14,7 +14,7 @@ CUTS = [0, 0, 1, 5, 10, 10, 21]
 
 @pytest.fixture(params=[4, 1024])
 def block(request, monkeypatch):
-    from reval_kernels.backends.triton import bellman
+    from reval_kernels.backends.gpu import bellman
 
     monkeypatch.setattr(bellman, "BLOCK", request.param)
 

@@ -1,4 +1,4 @@
-"""What the kernel files share: launching, checks of values, and the arithmetic of one row's (max, sum) parts.
+"""What the kernel files share: launching, and the arithmetic of one row's (max, sum) parts.
 
 Letters: N tokens, V vocabulary, D width. A row's entries x, still before the temperature T, travel as parts: their
 maximum m, s = sum of exp((x - m) / T) over all entries but one at the maximum, and t = sum of exp((x - m) / T) (x - m).
@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import portable
-from ..rows import Transform
+from ...contract import RowValues, Transform
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels below are decorated, and never again
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -47,34 +46,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, enable_fp_fusion=False, **constants)
 
 
-def check_tokens(actions: Tensor, mask: Tensor | None, vocabulary: int, transform: Transform) -> None:
-    """Actions must lie in the vocabulary and temperatures be positive, where unmasked.
-
-    On a GPU nobody waits for the answer: a bad value is a device-side assert, as in torch's own losses, and no kernel
-    reads outside its tensors meanwhile. On the CPU it is the ValueError of the other backends.
-    """
-    good = (actions >= 0) & (actions < vocabulary)
-    if isinstance(transform.temperature, Tensor):
-        good &= transform.temperature > 0
-    if mask is not None:
-        good |= ~mask
-    if good.device.type == "cuda":
-        torch._assert_async(good.all(), f"actions must lie in [0, {vocabulary}), temperatures be positive")
-    elif not good.all():
-        portable._unmasked(actions, mask, vocabulary, transform)  # raises, naming the value and its place
-
-
 def temperatures(transform: Transform) -> tuple[Tensor | None, float]:
-    """Per-token temperatures [N] or None, and the temperature where it is one number."""
-    if isinstance(transform.temperature, Tensor):
-        return transform.temperature.reshape(-1).contiguous(), 1.0
-    return None, transform.temperature
+    """Temperatures [N] or None, and the one number that a kernel takes where they are None."""
+    each = transform.temperatures
+    return (None, transform.temperature) if each is None else (each.reshape(-1).contiguous(), 1.0)
 
 
-def new_values(like: Tensor, mask: Tensor | None, count: int) -> list[Tensor]:
-    """`count` float32 tensors [...] for the numbers of the tokens of `like` [..., *]; 0 where no kernel will write."""
+def new_values(like: Tensor, mask: Tensor | None) -> RowValues:
+    """Float32 tensors [...] for the numbers of the rows of `like` [..., *]; 0 where no kernel will write."""
     new = torch.empty if mask is None else torch.zeros
-    return [new(like.shape[:-1], dtype=torch.float32, device=like.device) for _ in range(count)]
+    return RowValues(*(new(like.shape[:-1], dtype=torch.float32, device=like.device) for _ in RowValues._fields))
 
 
 def merge_parts(
@@ -83,11 +64,11 @@ def merge_parts(
     mask: Tensor | None,
     transform: Transform,
     with_entropy: bool,
-    out: list[Tensor],
+    out: RowValues,
 ) -> None:
-    """parts [4, M, P] -> the six numbers of each row, written to `out` at index [M] (None: 0..M) but where masked out.
+    """Join the parts [4, M, P] of M rows and write the numbers of each unmasked row to `out`.
 
-    Temperatures and mask are [M].
+    Row m goes to the place index[m], or to place m where `index` is None. Temperatures and mask are [M].
     """
     rows, count = parts.shape[1:]
     padded = triton.next_power_of_2(count)

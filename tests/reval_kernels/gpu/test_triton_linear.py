@@ -53,8 +53,8 @@ def test_strides(layout):
 
 def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch):
     """300 tokens take three blocks in two groups, token 270 alone one. The cut of the chunks has no say either."""
-    from reval_kernels.backends import triton
-    from reval_kernels.backends.triton import linear
+    from reval_kernels.backends import gpu
+    from reval_kernels.backends.gpu import linear
 
     monkeypatch.setattr(linear, "GROUP", 2)
     hidden, weight, actions = head(300, 129, 31, dtype=torch.bfloat16)
@@ -65,7 +65,7 @@ def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch):
     by = {"log_prob": torch.randn(300)}
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     whole = evaluate(linear_token_values, inputs, by, backend="triton")
-    monkeypatch.setattr(triton, "LINEAR_CHUNK", 129 * 97)
+    monkeypatch.setattr(gpu, "LINEAR_CHUNK", 129 * 97)
     pieces = evaluate(linear_token_values, inputs, by, backend="triton")
     assert_same_bits(whole["d hidden"], pieces["d hidden"])
 
@@ -84,9 +84,9 @@ def test_a_confident_state_keeps_its_gradient_through_the_head(p):
 @pytest.mark.parametrize("chunk", [129 * 3, 129 * 7, 1 << 28])
 @pytest.mark.parametrize("level", ["trajectory", "token"])
 def test_trajectories_longer_than_a_chunk(monkeypatch, chunk, level):
-    from reval_kernels.backends import triton
+    from reval_kernels.backends import gpu
 
-    monkeypatch.setattr(triton, "LINEAR_CHUNK", chunk)
+    monkeypatch.setattr(gpu, "LINEAR_CHUNK", chunk)
     hidden, weight, actions = head(3, 5, 129, 31)
     behaviour, rewards = values(3, 5, dtype=torch.float32), torch.randn(3)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
@@ -97,11 +97,11 @@ def test_trajectories_longer_than_a_chunk(monkeypatch, chunk, level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_policy_equal_to_its_reference_has_no_loss_whatever_the_chunks(monkeypatch, dtype):
     """The reference is scored all at once, the policy two trajectories at a time: still exactly 0."""
-    from reval_kernels.backends import triton
+    from reval_kernels.backends import gpu
 
     hidden, weight, actions = head(4, 5, 129, 31, dtype=dtype)
     behaviour = linear_token_values(hidden, weight, actions, backend="triton")
-    monkeypatch.setattr(triton, "LINEAR_CHUNK", 129 * 10)
+    monkeypatch.setattr(gpu, "LINEAR_CHUNK", 129 * 10)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     ours = evaluate(
         linear_reval_loss,

@@ -93,7 +93,7 @@ def test_canary_unpatched_bf16_arithmetic_is_wrong():
 
 @interpreted
 def test_patched_bf16_arithmetic_is_an_error():
-    from reval_kernels.backends.triton.interpreter import faithful
+    from reval_kernels.backends.gpu.interpreter import faithful
 
     x, y, out = torch.ones(16).bfloat16(), torch.ones(16).bfloat16(), torch.zeros(16)
     with faithful():
@@ -105,7 +105,7 @@ def test_patched_bf16_arithmetic_is_an_error():
 
 @interpreted
 def test_patched_bf16_dot_and_rounding_are_torch_s():
-    from reval_kernels.backends.triton.interpreter import faithful
+    from reval_kernels.backends.gpu.interpreter import faithful
 
     x, y, out = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.zeros(16, 16)
     numbers = torch.cat([torch.randn(252) * 3, torch.tensor([torch.inf, -torch.inf, torch.nan, 1.9999999])])

@@ -10,16 +10,20 @@ Letters: N tokens, B trajectories, H actions of one of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...contract import BellmanOptions, Layout, Level, LossTerms, Reference, UnitGradients
+from ...types import TokenValues
 from .. import portable
 from .common import launch
 
 BLOCK = 1024
-LEVELS = {"trajectory": 0, "token": 1, "subtrajectory": 2}
+TRAJECTORY, TOKEN = tl.constexpr(int(Level.TRAJECTORY)), tl.constexpr(int(Level.TOKEN))
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ def td_kernel(
     gamma,
     BLOCK: tl.constexpr,
 ):
-    """METHOD.md section 2, for every action of trajectory b."""
+    """docs/method.md section 2, for every action of trajectory b."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     outcome = tl.load(outcomes + tl.program_id(0))
     for at in range(0, count, BLOCK):
@@ -155,9 +159,9 @@ def loss_kernel(
     SEMI_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """METHOD.md sections 3 and 4 for trajectory b: its sum of squares, its residual, and the cotangents of its actions.
+    """docs/method.md sections 3 and 4 for trajectory b: its sum of squares, its residual, its actions' cotangents.
 
-    LEVEL 0 is the trajectory, 1 the token, 2 the sub-trajectory; `scale` is 2 / normalizer.
+    LEVEL is a `contract.Level`; `scale` is 2 / normalizer.
     """
     b = tl.program_id(0)
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
@@ -175,14 +179,14 @@ def loss_kernel(
     tl.store(residual + b, total)
 
     squares = tl.zeros([BLOCK], tl.float64)
-    if LEVEL == 0:
+    if LEVEL == TRAJECTORY:
         for at in range(0, count, BLOCK):
             step = at + tl.arange(0, BLOCK)
             token = _action(where, start, step, count, mask is not None)
             tl.store(dlog_prob + token, tl.full([BLOCK], 0.0, tl.float64) + total * scale, mask=step < count)
         tl.store(dv + first, total * scale, mask=count > 0)
         tl.store(loss + b, total * total)
-    elif LEVEL == 1:
+    elif LEVEL == TOKEN:
         for at in range(0, count, BLOCK):
             step = at + tl.arange(0, BLOCK)
             inside, more = step < count, step + 1 < count
@@ -256,158 +260,132 @@ def loss_backward_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
-class _Layout:
-    """Where trajectories lie, as the kernels take it."""
+class _Launch:
+    """One program for each trajectory, and how the kernels take the layout."""
 
-    def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
+    def __init__(self, like: Tensor, layout: Layout):
+        mask, cu_seqlens = layout
         self.tokens = like.numel()
         self.trajectories = like.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         self.length = like.shape[-1]
-        self.where = None if mask is None else like.new_empty(self.tokens, dtype=torch.int64)
-        self.arguments = (
+        where = None if mask is None else like.new_empty(self.tokens, dtype=torch.int64)
+        self.layout = (
             None if mask is None else mask.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            self.where,
+            where,
         )
-        if cu_seqlens is not None:
-            self._check(cu_seqlens)
 
-    def _check(self, cu_seqlens: Tensor) -> None:
-        if cu_seqlens.device.type == "cuda":  # as with actions: nobody waits for the answer
-            ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == self.tokens)
-            torch._assert_async(ends & (cu_seqlens.diff() >= 0).all(), "cu_seqlens must be 0, ..., N and never fall")
-        else:
-            portable.Trajectories(torch.Size([self.tokens]), cu_seqlens.device, None, cu_seqlens)
-
-    def launch(self, kernel, *args, **constants) -> None:
+    def __call__(self, kernel, *args, **constants) -> None:
         if self.trajectories:
             launch(kernel, (self.trajectories,), *args, BLOCK=BLOCK, num_warps=4, **constants)
 
 
 def td_targets(
-    q: Tensor,
-    v: Tensor,
-    reference: tuple[Tensor, ...],
+    values: TokenValues,
+    reference: Reference,
     rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     beta: float,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, errors and endogenous rewards per token (METHOD.md section 2)."""
+    """See Backend.td_targets."""
+    q, v = values.q, values.v
     if q.dtype == torch.float64:
-        return portable.td_targets(q, v, reference, rewards, mask, cu_seqlens, beta, gamma)
-    layout = _Layout(q, mask, cu_seqlens)
+        return portable.td_targets(values, reference, rewards, layout, beta, gamma)
+    run = _Launch(q, layout)
     target, error, endogenous = (q.new_zeros(q.shape) for _ in range(3))
-    layout.launch(
+    run(
         td_kernel,
         q.contiguous(),
         v.contiguous(),
-        *(x.contiguous() for x in reference[:2]),
+        *_contiguous(reference[:2]),
         rewards.double() / beta,
-        *layout.arguments,
+        *run.layout,
         target,
         error,
         endogenous,
-        layout.tokens,
-        layout.length,
+        run.tokens,
+        run.length,
         gamma,
     )
     return target, error, endogenous
 
 
-def td_targets_backward(
-    d_target: Tensor, d_error: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """dq and dv per token."""
+def td_targets_backward(d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float) -> tuple[Tensor, Tensor]:
+    """See Backend.td_targets_backward."""
     if d_error.dtype == torch.float64:
-        return portable.td_targets_backward(d_target, d_error, mask, cu_seqlens, gamma)
-    layout = _Layout(d_error, mask, cu_seqlens)
+        return portable.td_targets_backward(d_target, d_error, layout, gamma)
+    run = _Launch(d_error, layout)
     dq, dv = (d_error.new_zeros(d_error.shape) for _ in range(2))
-    layout.launch(
+    run(
         td_backward_kernel,
         d_target.contiguous(),
         d_error.contiguous(),
-        *layout.arguments,
+        *run.layout,
         dq,
         dv,
-        layout.tokens,
-        layout.length,
+        run.tokens,
+        run.length,
         gamma,
     )
     return dq, dv
 
 
 def bellman_loss(
-    q: Tensor,
-    v: Tensor,
-    log_prob: Tensor,
-    reference: tuple[Tensor, ...],
+    values: TokenValues,
+    reference: Reference,
     rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    level: str,
-    semi_gradient: bool,
-    normalizer: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, residual [B] and the loss's cotangents dq, dv, dlog_prob per token (METHOD.md sections 3 and 4)."""
+    layout: Layout,
+    options: BellmanOptions,
+) -> LossTerms:
+    """See Backend.bellman_loss."""
+    q = values.q
     if q.dtype == torch.float64:
-        return portable.bellman_loss(
-            q, v, log_prob, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer
-        )
-    layout = _Layout(q, mask, cu_seqlens)
-    per_token = len(reference) == 3
-    reference = [x.contiguous() for x in reference]
-    residual = q.new_empty(layout.trajectories)
-    squares = residual.new_empty(layout.trajectories, dtype=torch.float64)
+        return portable.bellman_loss(values, reference, rewards, layout, options)
+    run = _Launch(q, layout)
+    residual = q.new_empty(run.trajectories)
+    squares = residual.new_empty(run.trajectories, dtype=torch.float64)
     dq, dv, dlog_prob = (q.new_zeros(q.shape) for _ in range(3))
-    layout.launch(
+    divisor = options.divisor(run.trajectories)
+    run(
         loss_kernel,
-        q.contiguous(),
-        v.contiguous(),
-        log_prob.contiguous(),
-        *(reference if per_token else (None, None, None)),
-        None if per_token else reference[0],
-        rewards.double() / beta,
-        *layout.arguments,
+        *_contiguous(values[:3]),
+        *_contiguous(reference),
+        rewards.double() / options.beta,
+        *run.layout,
         squares,
         residual,
         dq,
         dv,
         dlog_prob,
-        layout.tokens,
-        layout.length,
-        2 / normalizer,
-        PER_TOKEN=per_token,
-        LEVEL=LEVELS[level],
-        SEMI_GRADIENT=semi_gradient,
+        run.tokens,
+        run.length,
+        2 / divisor,
+        PER_TOKEN=reference.returns is None,
+        LEVEL=int(options.level),
+        SEMI_GRADIENT=options.semi_gradient,
     )
-    return (squares.sum() / normalizer).to(q.dtype), residual, dq, dv, dlog_prob
+    return LossTerms((squares.sum() / divisor).to(q.dtype), residual, dq, dv, dlog_prob)
 
 
-def bellman_loss_backward(
-    d_loss: Tensor,
-    d_residual: Tensor,
-    unit: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dv, dlog_prob per token, from the cotangents at d_loss = 1 and the upstream gradients."""
-    if unit[0].dtype == torch.float64:
-        return portable.bellman_loss_backward(d_loss, d_residual, unit, mask, cu_seqlens)
-    layout = _Layout(unit[0], mask, cu_seqlens)
-    dq, dv, dlog_prob = (x.new_zeros(x.shape) for x in unit)
-    layout.launch(
+def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
+    """See Backend.bellman_loss_backward."""
+    if unit.dq.dtype == torch.float64:
+        return portable.bellman_loss_backward(d_loss, d_residual, unit, layout)
+    run = _Launch(unit.dq, layout)
+    out = UnitGradients(*(x.new_zeros(x.shape) for x in unit))
+    run(
         loss_backward_kernel,
         d_loss.contiguous(),
         d_residual.contiguous(),
-        *(x.contiguous() for x in unit),
-        *layout.arguments,
-        dq,
-        dv,
-        dlog_prob,
-        layout.tokens,
-        layout.length,
+        *_contiguous(unit),
+        *run.layout,
+        *out,
+        run.tokens,
+        run.length,
     )
-    return dq, dv, dlog_prob
+    return out
+
+
+def _contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]

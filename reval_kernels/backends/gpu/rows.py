@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...contract import Cotangents, RowValues, Statistics, Tokens, Transform
 from .. import portable
-from ..rows import Transform
 from .common import (
     LOG2E,
     LOWEST,
     capped,
-    check_tokens,
     expm1,
     exponent_of,
     join,
@@ -146,7 +145,8 @@ def row_backward(
 ):
     """Program (n, k) writes the gradient of `blocks` blocks of row n. `out` may be `logits` itself.
 
-    METHOD.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v; d entropy / dz = -p (log p + H).
+    docs/method.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v. And
+    d entropy / dz = -p (log p + entropy).
     """
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = logits + (token // inner) * stride_outer + (token % inner) * stride_inner
@@ -199,46 +199,42 @@ def row_backward(
         tl.store(out_row + column.to(tl.int64) * out_stride_v, g.to(out.dtype.element_ty), mask=inside)
 
 
-def token_values(
-    logits: Tensor, actions: Tensor, mask: Tensor | None, transform: Transform, with_entropy: bool
-) -> tuple[Tensor, ...]:
-    """Per token [...]: q, v, log_prob, entropy, and the row's max and log_sum that the backward needs."""
+def token_values(logits: Tensor, tokens: Tokens, transform: Transform, with_entropy: bool) -> RowValues:
+    """See Backend.token_values."""
     strides = two_strides(logits)
     if strides is None or logits.dtype == torch.float64:
-        return portable.token_values(logits, actions, mask, transform, with_entropy)
-    check_tokens(actions, mask, logits.shape[-1], transform)
-    out = new_values(logits, mask, 6)
-    forward(logits, strides, actions, mask, transform, with_entropy, out)
-    return tuple(out)
+        return portable.token_values(logits, tokens, transform, with_entropy)
+    out = new_values(logits, tokens.mask)
+    forward(logits, strides, tokens, transform, with_entropy, out)
+    return out
 
 
 def forward(
     logits: Tensor,
     strides: tuple[int, int, int],
-    actions: Tensor,
-    mask: Tensor | None,
+    tokens: Tokens,
     transform: Transform,
     with_entropy: bool,
-    out: list[Tensor],
+    out: RowValues,
 ) -> None:
     """The six numbers of every unmasked row, written to `out`."""
-    tokens, vocabulary = actions.numel(), logits.shape[-1]
-    if tokens == 0:
+    count, vocabulary = tokens.actions.numel(), logits.shape[-1]
+    if count == 0:
         return
-    block, warps, blocks, splits = layout(vocabulary)
-    mask = None if mask is None else mask.contiguous()
-    parts = out[0].new_empty(4, tokens, splits) if splits > 1 else None
+    block, warps, blocks, splits = row_blocks(vocabulary)
+    mask = None if tokens.mask is None else tokens.mask.contiguous()
+    parts = out.q.new_empty(4, count, splits) if splits > 1 else None
     per_token, temperature = temperatures(transform)
     launch(
         row_forward,
-        (tokens, splits),
+        (count, splits),
         logits,
-        actions.contiguous(),
+        tokens.actions.contiguous(),
         mask,
         per_token,
         parts,
         *out,
-        tokens,
+        count,
         vocabulary,
         strides[0],
         blocks,
@@ -252,25 +248,24 @@ def forward(
         BLOCK=block,
         num_warps=warps,
     )
-    if splits > 1:
+    if parts is not None:
         merge_parts(parts, None, mask, transform, with_entropy, out)
 
 
 def token_values_backward(
     logits: Tensor,
-    actions: Tensor,
-    mask: Tensor | None,
+    tokens: Tokens,
     transform: Transform,
-    statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...],
+    statistics: Statistics,
+    cotangents: Cotangents,
     inplace: bool,
 ) -> Tensor:
-    """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
+    """See Backend.token_values_backward."""
     strides = two_strides(logits)
     if strides is None or logits.dtype == torch.float64:
-        return portable.token_values_backward(logits, actions, mask, transform, statistics, cotangents, inplace)
+        return portable.token_values_backward(logits, tokens, transform, statistics, cotangents, inplace)
     out = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backward(logits, strides, out, actions, mask, transform, statistics, cotangents)
+    backward(logits, strides, out, tokens, transform, statistics, cotangents)
     return out
 
 
@@ -278,26 +273,25 @@ def backward(
     logits: Tensor,
     strides: tuple[int, int, int],
     out: Tensor,
-    actions: Tensor,
-    mask: Tensor | None,
+    tokens: Tokens,
     transform: Transform,
-    statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...],
+    statistics: Statistics,
+    cotangents: Cotangents,
 ) -> None:
     """The gradient of every row, 0 where masked out, written to `out` (of any dtype; it may be the logits)."""
-    tokens, vocabulary = actions.numel(), logits.shape[-1]
-    if tokens == 0:
+    count, vocabulary = tokens.actions.numel(), logits.shape[-1]
+    if count == 0:
         return
-    block, warps, blocks, splits = layout(vocabulary)
+    block, warps, blocks, splits = row_blocks(vocabulary)
     per_token, temperature = temperatures(transform)
     out_strides = strides if out is logits else (strides[0], strides[0] * vocabulary, vocabulary)
     launch(
         row_backward,
-        (tokens, splits),
+        (count, splits),
         logits,
         out,
-        actions.contiguous(),
-        None if mask is None else mask.contiguous(),
+        tokens.actions.contiguous(),
+        None if tokens.mask is None else tokens.mask.contiguous(),
         per_token,
         *(x.contiguous() for x in (*statistics, *cotangents)),
         vocabulary,
@@ -315,7 +309,7 @@ def backward(
     )
 
 
-def layout(vocabulary: int) -> tuple[int, int, int, int]:
+def row_blocks(vocabulary: int) -> tuple[int, int, int, int]:
     """Block size, warps, blocks a program, programs a row. docs/kernels.md says why."""
     block = min(4096, triton.next_power_of_2(vocabulary))
     blocks = triton.cdiv(vocabulary, block)

@@ -7,7 +7,7 @@ token's numbers never depend on who asks, nor on how many tokens come with it: a
 exactly 0, and a logit computed again is the same to the bit, without which a confident state's gradient would be
 noise.
 
-With gradient: chunks of tokens or whole trajectories through the drivers in portable.py. `row_backward` of rows.py
+With gradient: chunks of tokens or whole trajectories through the drivers in chunks.py. `row_backward` of rows.py
 turns a chunk's logits into their gradient, and the library's matmuls turn that into those of hidden and weight: 6 N V D
 operations where the loss is known by trajectory (`linear_reval_loss`; 4 N V D where the head is frozen), 8 N V D where
 the upstream gradient comes later. Only unmasked tokens are worked on.
@@ -24,15 +24,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import portable
-from .. import triton as backend
-from ..rows import Transform
+from ...contract import (
+    BellmanOptions,
+    Cotangents,
+    HeadGradients,
+    HeadInputs,
+    Layout,
+    LossAndGradients,
+    Needs,
+    Reference,
+    RowValues,
+    Statistics,
+    Tokens,
+    Transform,
+    keeps_wide_gradients,
+)
+from .. import gpu, portable
+from ..chunks import ChunkedHead, recompute_gradients, values_by_chunks, whole_trajectory_loss
+from ..tokens import Index
 from . import rows
 from .bellman import bellman_loss
 from .common import (
     LOWEST,
     capped,
-    check_tokens,
     exponent_of,
     launch,
     merge_parts,
@@ -172,56 +186,49 @@ def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
 
 
 def linear_token_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    transform: Transform,
-    with_entropy: bool,
-    with_expected: bool,
-) -> tuple[Tensor, ...]:
-    """As `portable.linear_token_values`; without `expected` no logits are written down."""
+    head: HeadInputs, tokens: Tokens, transform: Transform, with_entropy: bool, with_expected: bool
+) -> tuple[RowValues, Tensor]:
+    """See Backend.linear_token_values. Without `expected` no logits are written down."""
+    hidden, weight, _ = head
     if with_expected:
-        head = _head_type(hidden, weight)(hidden, weight, bias, (True, False, False), wide=True)
-        return portable.values_by_chunks(head, actions, mask, transform, with_entropy)
-    if not _same_dtype(hidden, weight):
-        return portable.linear_token_values(hidden, weight, bias, actions, mask, transform, with_entropy, False)
-    check_tokens(actions, mask, len(weight), transform)
-    out = new_values(hidden, mask, 6)
-    index = _unmasked(actions, mask)
+        chunked = _chunked(head, Needs(True, False, False), wide=True)
+        return values_by_chunks(chunked, tokens, transform, with_entropy)
+    if not _takes(head):
+        return portable.linear_token_values(head, tokens, transform, with_entropy, False)
+    out = new_values(hidden, tokens.mask)
+    index = _unmasked(tokens)
     _forward(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+        head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
         index,
-        actions.reshape(-1)[index],
+        tokens.actions.reshape(-1)[index],
         transform.flattened().at((index,)),
         with_entropy,
         None,
         out,
     )
-    return *out, out[0].new_empty(0)
+    return out, out.q.new_empty(0)
 
 
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadInputs,
     index: Tensor,
     actions: Tensor,
     transform: Transform,
     with_entropy: bool,
     logits: Tensor | None,
-    out: list[Tensor] | None,
+    out: RowValues | None,
 ) -> None:
-    """For the tokens index [M] of hidden [N, D], with actions and temperatures [M]: writes logits [M, V] and `out`."""
+    """Launch the kernel for the tokens index [M] of hidden [N, D], with actions and temperatures [M].
+
+    Writes logits [M, V] and the values `out`; either may be None.
+    """
+    hidden, weight, bias = head
     rows, (vocabulary, width) = len(index), weight.shape
     if rows == 0:
         return
     shape = fitted_tile(hidden, weight)
     blocks, tiles = triton.cdiv(rows, shape.rows), triton.cdiv(vocabulary, shape.words)
-    parts = hidden.new_empty(4, rows, tiles, dtype=torch.float32) if out else None
+    parts = None if out is None else hidden.new_empty(4, rows, tiles, dtype=torch.float32)
     per_token, temperature = temperatures(transform)
     launch(
         linear_forward,
@@ -245,130 +252,114 @@ def _forward(
         ENTROPY=with_entropy,
         **shape.constants(width),
     )
-    if out:
+    if out is not None and parts is not None:
         merge_parts(parts, index, None, transform, with_entropy, out)
 
 
 def linear_token_values_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
+    head: HeadInputs,
+    tokens: Tokens,
     transform: Transform,
-    statistics: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias (empty where not needed); the logits are computed anew by chunks."""
-    head = _head_type(hidden, weight)(hidden, weight, bias, needs)
-    return portable.recompute_gradients(head, actions, mask, transform, statistics, cotangents)
+    statistics: Statistics,
+    cotangents: Cotangents,
+    needs: Needs,
+) -> HeadGradients:
+    """See Backend.linear_token_values_backward. The logits are computed again by chunks."""
+    return recompute_gradients(_chunked(head, needs), tokens, transform, statistics, cotangents)
 
 
 def linear_reval_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadInputs,
     actions: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: Layout,
     transform: Transform,
-    reference: tuple[Tensor, ...],
+    reference: Reference,
     rewards: Tensor,
-    beta: float,
-    level: str,
-    semi_gradient: bool,
-    normalizer: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, residual [B], and the loss's gradients of hidden, weight and bias (empty where not needed).
+    options: BellmanOptions,
+    needs: Needs,
+) -> LossAndGradients:
+    """See Backend.linear_reval_loss.
 
-    Trajectories of more than LINEAR_CHUNK // V actions together do not fit one chunk; one alone that does not has its
-    logits computed twice (8 N V D operations).
+    A chunk holds trajectories of at most LINEAR_CHUNK // V actions together. A single longer trajectory has its logits
+    computed twice (8 N V D operations).
     """
-    wide = portable.wide_loss(hidden, weight, bias)
-    head = _head_type(hidden, weight)(hidden.reshape(-1, hidden.shape[-1]), weight, bias, needs, wide)
-    return portable.whole_trajectory_loss(
-        head,
-        hidden.shape,
-        actions,
-        mask,
-        cu_seqlens,
-        transform,
-        reference,
-        rewards,
-        beta,
-        level,
-        semi_gradient,
-        normalizer,
-    )
+    shape = head.hidden.shape
+    flat = head._replace(hidden=head.hidden.reshape(-1, shape[-1]))
+    chunked = _chunked(flat, needs, keeps_wide_gradients(head))
+    return whole_trajectory_loss(chunked, shape, actions, layout, transform, reference, rewards, options)
 
 
-class Head(portable.Head):
-    """One chunk on the GPU: row kernels between matmuls whose operands stay narrow and whose results are fp32."""
+class GPUChunkedHead(ChunkedHead):
+    """One chunk on the GPU: row kernels between matmuls whose operands stay narrow and whose results are float32."""
 
     bellman_loss = staticmethod(bellman_loss)
 
     @property
     def size(self) -> int:
-        return max(1, backend.LINEAR_CHUNK // len(self.weight))
+        return max(1, gpu.LINEAR_CHUNK // len(self.weight))
 
     @property
     def narrow(self) -> bool:
         # AMD builds of torch have no matmul from bf16 to fp32; there the weight is widened a part at a time
         return self.weight.dtype == torch.bfloat16 and torch.version.hip is None
 
-    def logits(self, at: tuple[Tensor, ...]) -> Tensor:
+    def logits(self, at: Index) -> Tensor:
         hidden = self.hidden[at]
         logits = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
         everything = torch.arange(len(hidden), device=hidden.device)
-        _forward(hidden, self.weight, self.bias, everything, everything, Transform(), False, logits, None)
+        head = HeadInputs(hidden, self.weight, self.bias)
+        _forward(head, everything, everything, Transform(), False, logits, None)
         return logits
 
     def values(
-        self, at: tuple[Tensor, ...], actions: Tensor, transform: Transform, with_entropy: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, at: Index, actions: Tensor, transform: Transform, with_entropy: bool = False
+    ) -> tuple[Tensor, RowValues]:
         hidden = self.hidden[at]
         logits = torch.empty(len(hidden), len(self.weight), dtype=torch.float32, device=hidden.device)
         everything = torch.arange(len(hidden), device=hidden.device)
-        out = new_values(hidden, None, 6)
-        _forward(hidden, self.weight, self.bias, everything, actions, transform, with_entropy, logits, out)
-        return logits, tuple(out)
+        out = new_values(hidden, None)
+        head = HeadInputs(hidden, self.weight, self.bias)
+        _forward(head, everything, actions, transform, with_entropy, logits, out)
+        return logits, out
 
     def add_gradient_(
         self,
-        at: tuple[Tensor, ...],
+        at: Index,
         logits: Tensor,
         actions: Tensor,
         transform: Transform,
-        statistics: tuple[Tensor, ...],
-        cotangents: tuple[Tensor, ...],
+        statistics: Statistics,
+        cotangents: Cotangents,
     ) -> None:
-        narrow = self.narrow and not self.needs[2]
+        narrow = self.narrow and not self.needs.needs_bias
         dlogits = torch.empty_like(logits, dtype=torch.bfloat16) if narrow else logits
-        rows.backward(logits, rows.two_strides(logits), dlogits, actions, None, transform, statistics, cotangents)
-        self.gather(at, dlogits)
+        strides = (len(logits), 0, logits.stride(0))  # one run of rows: see two_strides
+        rows.backward(logits, strides, dlogits, Tokens(actions, None), transform, statistics, cotangents)
+        self.add_dlogits(at, dlogits)
 
-    def gather(self, at: tuple[Tensor, ...], dlogits: Tensor) -> None:
-        """bf16 operands stay narrow in the matmuls. A bias wants the sum of what was not rounded; a rare word's p is 0
-        in fp16, so that dtype is widened."""
+    def add_dlogits(self, at: Index, dlogits: Tensor) -> None:
+        """bf16 operands stay narrow in the matmuls. The bias takes the sum before dlogits are rounded. fp16 is widened:
+        a rare word's p would be 0 in it."""
         if not self.narrow:
-            return super().gather(at, dlogits)
-        if self.needs[2]:
+            return super().add_dlogits(at, dlogits)
+        if self.needs.needs_bias:
             self.d_bias += dlogits.sum(0)
         dlogits = dlogits.bfloat16()
-        if self.needs[0]:
+        if self.needs.needs_hidden:
             self.d_hidden[at] = _product(dlogits, self.weight).to(self.d_hidden.dtype)
-        if self.needs[1]:
+        if self.needs.needs_weight:
             _add_product_(self.d_weight, dlogits.T, self.hidden[at])
+        return None
 
 
-def _head_type(hidden: Tensor, weight: Tensor) -> type[portable.Head]:
-    return Head if _same_dtype(hidden, weight) else portable.Head
+def _chunked(head: HeadInputs, needs: Needs, wide: bool = False) -> ChunkedHead:
+    kind = GPUChunkedHead if _takes(head) else ChunkedHead
+    return kind(head, needs, wide)
 
 
-def _same_dtype(hidden: Tensor, weight: Tensor) -> bool:
-    """What the kernel takes: operands of one dtype, and not float64; at least one of them."""
+def _takes(head: HeadInputs) -> bool:
+    """Whether the kernel takes these operands: of one dtype, which is not float64."""
+    hidden, weight, _ = head
     return hidden.dtype == weight.dtype and hidden.dtype != torch.float64 and hidden.shape[-1] > 0
 
 
@@ -387,8 +378,9 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-def _unmasked(actions: Tensor, mask: Tensor | None) -> Tensor:
+def _unmasked(tokens: Tokens) -> Tensor:
     """Flat indices [M] of the unmasked tokens. With a mask the CPU waits here: the grid depends on M."""
+    actions, mask = tokens
     if mask is None:
         return torch.arange(actions.numel(), device=actions.device)
     return mask.reshape(-1).nonzero()[:, 0]
@@ -400,4 +392,5 @@ def _shared_memory(device: torch.device) -> int:
         return 227 * 1024
     if torch.version.hip is not None:
         return 64 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the next name
+    return properties.shared_memory_per_block_optin

@@ -1,0 +1,119 @@
+"""TD targets and Bellman losses in PyTorch, on vectors of a few numbers a token.
+
+The portable backend and float64 tensors on every backend use these functions. The faster ones are cpu/bellman.cpp and
+gpu/bellman.py.
+
+Letters: B trajectories, L actions of the longest one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import BellmanOptions, Layout, Level, LossTerms, Reference, UnitGradients
+from ..types import TokenValues
+from .trajectories import Trajectories, next_state
+
+
+def td_targets(
+    values: TokenValues,
+    reference: Reference,
+    rewards: Tensor,
+    layout: Layout,
+    beta: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See Backend.td_targets."""
+    assert reference.q_ref is not None and reference.v_ref is not None, "td_targets takes the reference's token values"
+    q, v = values.q, values.v
+    of = Trajectories(q.shape, q.device, layout)
+    q_ref, v_ref = (of.rows(x.to(q.dtype)) for x in (reference.q_ref, reference.v_ref))
+    q, v_next, v_ref_next = of.rows(q), next_state(of.rows(v)), next_state(v_ref)
+    outcome = torch.where(of.last, _scaled(rewards, beta, q)[:, None], 0)
+    endogenous = q_ref - gamma * v_ref_next
+    # policy minus reference before anything else: exactly 0 where they agree
+    error = (q - q_ref) - gamma * (v_next - v_ref_next) - outcome
+    return (
+        of.tokens(endogenous + outcome + gamma * v_next),
+        of.tokens(error),
+        of.tokens(torch.where(of.valid, endogenous, 0)),
+    )
+
+
+def td_targets_backward(d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float) -> tuple[Tensor, Tensor]:
+    """See Backend.td_targets_backward."""
+    of = Trajectories(d_error.shape, d_error.device, layout)
+    d_error = of.rows(d_error)
+    return of.tokens(d_error), of.tokens(_previous_state(gamma * (of.rows(d_target) - d_error)))
+
+
+def bellman_loss(
+    values: TokenValues,
+    reference: Reference,
+    rewards: Tensor,
+    layout: Layout,
+    options: BellmanOptions,
+) -> LossTerms:
+    """See Backend.bellman_loss."""
+    of = Trajectories(values.q.shape, values.q.device, layout)
+    q, v, log_prob = (of.rows(x) for x in values[:3] if x is not None)
+    outcome = _scaled(rewards, options.beta, q)
+    if reference.returns is not None:
+        d_q, d_v, d_log = q, v, log_prob
+        residual = _first(v) + log_prob.sum(1) - reference.returns.to(q.dtype) - outcome
+    else:
+        # policy minus reference before anything else: exactly 0 where they agree
+        d_q, d_v, d_log = (
+            x - of.rows(ref.to(x.dtype))
+            for x, ref in zip((q, v, log_prob), reference[:3], strict=True)
+            if ref is not None
+        )
+        residual = _first(d_v) + d_log.sum(1) - outcome
+    residual = torch.where(of.counts > 0, residual, 0)
+
+    divisor = options.divisor(len(rewards))
+    scale = 2 / divisor
+    dq, dv, dlog = (torch.zeros_like(q) for _ in range(3))
+    if options.level == Level.TRAJECTORY:
+        terms = residual
+        dv[:, :1] = scale * residual[:, None]
+        dlog += scale * residual[:, None]
+    elif options.level == Level.TOKEN:
+        terms = torch.where(of.valid, d_q - next_state(d_v) - torch.where(of.last, outcome[:, None], 0), 0)
+        dq += scale * terms
+        if not options.semi_gradient:
+            dv = _previous_state(-scale * terms)
+    else:
+        assert options.level == Level.SUBTRAJECTORY, options.level
+        # the sum over k >= h of d_k telescopes
+        to_go = d_log.flip(1).cumsum(1).flip(1)
+        terms = torch.where(of.valid, d_v + to_go - outcome[:, None], 0)
+        dv += scale * terms
+        dlog = (scale * terms).cumsum(1)
+    loss = terms.square().sum() / divisor
+    return LossTerms(loss, residual, of.tokens(dq), of.tokens(dv), of.tokens(dlog))
+
+
+def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
+    """See Backend.bellman_loss_backward."""
+    of = Trajectories(unit.dq.shape, unit.dq.device, layout)
+    dq, dv, dlog = (of.rows(d_loss * x) for x in unit)
+    dv[:, :1] += d_residual[:, None]
+    return UnitGradients(of.tokens(dq), of.tokens(dv), of.tokens(dlog + d_residual[:, None]))
+
+
+def _scaled(rewards: Tensor, beta: float, like: Tensor) -> Tensor:
+    return rewards.to(like.dtype) / beta
+
+
+def _first(x: Tensor) -> Tensor:
+    """The first column of [B, L], 0 where L = 0."""
+    return x[:, 0] if x.shape[1] else x.new_zeros(len(x))
+
+
+def _previous_state(d_next: Tensor) -> Tensor:
+    """The gradient of V(s_h) from that of `next_state`."""
+    out = torch.zeros_like(d_next)
+    out[:, 1:] = d_next[:, :-1]
+    return out

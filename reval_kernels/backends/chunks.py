@@ -1,0 +1,238 @@
+"""Token values, gradients and the ReVal loss from hidden states, a chunk of tokens at a time.
+
+The drivers `values_by_chunks`, `recompute_gradients` and `whole_trajectory_loss` cut the unmasked tokens into chunks.
+A `ChunkedHead` computes one chunk and adds up the gradients. The GPU backend runs the same drivers with a ChunkedHead
+of its own.
+
+Letters: N tokens, M of them unmasked, C tokens of one chunk, V words, D features, B trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..contract import (
+    BellmanOptions,
+    Cotangents,
+    HeadGradients,
+    HeadInputs,
+    Layout,
+    LossAndGradients,
+    Needs,
+    Reference,
+    RowValues,
+    Statistics,
+    Tokens,
+    Transform,
+    wide_dtype,
+)
+from ..types import TokenValues
+from .bellman import bellman_loss
+from .frozen_head import expected_cotangents
+from .rows import row_gradient_, row_values
+from .tokens import Index, chunks, per_token, unmasked, widened
+from .trajectories import Trajectories
+
+LINEAR_CHUNK = 1 << 24
+"""Logits of one chunk, in entries: 64 MiB in float32, enough for the matmuls to run at full speed."""
+
+
+class ChunkedHead:
+    """Logits = hidden @ weight.T + bias, a chunk at a time, and the gradients that add up over the chunks.
+
+    A backend with better kernels overrides `size`, `logits`, `values`, `add_gradient_` and `add_dlogits`. The weight's
+    gradient adds up in float32 (float64).
+    """
+
+    bellman_loss = staticmethod(bellman_loss)
+
+    def __init__(self, head: HeadInputs, needs: Needs, wide: bool = False):
+        """`wide`: all gradients in float32 (float64) rather than in the dtypes of the inputs."""
+        self.hidden, self.weight, self.bias = head
+        self.needs, self.wide = needs, wide
+        dtype = wide_dtype(self.hidden)
+        hidden_dtype = dtype if wide else self.hidden.dtype
+        self.d_hidden = self.hidden.new_zeros(self.hidden.shape if needs.needs_hidden else (0,), dtype=hidden_dtype)
+        self.d_weight = self.weight.new_zeros(self.weight.shape if needs.needs_weight else (0,), dtype=dtype)
+        self.d_bias = self.weight.new_zeros(len(self.weight) if needs.needs_bias else 0, dtype=dtype)
+
+    @property
+    def size(self) -> int:
+        """Tokens of one chunk."""
+        return max(1, LINEAR_CHUNK // len(self.weight))
+
+    def logits(self, at: Index) -> Tensor:
+        """[C, V] in float32 (float64) of the tokens `at`.
+
+        A bfloat16 logit near 20 is off by up to 0.06, and a residual sums thousands of them.
+        """
+        hidden = widened(self.hidden[at])
+        logits = hidden.new_empty(len(hidden), len(self.weight))
+        for words, tile in tiles(self.weight, hidden.dtype):
+            torch.mm(hidden, tile.T, out=logits[:, words])
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def values(
+        self, at: Index, actions: Tensor, transform: Transform, with_entropy: bool = False
+    ) -> tuple[Tensor, RowValues]:
+        """The logits of the tokens `at`, and the six numbers [C] of each row."""
+        logits = self.logits(at)
+        return logits, row_values(logits, actions, transform, with_entropy)
+
+    def add_gradient_(
+        self,
+        at: Index,
+        logits: Tensor,
+        actions: Tensor,
+        transform: Transform,
+        statistics: Statistics,
+        cotangents: Cotangents,
+    ) -> None:
+        """Add the gradient of the tokens `at`. Their logits may be overwritten."""
+        self.add_dlogits(at, row_gradient_(logits, actions, transform, statistics, cotangents))
+
+    def add_dlogits(self, at: Index, dlogits: Tensor) -> None:
+        """Add what the gradient [C, V] of the tokens' logits gives to hidden, weight and bias."""
+        if self.needs.needs_hidden:
+            d_hidden = dlogits.new_zeros(len(dlogits), self.weight.shape[1])
+            for words, tile in tiles(self.weight, dlogits.dtype):
+                d_hidden.addmm_(dlogits[:, words], tile)
+            self.d_hidden[at] = d_hidden.to(self.d_hidden.dtype)
+        if self.needs.needs_weight:
+            self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))
+        if self.needs.needs_bias:
+            self.d_bias += dlogits.sum(0)
+
+    def gradients(self) -> HeadGradients:
+        """The sums over all chunks so far."""
+        if self.wide:
+            return HeadGradients(self.d_hidden, self.d_weight, self.d_bias)
+        bias = self.weight if self.bias is None else self.bias
+        return HeadGradients(self.d_hidden, self.d_weight.to(self.weight.dtype), self.d_bias.to(bias.dtype))
+
+
+# --- drivers --------------------------------------------------------------------------------------------------------
+
+
+def values_by_chunks(
+    head: ChunkedHead,
+    tokens: Tokens,
+    transform: Transform,
+    with_entropy: bool,
+) -> tuple[RowValues, Tensor]:
+    """The values of each token; and `expected` [..., D] (frozen_head.py) if the head needs a gradient of its hidden
+    states, else an empty tensor."""
+    rows, actions = unmasked(tokens)
+    found: list[RowValues] = []
+    logits = None
+    for piece, at in chunks(rows, head.size):
+        logits = None  # frees the last chunk's logits before the next chunk's are made
+        logits, values = head.values(at, actions[piece], transform.at(at), with_entropy)
+        found.append(values)
+        if head.needs.needs_hidden:
+            by = expected_cotangents(values)
+            head.add_gradient_(at, logits, actions[piece], transform.at(at), values.statistics, by)
+    return per_token(found, rows, head.hidden), head.d_hidden
+
+
+def recompute_gradients(
+    head: ChunkedHead, tokens: Tokens, transform: Transform, statistics: Statistics, cotangents: Cotangents
+) -> HeadGradients:
+    """Gradients of the head's inputs; every chunk's logits are computed again."""
+    rows, actions = unmasked(tokens)
+    for piece, at in chunks(rows, head.size):
+        logits = head.logits(at)
+        head.add_gradient_(at, logits, actions[piece], transform.at(at), statistics.at(at), cotangents.at(at))
+    return head.gradients()
+
+
+def whole_trajectory_loss(
+    head: ChunkedHead,
+    shape: torch.Size,
+    actions: Tensor,
+    layout: Layout,
+    transform: Transform,
+    reference: Reference,
+    rewards: Tensor,
+    options: BellmanOptions,
+) -> LossAndGradients:
+    """`linear_reval_loss` for hidden states of this shape [..., D], which `head` holds as [N, D].
+
+    A chunk is made of whole trajectories. So its residuals are complete and its gradient is known while its logits
+    still exist: 6 M V D operations instead of 8. A trajectory longer than a chunk has its logits computed twice.
+    """
+    trajectories = Trajectories(shape[:-1], actions.device, layout)
+    _, actions = unmasked(Tokens(actions, layout.mask))
+    transform = transform.flattened()
+    options = options._replace(
+        normalizer=torch.tensor(options.divisor(len(rewards)), dtype=torch.float64, device="cpu")
+    )
+    loss = widened(head.hidden.new_zeros(()))
+    residual = loss.new_zeros(len(trajectories.counts))
+
+    for some, span in whole_trajectories(trajectories.counts.tolist(), head.size):
+        tokens, taken, lengths = trajectories.actions[span], actions[span], trajectories.counts[some]
+        logits, found = None, []
+        pieces = list(chunks((tokens,), head.size))
+        for piece, at in pieces:
+            logits = None  # frees the last piece's logits before the next piece's are made
+            logits, values = head.values(at, taken[piece], transform.at(at))
+            found.append(values)
+        values = RowValues(*(torch.cat(x) for x in zip(*found, strict=True)))
+        terms = head.bellman_loss(
+            TokenValues(values.q, values.v, values.log_prob),
+            _of_trajectories(reference, some, tokens),
+            rewards[some],
+            Layout(None, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])),
+            options,
+        )
+        loss += terms.loss
+        residual[some] = terms.residual
+        if not any(head.needs):
+            continue
+        cotangents = Cotangents(*terms.unit, torch.zeros_like(values.entropy))
+        for piece, at in pieces:
+            if logits is None or len(pieces) > 1:
+                logits = head.logits(at)
+            of = transform.at(at)
+            head.add_gradient_(at, logits, taken[piece], of, values.statistics.at(piece), cotangents.at(piece))
+    d_hidden, d_weight, d_bias = head.gradients()
+    d_hidden = d_hidden.view(shape) if head.needs.needs_hidden else d_hidden
+    return LossAndGradients(loss, residual, d_hidden, d_weight, d_bias)
+
+
+def _of_trajectories(reference: Reference, some: slice, tokens: Tensor) -> Reference:
+    """The reference of some trajectories, whose tokens are these."""
+    returns = None if reference.returns is None else reference.returns[some]
+    q, v, log_prob = (None if x is None else x.reshape(-1)[tokens] for x in reference[:3])
+    return Reference(q, v, log_prob, returns)
+
+
+# --- cutting --------------------------------------------------------------------------------------------------------
+
+
+def whole_trajectories(counts: list[int], size: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of trajectories with at most `size` actions together (one alone may have more), and their actions.
+
+    Example: counts [3, 4, 2] and size 7 give trajectories 0 to 1 with actions 0 to 6, then trajectory 2 with 7 to 8.
+    """
+    first, start, held = 0, 0, 0
+    for b, count in enumerate(counts):
+        if held and held + count > size:
+            yield slice(first, b), slice(start, start + held)
+            first, start, held = b, start + held, 0
+        held += count
+    if held:
+        yield slice(first, len(counts)), slice(start, start + held)
+
+
+def tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head's rows in the dtype of the computation. A narrower weight is widened a part at a time, so that the whole
+    head never exists twice."""
+    size = len(weight) if weight.dtype == dtype else max(1, LINEAR_CHUNK // 4 // max(1, weight.shape[1]))
+    for start in range(0, len(weight), size):
+        words = slice(start, min(start + size, len(weight)))
+        yield words, weight[words].to(dtype)

@@ -1,0 +1,50 @@
+"""The gradient of hidden states alone, without forming logits again.
+
+Where the head is frozen, `expected` [..., D] = sum over all words but the action of p * dz/dlogit * weight[word] holds
+all that the gradient of the hidden states needs of the logits, whatever the upstream gradient is. The forward adds
+`expected` up beside the values: 4 N V D operations in place of 6 N V D. The action stays out of the sum, because a
+confident state's 1 - p would be lost beside its p.
+
+Letters: C tokens of one chunk, N tokens, V words, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import Cotangents, HeadInputs, RowValues, Tokens, Transform, UnitGradients
+from .rows import divisor_of, softcap_slope
+from .tokens import chunks, unmasked, widened
+
+ENTRIES = 1 << 21
+"""Entries of the weight's rows that one chunk gathers."""
+
+
+def expected_cotangents(values: RowValues) -> Cotangents:
+    """The cotangents [C] whose gradient of the hidden states is `expected`.
+
+    They are those of -log_prob, without the action's own term: dq cancels what the rule gives to the action.
+    """
+    zero, one = torch.zeros_like(values.log_prob), torch.ones_like(values.log_prob)
+    return Cotangents(-values.log_prob.expm1(), zero, -one, zero)
+
+
+def gradient_of_hidden(
+    expected: Tensor, head: HeadInputs, tokens: Tokens, transform: Transform, log_prob: Tensor, by: UnitGradients
+) -> Tensor:
+    """d_hidden [..., D] in the dtype of the hidden states; `by` holds dq, dv and dlog_prob [...]."""
+    hidden, weight, bias = head
+    rows, actions = unmasked(tokens)
+    d_hidden = hidden.new_zeros(hidden.shape)
+    for piece, at in chunks(rows, ENTRIES // max(1, hidden.shape[-1])):
+        word, of = weight[actions[piece]].to(expected.dtype), transform.at(at)
+        log_pi, dq, dv, dlog = (x[at][:, None] for x in (log_prob, *by))
+        at_action = dq + dv * log_pi.exp() - dlog * log_pi.expm1()  # as in row_gradient_
+        if of.softcap is not None:
+            logit = (widened(hidden[at]) * word).sum(-1, keepdim=True)
+            logit = logit if bias is None else logit + bias[actions[piece]][:, None]
+            at_action = at_action * softcap_slope(logit, of.softcap)
+        at_action = at_action / divisor_of(of)
+        d_hidden[at] = ((dv - dlog) * expected[at] + at_action * word).to(hidden.dtype)
+    return d_hidden

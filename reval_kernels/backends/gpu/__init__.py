@@ -1,0 +1,58 @@
+"""GPU kernels in Triton, for NVIDIA and AMD; on CPU tensors they run in Triton's interpreter (TRITON_INTERPRET=1).
+
+Importing this package imports no Triton: `import reval_kernels` must work, and be quick, on machines without Triton.
+The first use of a function loads the function from its file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bellman import bellman_loss, bellman_loss_backward, td_targets, td_targets_backward
+    from .linear import linear_reval_loss, linear_token_values, linear_token_values_backward
+    from .rows import token_values, token_values_backward
+
+__all__ = [
+    "DEVICES",
+    "bellman_loss",
+    "bellman_loss_backward",
+    "linear_reval_loss",
+    "linear_token_values",
+    "linear_token_values_backward",
+    "missing",
+    "td_targets",
+    "td_targets_backward",
+    "token_values",
+    "token_values_backward",
+]
+
+DEVICES: tuple[str, ...] | None = ("cuda",)  # torch calls AMD GPUs by the same name
+LINEAR_CHUNK = 1 << 28
+"""Logits of one chunk, in entries: 1 GiB in float32, 1766 tokens of Qwen's vocabulary. The reason is in
+docs/kernels.md."""
+
+_FILES = {
+    "token_values": "rows",
+    "token_values_backward": "rows",
+    "linear_token_values": "linear",
+    "linear_token_values_backward": "linear",
+    "linear_reval_loss": "linear",
+    "td_targets": "bellman",
+    "td_targets_backward": "bellman",
+    "bellman_loss": "bellman",
+    "bellman_loss_backward": "bellman",
+}
+
+
+def missing() -> str | None:
+    """Triton is all that these kernels need; a GPU is asked for by the tensors."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FILES:
+        return getattr(importlib.import_module(f".{_FILES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

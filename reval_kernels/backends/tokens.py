@@ -1,0 +1,45 @@
+"""The unmasked tokens of a call, cut into chunks, and results put back in their places.
+
+Letters: `...` is [B, T] or [N], M unmasked tokens, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..contract import RowValues, Tokens, wide_dtype
+
+Index = tuple[Tensor, ...]
+"""Where tokens lie: one tensor [C] for each of the dimensions `...`."""
+
+
+def unmasked(tokens: Tokens) -> tuple[Index, Tensor]:
+    """Where the unmasked tokens lie, and their actions [M] as int64."""
+    actions, mask = tokens
+    rows = (torch.ones_like(actions, dtype=torch.bool) if mask is None else mask).nonzero(as_tuple=True)
+    return rows, actions[rows].long()
+
+
+def chunks(rows: Index, size: int) -> Iterator[tuple[slice, Index]]:
+    """Pieces of at most `size` tokens: their places among the unmasked tokens, and among all tokens."""
+    size = max(1, size)
+    for start in range(0, len(rows[0]), size):
+        piece = slice(start, min(start + size, len(rows[0])))
+        yield piece, tuple(index[piece] for index in rows)
+
+
+def per_token(pieces: list[RowValues], rows: Index, like: Tensor) -> RowValues:
+    """The pieces' numbers [C] joined and put in their places [...], 0 elsewhere."""
+    out = RowValues(*(like.new_zeros(like.shape[:-1], dtype=wide_dtype(like)) for _ in RowValues._fields))
+    if pieces:
+        for x, found in zip(out, zip(*pieces, strict=True), strict=True):
+            x[rows] = torch.cat(found)
+    return out
+
+
+def widened(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it has that dtype already."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,348 @@
+"""The contract between the public functions and the backends: groups of arguments, groups of results, and `Backend`.
+
+A public function checks its arguments, packs them into the groups below and calls an op of library.py. The op checks
+the data (are all actions inside the vocabulary?) and calls one function of a `Backend`. A backend therefore receives
+valid groups and checks nothing.
+
+Letters: `...` is [B, T] (padded) or [N] (packed), B trajectories, T tokens of the longest trajectory, N tokens in all,
+V words of the vocabulary, D features of a hidden state.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .types import TokenValues
+
+# --- groups of arguments --------------------------------------------------------------------------------------------
+# Each field has a type that torch.library knows, because grouped_op.py flattens the groups into an op's schema.
+
+
+class Tokens(NamedTuple):
+    """The tokens of one call."""
+
+    actions: Tensor
+    """[...] int64 or int32, the token that the policy took in each state."""
+    mask: Tensor | None
+    """[...] bool, true where the token is an action of the policy; None: every token is one."""
+
+
+class Layout(NamedTuple):
+    """Where trajectories begin and end, and which of their tokens are actions."""
+
+    mask: Tensor | None
+    """[...] bool; None: every token is an action."""
+    cu_seqlens: Tensor | None
+    """[B + 1] int32 or int64 for packed tokens [N]: trajectory b has the tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
+    None: the tokens are padded, [B, T]."""
+
+
+class Transform(NamedTuple):
+    """What happens to a logit x before anything else: softcap * tanh(x / softcap), then a division by the temperature.
+
+    Example: Transform(temperature=0.7, softcap=30.0) turns x into 30 * tanh(x / 30) / 0.7.
+    """
+
+    temperature: float = 1.0
+    """The temperature of all tokens. Unused where `temperatures` is given."""
+    temperatures: Tensor | None = None
+    """[...], one temperature for each token."""
+    softcap: float | None = None
+
+    def at(self, index: tuple[Tensor, ...]) -> Transform:
+        """The transform of the tokens at `index`, with temperatures [C]."""
+        return self if self.temperatures is None else self._replace(temperatures=self.temperatures[index])
+
+    def flattened(self) -> Transform:
+        """The same transform for tokens in one dimension, with temperatures [N]."""
+        return self if self.temperatures is None else self._replace(temperatures=self.temperatures.reshape(-1))
+
+
+class HeadInputs(NamedTuple):
+    """What logits are made of: logits = hidden @ weight.T + bias."""
+
+    hidden: Tensor
+    """[..., D]"""
+    weight: Tensor
+    """[V, D]"""
+    bias: Tensor | None
+    """[V]"""
+
+    def has(self, dtype: torch.dtype) -> bool:
+        """Whether one of the tensors has this dtype."""
+        return any(x is not None and x.dtype == dtype for x in self)
+
+
+class Needs(NamedTuple):
+    """Which gradients of `HeadInputs` the caller asks for."""
+
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+
+    @property
+    def frozen_head(self) -> bool:
+        """Whether the hidden states alone need a gradient."""
+        return self == (True, False, False)
+
+
+class Reference(NamedTuple):
+    """What the loss knows of the reference policy: token values, or one return for each trajectory."""
+
+    q_ref: Tensor | None
+    """[...]; q_ref, v_ref and log_prob_ref are given together."""
+    v_ref: Tensor | None
+    log_prob_ref: Tensor | None
+    returns: Tensor | None
+    """[B], V_ref(s_1) + sum_h log pi_ref(a_h|s_h); enough for level "trajectory". None where token values are given."""
+
+    @classmethod
+    def of(cls, given: TokenValues | Tensor) -> Reference:
+        """Either form as users pass it."""
+        return (
+            cls(None, None, None, given) if isinstance(given, Tensor) else cls(given.q, given.v, given.log_prob, None)
+        )
+
+
+class Level(IntEnum):
+    """What a Bellman loss squares (docs/method.md section 4). The numbers are those of the kernels."""
+
+    TRAJECTORY = 0
+    """The sum of a trajectory's TD errors."""
+    TOKEN = 1
+    """Each TD error."""
+    SUBTRAJECTORY = 2
+    """The sum of the TD errors from each action to the last."""
+
+
+class BellmanOptions(NamedTuple):
+    """The options of a Bellman loss. docs/extending.md says which files a new option touches."""
+
+    beta: float
+    level: int
+    """A `Level`; an op's schema has no enums."""
+    semi_gradient: bool
+    normalizer: Tensor | None
+    """[] float64 on the CPU: the sum of squares is divided by it. None: by the number of trajectories. A tensor, since
+    torch.compile would compile again for every new number."""
+
+    def divisor(self, trajectories: int) -> float:
+        """The normalizer as a number."""
+        return float(max(trajectories, 1)) if self.normalizer is None else float(self.normalizer.item())
+
+
+# --- groups of results ----------------------------------------------------------------------------------------------
+
+
+class RowValues(NamedTuple):
+    """Six numbers of each token, [...]: float32, or float64 for float64 inputs; 0 where masked out."""
+
+    q: Tensor
+    v: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    """0 where no entropy was asked for."""
+    row_max: Tensor
+    """The largest transformed logit. v = row_max + log_sum; the backward needs both parts, because v alone, near 1e4,
+    has lost the digits of log_sum."""
+    log_sum: Tensor
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the backward needs to compute probabilities again."""
+        return Statistics(self.row_max, self.log_sum, self.entropy)
+
+
+class Statistics(NamedTuple):
+    """What the backward needs of a row of logits, [...] each: log p = (z - row_max) - log_sum."""
+
+    row_max: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+
+    def at(self, index: tuple[Tensor, ...] | slice) -> Statistics:
+        """Those of the tokens at `index`."""
+        return Statistics(*(x[index] for x in self))
+
+
+class Cotangents(NamedTuple):
+    """Gradients of the loss by the outputs of token_values, [...] each."""
+
+    dq: Tensor
+    dv: Tensor
+    dlog_prob: Tensor
+    dentropy: Tensor
+
+    def at(self, index: tuple[Tensor, ...] | slice) -> Cotangents:
+        """Those of the tokens at `index`."""
+        return Cotangents(*(x[index] for x in self))
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of `HeadInputs`; an empty tensor stands for a gradient that nobody asked for."""
+
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+class LossTerms(NamedTuple):
+    """A Bellman loss, and its gradients by q, v and log_prob of every token."""
+
+    loss: Tensor
+    """[]"""
+    residual: Tensor
+    """[B]"""
+    dq: Tensor
+    dv: Tensor
+    dlog_prob: Tensor
+
+    @property
+    def unit(self) -> UnitGradients:
+        """The gradients for an upstream gradient of 1."""
+        return UnitGradients(self.dq, self.dv, self.dlog_prob)
+
+
+class UnitGradients(NamedTuple):
+    """Gradients of a Bellman loss by q, v and log_prob, [...] each, for an upstream gradient of 1."""
+
+    dq: Tensor
+    dv: Tensor
+    dlog_prob: Tensor
+
+
+class LossAndGradients(NamedTuple):
+    """A loss from hidden states, with the gradients of an upstream gradient of 1."""
+
+    loss: Tensor
+    """[]"""
+    residual: Tensor
+    """[B]"""
+    d_hidden: Tensor
+    """Empty where it is not needed; so are the other two. All in float32 (float64) if one of the inputs is float16: see
+    `keeps_wide_gradients`."""
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+# --- the functions of a backend -------------------------------------------------------------------------------------
+
+
+class Backend(Protocol):
+    """A module with these names is a backend. None of its functions records a graph for autograd.
+
+    backends/portable.py is the complete example in PyTorch. A module may import functions from a sibling for what it
+    does not do better itself.
+    """
+
+    @property
+    def DEVICES(self) -> tuple[str, ...] | None:  # noqa: N802
+        """Device types that it serves when the caller names no backend; None: every device."""
+
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine; None when it can."""
+
+    def token_values(self, logits: Tensor, tokens: Tokens, transform: Transform, with_entropy: bool, /) -> RowValues:
+        """From logits [..., V], of any strides."""
+
+    def token_values_backward(
+        self,
+        logits: Tensor,
+        tokens: Tokens,
+        transform: Transform,
+        statistics: Statistics,
+        cotangents: Cotangents,
+        inplace: bool,
+        /,
+    ) -> Tensor:
+        """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
+
+    def linear_token_values(
+        self,
+        head: HeadInputs,
+        tokens: Tokens,
+        transform: Transform,
+        with_entropy: bool,
+        with_expected: bool,
+        /,
+    ) -> tuple[RowValues, Tensor]:
+        """The values, and `expected` [..., D] (frozen_head.py); `expected` is empty unless `with_expected`."""
+
+    def linear_token_values_backward(
+        self,
+        head: HeadInputs,
+        tokens: Tokens,
+        transform: Transform,
+        statistics: Statistics,
+        cotangents: Cotangents,
+        needs: Needs,
+        /,
+    ) -> HeadGradients:
+        """Gradients in the dtypes of the inputs."""
+
+    def td_targets(
+        self,
+        values: TokenValues,
+        reference: Reference,
+        rewards: Tensor,
+        layout: Layout,
+        beta: float,
+        gamma: float,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Target, error and endogenous reward of each token, [...] (docs/method.md section 2)."""
+
+    def td_targets_backward(
+        self, d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float, /
+    ) -> tuple[Tensor, Tensor]:
+        """dq and dv, [...]."""
+
+    def bellman_loss(
+        self,
+        values: TokenValues,
+        reference: Reference,
+        rewards: Tensor,
+        layout: Layout,
+        options: BellmanOptions,
+        /,
+    ) -> LossTerms:
+        """The loss, the residuals and the gradients by q, v and log_prob (docs/method.md sections 3 and 4)."""
+
+    def bellman_loss_backward(
+        self, d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout, /
+    ) -> UnitGradients:
+        """dq, dv, dlog_prob for the upstream gradients d_loss [] and d_residual [B]."""
+
+    def linear_reval_loss(
+        self,
+        head: HeadInputs,
+        actions: Tensor,
+        layout: Layout,
+        transform: Transform,
+        reference: Reference,
+        rewards: Tensor,
+        options: BellmanOptions,
+        needs: Needs,
+        /,
+    ) -> LossAndGradients:
+        """`bellman_loss` of `linear_token_values`, with its gradients for an upstream gradient of 1."""
+
+
+# --- dtypes ---------------------------------------------------------------------------------------------------------
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of every sum over words or tokens: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def keeps_wide_gradients(head: HeadInputs) -> bool:
+    """Whether linear_reval_loss keeps its gradients in float32 (float64) until the upstream gradient is known.
+
+    In float16 a gradient below 6e-8 would become 0 before a loss scale of, say, 65536 could save it.
+    """
+    return head.has(torch.float16)

@@ -1,0 +1,116 @@
+"""torch.library ops whose Python functions take groups: named tuples of tensors and numbers.
+
+torch.library knows tensors, numbers, strings and lists, and no named tuples. `grouped_op` flattens every group of a
+function's signature into the op's schema, and puts the groups together again for the function, its fake and its
+autograd. Example: a parameter `tokens: Tokens` becomes `Tensor actions, Tensor? mask` in the schema. So a field that
+is added to a group reaches every op that takes the group.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def grouped_op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], GroupedOp[P, R]]:
+    """Register the function as the op reval_kernels::<name>; `mutates` names the flat arguments that it overwrites."""
+    return lambda function: GroupedOp(name, function, mutates)
+
+
+class GroupedOp(Generic[P, R]):
+    """A registered op. Calling it takes the groups and returns the group of results that its function declares."""
+
+    def __init__(self, name: str, function: Callable[P, R], mutates: Sequence[str]):
+        kinds = get_type_hints(function)
+        self._returned = kinds.pop("return")
+        self._groups = [kind if _is_group(kind) else None for kind in kinds.values()]
+        flat: dict[str, Any] = {}
+        for parameter, kind in kinds.items():
+            flat |= get_type_hints(kind) if _is_group(kind) else {parameter: kind}
+        self._inputs = len(flat)
+
+        takes_groups: Callable[..., R] = function
+
+        def run(*inputs: Any) -> Any:
+            return tuple_of(takes_groups(*self._grouped(inputs)))
+
+        # torch.library reads the schema off the signature
+        parameters = [
+            inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in flat.items()
+        ]
+        setattr(run, "__signature__", inspect.Signature(parameters, return_annotation=_flat_result(self._returned)))  # noqa: B010
+        self.definition = torch.library.custom_op(f"reval_kernels::{name}", run, mutates_args=mutates)
+
+    def __call__(self, *groups: P.args, **none: P.kwargs) -> R:
+        return regrouped(self._returned, self.definition(*flatten(groups)))
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        """`function` takes the groups and returns new tensors of the results' shapes and dtypes."""
+        self.definition.register_fake(lambda *inputs: tuple_of(function(*self._grouped(inputs))))
+
+    def register_autograd(self, backward: Callable[..., tuple], save: Callable[..., None]) -> None:
+        """`save(ctx, groups, output)` keeps what `backward(ctx, *upstream)` needs.
+
+        `backward` returns the gradients of the first flat inputs; the inputs after them are constants.
+        """
+
+        def padded(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            gradients = backward(ctx, *upstream)
+            return *gradients, *(None,) * (self._inputs - len(gradients))
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            save(ctx, self._grouped(inputs), output)
+
+        self.definition.register_autograd(padded, setup_context=setup)
+
+    def _grouped(self, inputs: Sequence[Any]) -> list[Any]:
+        """The arguments of the function, from the flat arguments of the op."""
+        out, start = [], 0
+        for group in self._groups:
+            size = len(group._fields) if group else 1
+            out.append(group(*inputs[start : start + size]) if group else inputs[start])
+            start += size
+        return out
+
+
+def flatten(groups: Sequence[Any]) -> list[Any]:
+    """All fields of the groups, and what is no group as it is."""
+    return [x for group in groups for x in (group if isinstance(group, tuple) else (group,))]
+
+
+def tuple_of(result: Any) -> Any:
+    """A group of results as the plain tuple that an op returns."""
+    return tuple(flatten(result)) if isinstance(result, tuple) else result
+
+
+def regrouped(kind: Any, result: Any) -> Any:
+    """The plain tuple that an op returns, as the group or the tuple of groups that `kind` says."""
+    if _is_group(kind):
+        return kind(*result)
+    out, start = [], 0
+    for part in get_args(kind):
+        size = len(part._fields) if _is_group(part) else 1
+        out.append(part(*result[start : start + size]) if _is_group(part) else result[start])
+        start += size
+    return tuple(out) if out else result
+
+
+def _is_group(kind: Any) -> bool:
+    return hasattr(kind, "_fields")
+
+
+def _flat_result(kind: Any) -> Any:
+    """The flat type of what a function returns: a group, a tuple of tensors and groups, one tensor, or None."""
+    if _is_group(kind):
+        return tuple[(Tensor,) * len(kind._fields)]  # type: ignore[misc]  # a type made at run time
+    if kinds := get_args(kind):
+        flat = [Tensor for k in kinds for _ in (k._fields if _is_group(k) else (k,))]
+        return tuple[tuple(flat)]  # type: ignore[misc]
+    return None if kind is type(None) else kind

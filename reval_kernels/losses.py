@@ -1,0 +1,249 @@
+"""TD targets and Bellman losses: from token values, from logits, and straight from hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, library
+from .contract import BellmanOptions, HeadInputs, Layout, Needs, Reference
+from .types import BellmanLoss, TDTargets, TokenValues
+from .values import token_values, transform_of
+
+
+def td_targets(
+    values: TokenValues,
+    reference: TokenValues,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    gamma: float = 1.0,
+    backend: str | None = None,
+) -> TDTargets:
+    """TD target, TD error and endogenous reward of every action.
+
+    With h the action's place in its trajectory of H actions, and V(s_{H+1}) = 0 (arXiv 2603.23355, the Bellman operator
+    behind Eq. 2; the endogenous reward is that of arXiv 2506.23235):
+
+        e_h = Q_ref(s_h, a_h) - gamma V_ref(s_{h+1})
+        y_h = e_h + 1[h=H] r / beta + gamma V(s_{h+1})
+        d_h = Q(s_h, a_h) - y_h
+
+    Args:
+        values: the policy's TokenValues, [B, T] padded or [N] packed; q and v are used and may carry gradient.
+        reference: the reference policy's, of the same shape; constants.
+        rewards: [B] float, the outcome reward r of each trajectory; constants.
+        mask: [B, T] or [N] bool, true where the token is an action. s_{h+1} is the state of the next action, whatever
+            tokens of the environment lie between.
+        cu_seqlens: [B + 1] int32 or int64, where the packed trajectories start and end: 0, ..., N.
+        beta: the reward's temperature, positive.
+        gamma: the discount.
+        backend: as in `token_values`.
+
+    Returns:
+        TDTargets(target, error, endogenous_reward) of the values' shape and dtype, 0 where masked out. Target and error
+        are differentiable in values.q and values.v (detach `target` for a semi-gradient).
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+    """
+    if not isinstance(reference, TokenValues):
+        raise TypeError(f"reference must be TokenValues (returns are not enough), got {type(reference).__name__}")
+    _check_values(values)
+    checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
+    target, error, endogenous = library.td_targets(
+        values._replace(entropy=None),
+        Reference.of(reference),
+        rewards,
+        Layout(mask, cu_seqlens),
+        float(beta),
+        float(gamma),
+        backend,
+    )
+    return TDTargets(target, error, endogenous.detach())  # a constant, though every output of an op carries its graph
+
+
+def bellman_loss(
+    values: TokenValues,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    level: str = "trajectory",
+    semi_gradient: bool = False,
+    normalizer: float | None = None,
+    backend: str | None = None,
+) -> BellmanLoss:
+    """The squared Bellman residual of whole trajectories (arXiv 2603.23355, Eq. 2), or of their parts.
+
+        residual = sum_h d_h = V(s_1) - V_ref(s_1) + sum_h (log pi - log pi_ref)(a_h|s_h) - r / beta
+
+        level "trajectory":     loss = sum over trajectories of residual^2 / normalizer
+        level "token":          loss = sum over trajectories and h of d_h^2 / normalizer
+        level "subtrajectory":  loss = sum over trajectories and h of (sum_{k>=h} d_k)^2 / normalizer
+
+    The policy's and the reference's values are subtracted from each other first, so a policy equal to its reference
+    with r = 0 has loss and gradient exactly 0. TBRM (arXiv 2505.15311) is `reference` = sum_h log pi_ref, without
+    V_ref.
+
+    Args:
+        values: the policy's TokenValues, [B, T] padded or [N] packed, differentiable.
+        reference: the reference policy's TokenValues of the same shape, or its returns [B],
+            V_ref(s_1) + sum_h log pi_ref(a_h|s_h), which are enough for level "trajectory"; constants.
+        rewards, mask, cu_seqlens, beta, backend: as in `td_targets`.
+        level: "trajectory", "token" or "subtrajectory".
+        semi_gradient: level "token" only: no gradient through the TD target (arXiv 2505.15311, appendix H.3, shows the
+            residual-gradient form collapse).
+        normalizer: what the sum is divided by; by default the number of trajectories B. Pass the number in the whole
+            batch to make micro-batches and ranks add up to it.
+
+    Returns:
+        BellmanLoss(loss [], residual [B]), both differentiable. A trajectory without actions has residual 0.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+    """
+    _check_values(values)
+    checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
+    checks.loss_options(level, reference, semi_gradient, normalizer)
+    out = library.bellman_loss(
+        values._replace(entropy=None),
+        Reference.of(reference),
+        rewards,
+        Layout(mask, cu_seqlens),
+        _options(beta, level, semi_gradient, normalizer),
+        backend,
+    )
+    return BellmanLoss(out.loss, out.residual)
+
+
+def reval_loss(
+    logits: Tensor,
+    actions: Tensor,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    level: str = "trajectory",
+    semi_gradient: bool = False,
+    normalizer: float | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    inplace_grad: bool = False,
+    backend: str | None = None,
+) -> BellmanLoss:
+    """The ReVal loss (arXiv 2603.23355, Eq. 2) from logits: `bellman_loss` of `token_values`.
+
+    Args:
+        logits: [B, T, V] padded, or [N, V] packed together with cu_seqlens.
+        actions: [B, T] or [N], the token taken in each state.
+        reference: TokenValues of the reference policy, or its returns [B].
+        rewards: [B].
+        mask, cu_seqlens, beta, level, semi_gradient, normalizer: as in `bellman_loss`.
+        temperature, softcap, inplace_grad, backend: as in `token_values`.
+
+    Returns:
+        BellmanLoss(loss [], residual [B]), both differentiable in the logits.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+    """
+    values = token_values(
+        logits,
+        actions,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        inplace_grad=inplace_grad,
+        backend=backend,
+    )
+    return bellman_loss(
+        values,
+        reference,
+        rewards,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        beta=beta,
+        level=level,
+        semi_gradient=semi_gradient,
+        normalizer=normalizer,
+        backend=backend,
+    )
+
+
+def linear_reval_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    reference: TokenValues | Tensor,
+    rewards: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float,
+    level: str = "trajectory",
+    semi_gradient: bool = False,
+    normalizer: float | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> BellmanLoss:
+    """`reval_loss` of logits = hidden @ weight.T + bias, which never exist as a whole.
+
+    A trajectory's residual closes within the trajectory, so the gradient is computed in the forward pass, chunk by
+    chunk of whole trajectories, before their logits are dropped. A trajectory longer than a chunk falls back to
+    computing its logits twice.
+
+    Args:
+        hidden: [B, T, D] padded, or [N, D] packed together with cu_seqlens.
+        weight: [V, D], the head; bias: [V] or None.
+        actions, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer: as in `reval_loss`.
+        temperature, softcap, backend: as in `token_values`.
+
+    Returns:
+        BellmanLoss(loss [], residual [B]). The loss is differentiable in hidden, weight and bias, any number of times
+        and with any upstream gradient; the residual is detached (use `linear_token_values` and `bellman_loss` for a
+        gradient through it). There is no second-order gradient: asking for one is a RuntimeError.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+    """
+    checks.head_arguments(hidden, weight, bias)
+    checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
+    checks.bellman_arguments(hidden.shape[:-1], hidden.device, reference, rewards, mask, cu_seqlens, beta)
+    checks.loss_options(level, reference, semi_gradient, normalizer)
+    grad = torch.is_grad_enabled()
+    out = library.linear_reval_loss(
+        HeadInputs(hidden, weight, bias),
+        actions,
+        Layout(mask, cu_seqlens),
+        transform_of(temperature, softcap),
+        Reference.of(reference),
+        rewards,
+        _options(beta, level, semi_gradient, normalizer),
+        Needs(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))),
+        backend,
+    )
+    return BellmanLoss(out.loss, out.residual.detach())
+
+
+def _options(beta: float, level: str, semi_gradient: bool, normalizer: float | None) -> BellmanOptions:
+    """The checked options of a loss as the ops take them."""
+    # a tensor: torch.compile makes one graph for all values of a tensor, and one for each value of a number
+    divisor = None if normalizer is None else torch.ones((), dtype=torch.float64, device="cpu") * normalizer
+    return BellmanOptions(float(beta), checks.LEVELS[level], semi_gradient, divisor)
+
+
+def _check_values(values: TokenValues) -> None:
+    if not isinstance(values, TokenValues):
+        raise TypeError(f"values must be TokenValues, got {type(values).__name__}")
+    checks.tensor("values.q", values.q, checks.WIDE, None, None)
+    for name in ("v", "log_prob"):
+        checks.tensor(f"values.{name}", getattr(values, name), (values.q.dtype,), values.q.shape, values.q.device)
