@@ -1,0 +1,122 @@
+"""Bytes that the kernels move, as the interpreter sees them, against the least possible: within 2%.
+
+V = 8192 in the row tests, two blocks, so that the few numbers a token besides its logits are below 1% of them. In the
+linear test D is one tile deep and V is large enough (V D against 128 D) that the head is nearly all there is to read.
+"""
+
+import pytest
+import torch
+from cases import DEVICE, head, logits_and_actions
+
+from reval_kernels import bellman_loss, linear_token_values, token_values
+from reval_kernels.types import TokenValues
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="counts in the interpreter")
+
+
+def total(book: dict[str, int]) -> int:
+    return sum(book.values())
+
+
+def within(bytes_moved: int, least: int, share: float = 0.02) -> bool:
+    return least <= bytes_moved <= least * (1 + share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_forward_reads_the_logits_once(dtype):
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    logits, actions = logits_and_actions(3, 8192, dtype=dtype)
+    with counted(logits=logits) as traffic:
+        token_values(logits, actions, with_entropy=True, backend="triton")
+    assert within(total(traffic.loaded), logits.nbytes)
+    assert total(traffic.stored) <= 0.02 * logits.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_backward_reads_once_and_writes_once(dtype):
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    logits, actions = logits_and_actions(3, 8192, dtype=dtype)
+    out = token_values(logits.requires_grad_(), actions, backend="triton").log_prob
+    with counted(logits=logits) as traffic:
+        torch.autograd.grad(out, logits, torch.randn(3))
+    assert within(total(traffic.loaded), logits.nbytes)
+    assert within(total(traffic.stored), logits.nbytes)
+
+
+def test_masked_rows_are_not_read():
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    logits, actions = logits_and_actions(4, 8192)
+    mask = torch.tensor([True, False, False, True])
+    out = token_values(logits.requires_grad_(), actions, mask=mask, backend="triton").v
+    with counted(logits=logits) as traffic:
+        token_values(logits, actions, mask=mask, backend="triton")
+        torch.autograd.grad(out, logits, torch.randn(4))
+    assert within(traffic.loaded["logits"], 2 * logits.nbytes // 2)
+
+
+def test_linear_forward_issues_the_head_once_per_block_of_tokens():
+    """What the load instructions ask for, of the L2 cache or of memory: the head once per block of 128 tokens, the
+    hidden states once per tile of 128 words. No program asks for the same twice."""
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    hidden, weight, actions = head(200, 8192, 64, dtype=torch.bfloat16)
+    with counted(weight=weight, hidden=hidden) as traffic:
+        linear_token_values(hidden, weight, actions, backend="triton")
+    blocks, tiles = 2, 8192 // 128
+    assert within(traffic.loaded["weight"], blocks * weight.nbytes)
+    assert within(traffic.loaded["hidden"], tiles * hidden.nbytes)
+    assert traffic.distinct["weight"] == traffic.loaded["weight"]
+    assert traffic.distinct["hidden"] == traffic.loaded["hidden"]
+    logits_bytes = 4 * 200 * 8192
+    assert total(traffic.stored) < 0.1 * logits_bytes  # 16 bytes for 128 words
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 16])
+def test_linear_forward_needs_head_and_hidden_states_once_per_group_of_blocks(monkeypatch, blocks):
+    """What memory must supply when the hidden states of a group of `blocks` blocks stay in the L2 cache: the head once
+    per group, the hidden states once in all. 300 tokens are three blocks: three groups, two, or one."""
+    from reval_kernels.backends.gpu import linear
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    monkeypatch.setattr(linear, "GROUP", blocks)
+    hidden, weight, actions = head(300, 2048, 64, dtype=torch.bfloat16)
+    tiles = 2048 // 128
+    with counted(lambda program: program[0] // (blocks * tiles), weight=weight, hidden=hidden) as traffic:
+        linear_token_values(hidden, weight, actions, backend="triton")
+    groups = -(-3 // blocks)
+    assert within(traffic.distinct["weight"], groups * weight.nbytes)
+    assert within(traffic.distinct["hidden"], hidden.nbytes)
+
+
+READ = {
+    "trajectory": {"v", "log_prob", "v_ref", "log_prob_ref"},
+    "token": {"q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref"},
+    "subtrajectory": {"v", "log_prob", "v_ref", "log_prob_ref"},
+}
+"""What each level reads: its residual needs v and log_prob, its TD errors q and v."""
+
+
+@pytest.mark.parametrize("level", READ)
+def test_bellman_reads_each_number_at_most_twice_and_writes_it_once(level):
+    """Two trajectories of 600 actions. Besides the cotangents a program writes its residual and, in float64, its sum of
+    squares."""
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    numbers = [torch.randn(2, 600) for _ in range(6)]
+    names = ("q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref")
+    with counted(**dict(zip(names, numbers, strict=True))) as traffic:
+        values, behaviour = TokenValues(*numbers[:3]), TokenValues(*numbers[3:])
+        bellman_loss(values, behaviour, torch.randn(2), beta=1.0, level=level, backend="triton")
+    each = numbers[0].nbytes
+    assert {n for n in names if traffic.loaded.get(n)} == READ[level]
+    # of v the trajectory's residual needs the first state alone
+    least = {n: 8 if level == "trajectory" and n.startswith("v") else each for n in READ[level]}
+    assert all(least[n] <= traffic.loaded[n] <= 2 * each for n in READ[level] - {"log_prob", "log_prob_ref"})
+    assert all(each <= traffic.loaded[n] <= 2 * each for n in ("log_prob", "log_prob_ref"))
+    # dlog_prob and the first dv; dq and all dv but the first; dv and dlog_prob
+    cotangents = {"trajectory": each + 8, "token": 2 * each - 8, "subtrajectory": 2 * each}[level]
+    assert traffic.stored == {"other": cotangents + 2 * (4 + 8)}
