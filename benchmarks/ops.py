@@ -215,7 +215,7 @@ OPS = {
             "token_values forward+backward",
             "token_values",
             logits_inputs,
-            # two reads and a write of N V; a token: actions twice, three outputs, two upstream gradients, two statistics
+            # two reads and a write of N V; a token: actions twice, 3 outputs, 2 upstream gradients, 2 statistics
             bytes=lambda n, s: 3 * n.tokens * n.vocabulary * s + n.tokens * (2 * 8 + 7 * 4),
             # forward 4; backward: subtract, exponentiate, multiply twice
             flops=lambda n: 8 * n.tokens * n.vocabulary,
