@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -53,6 +53,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
 class _Dumper(yaml.SafeDumper):
     """Keeps PyYAML's YAML 1.1 resolvers beside ours, so text that either reader would misread comes out quoted."""
 
@@ -60,7 +64,7 @@ class _Dumper(yaml.SafeDumper):
 _Loader.add_implicit_resolver(TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(TAG + "int", re.compile(r"[-+]?[0-9]+(?:_[0-9]+)*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(TAG + "merge", re.compile(r"<<$"), ["<"])
-_Loader.add_constructor(TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(TAG + "int", _construct_int)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(TAG + "float", FLOAT, list("-+.0123456789"))
     _class.add_implicit_resolver(TAG + "null", NULL, ["~", "n", "N", ""])
@@ -161,7 +165,8 @@ def _cast(value: Any, kind: Any) -> Any:
 
 def settings(config_class: type) -> dict[str, Field]:
     """Every setting by its full name, `section.field`, in the order of declaration."""
-    return {f"{section.name}.{field.name}": field for section in fields(config_class) for field in fields(section.type)}
+    sections = get_type_hints(config_class)
+    return {f"{section}.{field.name}": field for section, kind in sections.items() for field in fields(kind)}
 
 
 def default_of(field: Field) -> Any:
@@ -178,9 +183,9 @@ def load(config_class: type[ConfigT], paths: Iterable[str | Path], overrides: It
     for override in overrides:
         _apply_override(values, override, known)
     sections = {}
-    for section in fields(config_class):
-        own = {field.name: f"{section.name}.{field.name}" for field in fields(section.type)}
-        sections[section.name] = section.type(**{f: values[name] for f, name in own.items() if name in values})
+    for section, kind in get_type_hints(config_class).items():
+        own = {field.name: f"{section}.{field.name}" for field in fields(kind)}
+        sections[section] = kind(**{f: values[name] for f, name in own.items() if name in values})
     return config_class(**sections)
 
 
@@ -300,19 +305,20 @@ def field_docs(section_class: type) -> dict[str, str]:
     docs = {}
     for field, text in zip(body, body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            docs[field.target.id] = " ".join(text.value.value.split())
+            if isinstance(field.target, ast.Name) and isinstance(text.value.value, str):
+                docs[field.target.id] = " ".join(text.value.value.split())
     return docs
 
 
 def help_text(config_class: type, width: int = 100) -> str:
     """Every setting with its default, type and meaning, grouped by section."""
     lines = []
-    for section in fields(config_class):
-        docs = field_docs(section.type)
-        lines += ["", f"{section.name}: {section.type.__doc__}"]
-        for field in fields(section.type):
+    for section, kind in get_type_hints(config_class).items():
+        docs = field_docs(kind)
+        lines += ["", f"{section}: {kind.__doc__}"]
+        for field in fields(kind):
             default = default_of(field)
             shown = default if isinstance(default, str) else show(default)
-            lines.append(f"  {section.name}.{field.name}={shown}   ({describe(field.type)})")
+            lines.append(f"  {section}.{field.name}={shown}   ({describe(field.type)})")
             lines += textwrap.wrap(docs[field.name], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])
