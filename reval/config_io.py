@@ -1,7 +1,7 @@
-"""How settings are read, written and explained, for any dataclass whose fields are section dataclasses.
+"""Reads, writes and explains settings, for any dataclass whose fields are section dataclasses.
 
-Nothing here knows a setting by name: `reval.config` declares them, and the loading, the error messages and the help
-follow from the declarations. Imports neither torch nor transformers, so that `--help` is instant.
+This file contains no name of a setting: `reval.config` declares the settings, and loading, error messages and help
+text follow from the declarations. It imports neither torch nor transformers, so that `--help` is fast.
 """
 
 import ast
@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 class ConfigError(ValueError):
-    """A setting, a config file or the command line is wrong; the command prints the message and exits with status 2."""
+    """A setting, a config file or the command line is wrong. The command prints the message and exits with status 2."""
 
 
 # ---- YAML ----------------------------------------------------------------------------------------------------------
@@ -35,9 +35,10 @@ NULL = re.compile(r"(?:~|null|Null|NULL|None|)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: 1e-6 is a float, `yes`, `on`, 010, 1:30 and dates are not what YAML 1.1 makes of them.
+    """Reads scalars as YAML 1.2 does, where PyYAML follows YAML 1.1.
 
-    Two liberties: `None` is null, because Python users type it, and 1_000 is an int. A key given twice is an error.
+    1e-6 is a float (1.1: text). `yes`, `on`, 1:30 and dates are text (1.1: true, true, 90, a date). 010 is 10 (1.1: 8).
+    Two extensions: `None` is null, because Python users type it, and 1_000 is an int. A duplicate key is an error.
     """
 
     yaml_implicit_resolvers: dict = {}
@@ -58,7 +59,10 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps PyYAML's YAML 1.1 resolvers beside ours, so text that either reader would misread comes out quoted."""
+    """Writes YAML that readers of YAML 1.1 and of YAML 1.2 both read back correctly.
+
+    It has PyYAML's resolvers (YAML 1.1) and ours. Text that one of them would read as another type is quoted.
+    """
 
 
 _Loader.add_implicit_resolver(TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -68,7 +72,8 @@ _Loader.add_constructor(TAG + "int", _construct_int)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(TAG + "float", FLOAT, list("-+.0123456789"))
     _class.add_implicit_resolver(TAG + "null", NULL, ["~", "n", "N", ""])
-# PyYAML writes the rarer line breaks unescaped in single quotes, and then reads them back as spaces.
+# In single quotes, PyYAML writes the line breaks \x85, \u2028 and \u2029 unescaped, and then reads them back as spaces.
+# Double quotes escape them.
 _Dumper.add_representer(
     str,
     lambda dumper, v: dumper.represent_scalar(
@@ -80,7 +85,7 @@ for _type in (list, tuple):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` holds; `source` names it in the ConfigError that bad YAML raises."""
+    """The value of the YAML document `text`. Bad YAML raises a ConfigError, whose message starts with `source`."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -92,7 +97,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """`data` as YAML that `parse_yaml`, and any YAML 1.1 reader, reads back as it was."""
+    """`data` as YAML. `parse_yaml` and any reader of YAML 1.1 read it back to an equal value."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
@@ -102,7 +107,7 @@ PLAIN_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def describe(kind: Any) -> str:
-    """A type in the words of the help and of the error messages."""
+    """A type in words, for the help text and for error messages. Example: `int | None` is "a whole number, or null"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return f"{describe(args[0])}, or null"
@@ -118,7 +123,7 @@ def describe(kind: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as one would write it in YAML, text in quotes."""
+    """A value as a user writes it in YAML, with text in quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -129,7 +134,10 @@ def show(value: Any) -> str:
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the type `kind`, where that loses nothing; else a ConfigError about the setting `name`."""
+    """`value` converted to the type `kind`. Raises a ConfigError about the setting `name` if that would lose something.
+
+    Example: 1e3 becomes the int 1000, and 1.5 is refused as an int.
+    """
     try:
         return _cast(value, kind)
     except (TypeError, OverflowError):
@@ -153,7 +161,7 @@ def _cast(value: Any, kind: Any) -> Any:
         return dict(value)
     if kind is float and is_number:
         return float(value)
-    if kind is int and is_number and value == value // 1:  # 1e3 is as good as 1000; inf // 1 is nan
+    if kind is int and is_number and value == value // 1:  # accepts 1e3; refuses inf, because inf // 1 is nan
         return int(value)
     if kind in (bool, str) and isinstance(value, kind):
         return value
@@ -164,18 +172,21 @@ def _cast(value: Any, kind: Any) -> Any:
 
 
 def settings(config_class: type) -> dict[str, Field]:
-    """Every setting by its full name, `section.field`, in the order of declaration."""
+    """Every setting, keyed by its full name `section.field`, in the order of declaration."""
     sections = get_type_hints(config_class)
     return {f"{section}.{field.name}": field for section, kind in sections.items() for field in fields(kind)}
 
 
 def default_of(field: Field) -> Any:
-    """A fresh copy of a setting's default."""
+    """The default of a setting. A mutable default is a new object in every call."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def load(config_class: type[ConfigT], paths: Iterable[str | Path], overrides: Iterable[str]) -> ConfigT:
-    """Read the files in order, then apply the `section.field=value` overrides in order; what comes later wins."""
+    """Read the files in order, then apply the `section.field=value` overrides in order. The last value wins.
+
+    Raises ConfigError when a file, a name or a value is wrong.
+    """
     known = settings(config_class)
     values: dict[str, Any] = {}
     for path in paths:
@@ -190,7 +201,7 @@ def load(config_class: type[ConfigT], paths: Iterable[str | Path], overrides: It
 
 
 def is_override(argument: str) -> bool:
-    """Whether a command-line argument sets a setting, rather than naming a file."""
+    """True if a command-line argument sets a setting (`optim.lr=1`). Otherwise the argument names a file."""
     return re.fullmatch(r"[A-Za-z_][\w.-]*=.*", argument, re.DOTALL) is not None
 
 
@@ -247,7 +258,8 @@ def _apply_override(values: dict[str, Any], override: str, known: dict[str, Fiel
     if not inside:
         values[key] = _parse_override(name, text, known[key].type)
         return
-    # The setting is a free-form mapping, and the rest of the name leads into it.
+    # The setting is a free-form mapping. The parts of the name after section.field are keys in it:
+    # data.options.deep.c=x sets data.options["deep"]["c"].
     node = values[key] = values.get(key, default_of(known[key]))
     for depth, part in enumerate([*inside[:-1], None], start=2):
         if not isinstance(node, dict):
@@ -260,7 +272,7 @@ def _apply_override(values: dict[str, Any], override: str, known: dict[str, Fiel
 def _parse_override(name: str, text: str, kind: Any) -> Any:
     if kind not in (str, str | None) or re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL):
         return parse_yaml(text, f"cannot read {name}={text} as YAML")
-    # Text is taken as it stands: as YAML, `{question}` would be a mapping and ` #1` a comment.
+    # Text is not parsed as YAML, because YAML reads `{question}` as a mapping and ` #1` as a comment.
     return None if kind is not str and NULL.match(text) else text
 
 
@@ -277,7 +289,11 @@ def _is_section(section: str, known: dict[str, Field]) -> str:
 
 
 def _unknown(name: str, known: dict[str, Field]) -> str:
-    """Name the nearest settings. Only those with a similar field count: the section is what people forget."""
+    """Error message for an unknown setting, with the most similar known settings.
+
+    A candidate must have a similar field name. A similar section alone is not enough, because users often leave out the
+    section or get it wrong (`lr` or `rollout.lr` for `optim.lr`).
+    """
     parts = name.lower().split(".")
     section, field = (parts[0], parts[1]) if len(parts) > 1 else (None, parts[0])
     scores = {}
@@ -299,7 +315,7 @@ def _unknown(name: str, known: dict[str, Field]) -> str:
 
 
 def field_docs(section_class: type) -> dict[str, str]:
-    """The text under each field of a dataclass, read from its source: the only place where it is written."""
+    """The text under each field of a dataclass, by field name. Python drops this text, so the source is parsed."""
     module = ast.parse(inspect.getsource(sys.modules[section_class.__module__]))
     (body,) = (n.body for n in module.body if isinstance(n, ast.ClassDef) and n.name == section_class.__name__)
     docs = {}
@@ -311,7 +327,7 @@ def field_docs(section_class: type) -> dict[str, str]:
 
 
 def help_text(config_class: type, width: int = 100) -> str:
-    """Every setting with its default, type and meaning, grouped by section."""
+    """Every setting with its default, type and meaning, grouped by section; lines have at most `width` characters."""
     lines = []
     for section, kind in get_type_hints(config_class).items():
         docs = field_docs(kind)

@@ -1,5 +1,5 @@
-"""Errors that end a run and are the user's to mend; the command line shows them as one message, without a traceback."""
+"""Errors that end a run and that the user can fix. The command line prints only the message, without a traceback."""
 
 
 class RunError(RuntimeError):
-    """Training cannot go on. The message says why, and where what was saved lies."""
+    """Training cannot continue. The message gives the reason and the path of the saved files."""

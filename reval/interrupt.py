@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM end a run after the iteration it is in, with a checkpoint; a second one ends it at once."""
+"""Ctrl-C and SIGTERM: the first signal ends the run after the current iteration, with a checkpoint. A second signal
+ends the run at once."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SAME = 2.0
-"""Seconds: under torchrun one Ctrl-C comes twice, from the terminal and from torchrun."""
+"""Seconds. Two signals within this time count as one, because under torchrun a single Ctrl-C reaches each process
+twice: from the terminal and from torchrun."""
 
 
 class Interruptible:
-    """Within the block, the first SIGINT or SIGTERM sets `asked` and calls `say`; a later one raises KeyboardInterrupt.
+    """Context manager. The first SIGINT or SIGTERM sets `asked` to True and calls `say`. A later signal raises
+    KeyboardInterrupt.
 
-    torchrun kills its processes 30 s after it was told to stop: an iteration that takes longer is lost then, and the
-    run goes on from the checkpoint before.
+    torchrun kills its processes 30 s after it receives a signal. An iteration that needs longer to finish is then lost,
+    and a resumed run continues from the checkpoint before that iteration.
     """
 
     def __init__(self, say: Callable[[], None]):
@@ -26,7 +29,7 @@ class Interruptible:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptible:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
         return self

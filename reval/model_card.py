@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: what the model is, how it was trained, what it reached."""
+"""The README.md of a checkpoint: the base model, the training settings and the metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from .config import Config
 
 
 def model_card(config: Config, iteration: int, metrics: dict[str, float]) -> str:
-    """Markdown, with the header that the Hugging Face hub reads."""
+    """The text of README.md: the header that the Hugging Face hub reads, then Markdown.
+
+    `metrics` are those of `iteration`; the card shows eval/*, reward* and num_tokens.
+    """
     header = {
         "library_name": "transformers",
         "base_model": config.model.name,
@@ -34,5 +37,6 @@ the reward `{config.reward.function}`; made by reval {__version__}. Every settin
 |---|---|
 {rows}
 
-The folder is what `from_pretrained` loads; `training/` is what `reval train --resume` needs, and may be deleted.
+`from_pretrained` loads this folder. `reval train --resume` needs the subfolder `training/`; without it, the model still
+loads.
 """
