@@ -1,4 +1,4 @@
-"""Curves of several runs beside each other: mean and spread over the seeds of each setting, at equal rollouts."""
+"""Curves of several runs on one x axis. Runs that differ only in their seed form one curve: mean, smallest, largest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ AXES = {
     "updates": lambda config: config.replay.updates_per_iteration,
     "iterations": lambda config: 1,
 }
-"""What an iteration counts for on the x axis."""
+"""For each x axis, the amount by which one iteration advances on it."""
 NOT_THE_METHOD = ("tracking", "distributed", "run")
-"""Sections that say where and how a run ran; run.iterations apart, settings of these do not make it another one."""
+"""Sections that say where and how a run was executed. Two runs that differ only in these settings belong to the same
+curve. Exception: run.iterations separates runs."""
 
 
 class Curve(NamedTuple):
-    """One metric of the runs that share their settings."""
+    """One metric of the runs with equal settings. Lists have one entry per point of `x`."""
 
     label: str
     metric: str
@@ -29,17 +30,18 @@ class Curve(NamedTuple):
     x: list[int]
     mean: list[float]
     low: list[float]
-    """The smallest of the runs; `high` the largest."""
+    """Smallest value over the runs."""
     high: list[float]
+    """Largest value over the runs."""
 
 
 def curves(folders: Sequence[str | Path], metrics: Sequence[str], axis: str = "rollouts") -> list[Curve]:
-    """Curves of `metrics` (names in metrics.jsonl) for each group of runs that differ in their seed only.
+    """Curves of `metrics` (names in metrics.jsonl) for each group of runs that differ only in their seed.
 
-    A group's curve has the points that all its runs have, so the shortest run ends it. The evaluation before training
-    is the point at 0.
+    The curve of a group has only the points that all runs of the group have, so it ends where the shortest run ends.
+    The evaluation before training is the point at x = 0.
 
-    Raises ConfigError for a folder that holds no run, and for a metric that a run does not have.
+    Raises ConfigError if a folder holds no run, if a run does not have a metric, or if `axis` is not in AXES.
     """
     if axis not in AXES:
         raise ConfigError(f"axis must be one of {', '.join(AXES)}; got {axis!r}")
@@ -56,7 +58,7 @@ def curves(folders: Sequence[str | Path], metrics: Sequence[str], axis: str = "r
 
 
 def table(found: Sequence[Curve]) -> str:
-    """Where each curve ends and its best point, one line each: mean (smallest to largest)."""
+    """One line per curve, with its last and its best point: mean (smallest to largest)."""
     width = max(len(curve.label) for curve in found)
     lines = []
     for curve in found:
@@ -80,7 +82,7 @@ def _config(run: Path) -> Config:
 
 
 def _labels(configs: list[Config]) -> list[str]:
-    """For each run the settings in which the runs differ, seeds and places apart."""
+    """For each run, the settings in which the runs differ, without the sections NOT_THE_METHOD (seed, folder, ...)."""
     flat = [
         {f"{section}.{name}": show(value) for section, own in c.to_dict().items() for name, value in own.items()}
         for c in configs
@@ -91,7 +93,7 @@ def _labels(configs: list[Config]) -> list[str]:
 
 
 def _points(run: Path, metric: str, per_iteration: int) -> dict[int, float]:
-    """The metric at each x where the run has it."""
+    """{x: value of the metric}, for the iterations in which the run has this metric, sorted by x."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""What the terminal shows: a live table and a progress bar, or one plain line an iteration."""
+"""Progress of a run on the terminal: a live table and a progress bar, or one plain line per iteration."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ SHOWN = {
 class Display:
     """Progress of a run: rich on a terminal, plain elsewhere (run.display).
 
-    `iteration` is the last one done before this process (of the checkpoint that it resumes), `quiet` shows nothing: for
-    all processes of a run but one.
+    Args:
+        config: settings of the run.
+        iteration: last finished iteration of the checkpoint that the run resumes; 0 for a new run.
+        quiet: True shows nothing. With several processes, only one of them is not quiet.
     """
 
     def __init__(self, config: Config, iteration: int = 0, quiet: bool = False):
@@ -51,7 +53,7 @@ class Display:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[now]}"),
                 console=self._console,
-                speed_estimate_period=math.inf,  # its 30 s may be less than one iteration
+                speed_estimate_period=math.inf,  # rich's default of 30 s may be shorter than one iteration
             )
             self._task = self._progress.add_task(
                 "ReVal", total=config.run.iterations, completed=iteration, now="starting"
@@ -75,7 +77,7 @@ class Display:
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Say what goes on while nothing else is shown."""
+        """Show the text `what` while the code of the block runs."""
         start = time.perf_counter()
         if self._progress is not None:
             self._progress.update(self._task, now=what)
@@ -85,10 +87,10 @@ class Display:
         if self._progress is None:
             self.note(f"  done in {_duration(time.perf_counter() - start)}")
         if self._done == self._first:
-            self._started = time.perf_counter()  # what comes before the first iteration does not come again
+            self._started = time.perf_counter()  # work before the first iteration does not count for the time left
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Show one finished iteration."""
+        """Show the metrics of a finished iteration, and an estimate of the time left."""
         parts = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
         for key, name in (("reward_errors", "reward errors"), ("reward_timeouts", "reward timeouts")):
             if metrics.get(key):
@@ -107,11 +109,11 @@ class Display:
         self.note(f"{iteration}/{total} | {text} | {metrics['step_time']:.1f} s | {left} left")
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line of text."""
         self._console.print(text, markup=False)
 
     def results(self, before: Evaluation | None, after: Evaluation | None, folder: Path) -> None:
-        """Answers and accuracy before and after, and where everything lies."""
+        """Print answers and accuracies before and after training, and the run folder."""
         if before is not None and after is not None:
             self._console.print(_answers(before, after, self._config.run.table))
             first, then = before.metrics(), after.metrics()
@@ -132,7 +134,7 @@ class Display:
 
 
 def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:
-    """The first problems that both answered, with one answer each."""
+    """Table of the first `count` problems that both evaluations answered, with one sampled answer each."""
     table = Table(title="Held-out problems", show_lines=False)
     for name in ("problem", "before", "", "after", ""):
         table.add_column(name, overflow="fold")
@@ -145,17 +147,17 @@ def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:
 
 
 def _last(prompt: Prompt) -> str:
-    """The prompt's text: of chat messages, the last one's."""
+    """The text of a prompt. For chat messages: the text of the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _short(text: str) -> str:
-    """The beginning and, what matters more, the end of a long text."""
+    """A long text shortened to 100 characters of its beginning and 200 of its end, because the end matters more."""
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 5.2 h."""
+    """A number of seconds as text with a unit: 45 s, 12 min, 5.2 h."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

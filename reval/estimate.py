@@ -1,18 +1,20 @@
-"""How much memory a run needs per GPU, and how many tokens it generates, from the settings alone.
+"""Estimates, from the settings alone, how much memory a run needs per GPU and how many tokens it generates.
 
-An estimate before anything is loaded: it imports nothing heavy, so that `--dry-run` answers at once on any machine.
-GiB are 2^30 bytes. Assumptions:
+The estimate loads no model and imports neither torch nor transformers, so that `--dry-run` is fast on any machine. One
+GiB is 2^30 bytes. Assumptions:
 
 - The transformer is a Llama or a Qwen: grouped-query attention, gated MLP, RMS norms. Its shape comes from a table of
-  known names or from the config.json of a local folder; attention never stores a score per pair of tokens (sdpa,
-  flash attention).
-- Several GPUs: FSDP2 keeps 1/N of parameters, gradients, Adam's two means and the reference on each. What lies outside
-  the layers (embedding, head) is whole during a micro-batch, with its gradient, and so are two layers at a time.
-- One GPU with model.compute_dtype unlike model.dtype: autocast keeps a cast copy of all weights during a micro-batch.
-- The head's logits never exist as a whole: a gradient works on chunks of at most 2^28 logits, 6 bytes each.
-- What CUDA, NCCL and a fragmented allocator take (1 to 3 GiB) is not in the sum.
+  known names or from the config.json of a local folder. The attention kernel (sdpa or flash attention) never stores a
+  score per pair of tokens.
+- N GPUs, N > 1: FSDP2 keeps 1/N of the parameters, gradients, Adam's two means and the reference on each GPU. During a
+  micro-batch, each GPU also holds the whole embedding and head, with their gradient, and two whole layers at a time.
+- One GPU, and model.compute_dtype differs from model.dtype: autocast keeps a cast copy of all weights during a
+  micro-batch.
+- The logits of a micro-batch never exist as a whole. The gradient is computed in chunks of at most 2^28 logits, with 6
+  bytes per logit.
+- CUDA, NCCL and a fragmented allocator take 1 to 3 GiB more. The sum does not contain this memory.
 
-Tokens are upper bounds: every response counted at rollout.max_new_tokens.
+The numbers of tokens are upper bounds: each response counts as rollout.max_new_tokens tokens.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from reval.config import Config
 from reval.evaluation.benchmarks import BENCHMARKS, CHAMP_SIZE
 
 GIB = 1 << 30
-PROMPT = 512  # tokens of a prompt, for the rollout's cache
-CHUNK = 1 << 28  # logits at once where there is a gradient: reval_kernels/backends/triton/linear.py
+PROMPT = 512  # assumed number of tokens of a prompt, for the size of the rollout's cache
+CHUNK = 1 << 28  # logits per chunk of the gradient: LINEAR_CHUNK in reval_kernels/backends/gpu/__init__.py
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the size of a Llama or Qwen follows from. Letters in the formulas: D width, I intermediate, V vocabulary."""
+    """Sizes that determine the number of parameters of a Llama or Qwen model.
+
+    In the formulas: d = hidden, i = intermediate, q = heads * head_dim, kv = kv_heads * head_dim.
+    """
 
     hidden: int
     intermediate: int
@@ -48,21 +53,21 @@ class Shape:
 
     @property
     def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of a layer's matrices: q, k, v, o, gate, up, down."""
+        """(inputs, outputs) of the matrices of one layer: q, k, v, o, gate, up, down."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         d, i = self.hidden, self.intermediate
         return [(d, q), (d, kv), (d, kv), (q, d), (d, i), (d, i), (i, d)]
 
     @property
     def layer(self) -> int:
-        """Parameters of one layer."""
+        """Number of parameters of one layer."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         small = 2 * self.hidden + (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         return sum(a * b for a, b in self.linears) + small
 
     @property
     def outside(self) -> int:
-        """Parameters outside the layers: embedding, head and the last norm."""
+        """Number of parameters outside the layers: embedding, head and the last norm."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -70,8 +75,12 @@ class Shape:
         return self.layers * self.layer + self.outside
 
     def activations(self, compute: int, autocast: bool) -> int:
-        """Bytes that one layer keeps for its backward pass, per token: both norms with the residual stream, q, k, v
-        and the attention's output, and four of the MLP's width. Measured in tests/reval/test_estimate.py."""
+        """Bytes per token that one layer keeps for its backward pass.
+
+        The layer keeps: both norms with the residual stream; q, k, v and the output of the attention; and four tensors
+        of the MLP's width. `compute` is the number of bytes of the compute dtype. tests/reval/test_estimate.py measures
+        these numbers.
+        """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         norms = (24 if autocast else 14 if compute == 2 else 16) * self.hidden
         return norms + compute * (3 * q + 2 * kv + 4 * self.intermediate)
@@ -109,7 +118,7 @@ SHAPES = {
 
 
 def shape_of(name: str) -> Shape | None:
-    """The shape of a known model or of a local folder's; None where neither says."""
+    """The shape of a model in SHAPES or of a local folder with a config.json. None if `name` is neither."""
     path = Path(name) / "config.json"
     if name in SHAPES or not path.is_file():
         return SHAPES.get(name) or SHAPES.get(name.removesuffix("-Instruct"))
@@ -130,12 +139,12 @@ def shape_of(name: str) -> Shape | None:
             qkv_bias=bool(settings.get("attention_bias", kind == "qwen2")),
             qk_norm=kind.startswith("qwen3"),
         )
-    except KeyError:  # not a transformer of that kind
+    except KeyError:  # the model is not a Llama or a Qwen
         return None
 
 
 def memory(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
-    """What takes memory on each GPU, and how many bytes of it."""
+    """(description, bytes) of everything that takes memory on each GPU."""
     model, lora = config.model, config.lora.rank
     width, compute = BYTES[model.dtype], BYTES[_compute_dtype(config)]
     spread = f", 1/{gpus} each" if gpus > 1 else ""
@@ -176,7 +185,7 @@ def _activations(config: Config, shape: Shape, compute: int, autocast: bool) -> 
 
 
 def _compute_dtype(config: Config) -> str:
-    """What the layers compute in; auto is taken for a GPU's."""
+    """The data type that the layers compute in. For `auto`: the type on a GPU, which is bfloat16."""
     model = config.model
     if model.dtype != "float32":
         return model.dtype
@@ -191,20 +200,20 @@ def _rollout_dtype(config: Config) -> str:
 def _rollout(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
     rollout = config.rollout
     if rollout.engine != "hf":
-        return  # a share of the GPU of its own: see report
+        return  # vLLM takes a fraction of the GPU that is not part of this sum: see `_vllm`
     dtype = _rollout_dtype(config)
     if gpus == 1 and dtype == config.model.dtype and not rollout.ahead and rollout.sync_every == 1:
         yield "rollout: the policy's own weights", 0.0
     else:
         yield f"rollout: a copy of the weights ({dtype})", shape.parameters * BYTES[dtype]
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]  # keys and values of a token
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]  # bytes for keys and values of one token
     sequences = min(rollout.batch_size, -(-config.trajectories_per_iteration // gpus))
     length = rollout.max_new_tokens + PROMPT
     yield f"rollout: cache of {sequences} x {length} tokens", float(sequences * length * cache)
 
 
 def tokens(config: Config) -> Iterator[str]:
-    """Lines on what is generated over the run, at most."""
+    """Lines of text with the maximum number of tokens that the run generates."""
     longest, run = config.rollout.max_new_tokens, config.run
     training = run.iterations * config.trajectories_per_iteration
     yield (
@@ -213,7 +222,7 @@ def tokens(config: Config) -> Iterator[str]:
     )
     evaluation = config.evaluation
     times = 1 + (run.iterations // evaluation.every if evaluation.every else 0)
-    times += not evaluation.every or run.iterations % evaluation.every != 0  # always one at the end
+    times += not evaluation.every or run.iterations % evaluation.every != 0  # every run ends with an evaluation
     sizes = [config.data.held_out if config.data.held_out_path is None else None]
     known = {name: benchmark.size for name, benchmark in BENCHMARKS.items()} | {"champ": CHAMP_SIZE}
     sizes += [known.get(name) for name in evaluation.benchmarks]
@@ -232,7 +241,7 @@ def tokens(config: Config) -> Iterator[str]:
 
 
 def _vllm(config: Config, shape: Shape, total: float) -> str:
-    """What the engine takes beside training, which needs `total` GiB."""
+    """Text about the memory that vLLM takes in addition to training, which needs `total` GiB."""
     rollout = config.rollout
     dtype = _rollout_dtype(config)
     weights = f"{shape.parameters * BYTES[dtype] / GIB:.1f} GiB of weights"
@@ -244,7 +253,7 @@ def _vllm(config: Config, shape: Shape, total: float) -> str:
 
 
 def report(config: Config, gpus: int) -> str:
-    """The estimate as lines of YAML comments."""
+    """The estimate as text: lines of YAML comments."""
     lines = [f"An estimate for {gpus} GPU{'s' if gpus > 1 else ''} (reval/estimate.py says what it assumes)."]
     shape = shape_of(config.model.name)
     if shape is None:

@@ -1,4 +1,4 @@
-"""Pictures: what happened in one run, in four panels, and several runs beside each other."""
+"""Draws pictures: four panels about one run, and curves of several runs in the same panels."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # this backend needs no screen
 from matplotlib import pyplot  # noqa: E402
 
 from .curves import Curve, curves  # noqa: E402
 
 
 def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tuple[int, float]]) -> None:
-    """Draw reward and held-out accuracy, residuals, V and log-ratio, and the completions against the iteration.
+    """Draw four panels against the iteration: reward and held-out accuracy, residuals, the terms of the residual, and
+    the length of completions.
 
-    `rows` are the objects of metrics.jsonl; `evaluations` are (iteration, held-out accuracy).
+    Args:
+        path: the PNG file to write.
+        rows: the objects of metrics.jsonl.
+        evaluations: pairs (iteration, held-out accuracy).
     """
     x = [row["iteration"] for row in rows]
     figure, ((reward, residual), (values, length)) = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
@@ -59,8 +63,11 @@ def compare_runs(
     metrics: Sequence[str] = ("eval/accuracy", "reward"),
     axis: str = "rollouts",
 ) -> list[Curve]:
-    """Draw the runs' metrics, a panel each: a line for the mean of the runs that differ in their seed only, and a band
-    from the smallest to the largest of them. Returns what was drawn; see `reval.curves`."""
+    """Draw one panel per metric. Runs that differ only in their seed share a line, their mean, and a band from their
+    smallest to their largest value.
+
+    Returns the curves that were drawn; see `reval.curves.curves` for the arguments and errors.
+    """
     found = curves(folders, metrics, axis)
     figure, panels = pyplot.subplots(
         1, len(metrics), figsize=(5.5 * len(metrics), 4), layout="constrained", squeeze=False

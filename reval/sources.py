@@ -1,6 +1,6 @@
-"""Rows of a data set, from a JSONL file, a parquet file or the Hugging Face hub, as dictionaries.
+"""Reads the rows of a data set as dictionaries, from a JSONL file, a parquet file or the Hugging Face hub.
 
-Parquet and the hub need the extra `data` (pip install 'reval[data]').
+Parquet files and the hub need the extra `data` (pip install 'reval[data]').
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ Row = dict[str, Any]
 
 
 def read_file(path: str | Path) -> Iterator[Row]:
-    """Rows of a parquet file if its name says so, else of a JSONL file."""
+    """The rows of a parquet file (if the name ends in .parquet) or of a JSONL file (any other name)."""
     return read_parquet(path) if Path(path).suffix == ".parquet" else read_jsonl(path)
 
 
 def read_jsonl(path: str | Path) -> Iterator[Row]:
-    """One JSON object a line; empty lines are skipped. Raises ValueError with the number of a line that is none."""
+    """The rows of a JSONL file: one JSON object per line. Empty lines are skipped.
+
+    Raises ValueError, with the line number, for a line that is not a JSON object; ValueError for a missing file.
+    """
     with open(_existing(path), encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -36,7 +39,7 @@ def read_jsonl(path: str | Path) -> Iterator[Row]:
 
 
 def read_parquet(path: str | Path) -> Iterator[Row]:
-    """The rows of a parquet file; nested columns as dictionaries and lists."""
+    """The rows of a parquet file. Nested columns become dictionaries and lists."""
     parquet = _extra("pyarrow.parquet", f"reading {path}")
     with parquet.ParquetFile(_existing(path)) as file:
         for batch in file.iter_batches():
@@ -46,21 +49,22 @@ def read_parquet(path: str | Path) -> Iterator[Row]:
 def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
     """The rows of a data set on the Hugging Face hub, or of a folder that `datasets.load_dataset` takes.
 
-    Raises ValueError, with what `datasets` said, when it cannot be loaded.
+    Raises ValueError, with the error message of `datasets`, if the data set cannot be loaded.
     """
     datasets = _extra("datasets", f"loading the data set {name!r}")
     try:
         loaded = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # whatever the hub's client raises: no network, no such set, gated, broken
+    except Exception as error:  # many types: no network, no such data set, no access rights, a broken data set
         where = f"{name!r}" + ("" if subset is None else f", subset {subset!r}") + f", split {split!r}"
         raise ValueError(f"the data set {where} cannot be loaded: {type(error).__name__}: {error}") from error
     yield from loaded
 
 
 def pick(row: Row, columns: dict[str, str]) -> Row:
-    """The row with `columns` (name: dotted path into the row) put beside what it has.
+    """A copy of the row with further columns: `columns` maps a new name to a dotted path into the row.
 
-    Raises ValueError when a path leads nowhere.
+    Example: {"answer": "reward_model.ground_truth"} adds row["reward_model"]["ground_truth"] as `answer`. Raises
+    ValueError if the row has no such path.
     """
     out = dict(row)
     for name, path in columns.items():

@@ -1,1 +1,1 @@
-"""What `reval evaluate` measures beside accuracy: estimators, benchmarks, and the comparison of two runs."""
+"""Evaluation besides accuracy: pass@k and similar estimators, benchmarks, and the comparison of two runs."""

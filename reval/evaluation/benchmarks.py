@@ -1,7 +1,7 @@
-r"""The benchmarks of METHOD.md section 5, and one that needs no network, as rows with `prompt` and `answer`.
+r"""Benchmarks as rows with `prompt` and `answer`: those of docs/method.md section 5, and champ, which needs no network.
 
-A benchmark is read from <evaluation.folder>/<name>.jsonl or .parquet where there is one, else from the Hugging Face
-hub. A local file may have the hub's columns or simply `prompt` and `answer`.
+A benchmark is read from the file <evaluation.folder>/<name>.jsonl or .parquet. If there is no such file, it is read
+from the Hugging Face hub. A local file has either the columns of the data set on the hub, or `prompt` and `answer`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..sources import Row, read_file, read_hub
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """Where a benchmark lies on the hub, and how a row of it becomes a prompt and an answer."""
+    """The data set of a benchmark on the hub, and the conversion of a row to a prompt and an answer."""
 
     hub: str
     subset: str | None = None
@@ -27,9 +27,9 @@ class Benchmark:
     columns: tuple[str, ...]
     """The columns that `convert` reads."""
     convert: Callable[[Row], tuple[str, str]]
-    """(problem, answer) of a row."""
+    """Returns (problem, answer) of a row."""
     size: int
-    """Problems that it has."""
+    """Number of problems."""
 
 
 def _plain(hub: str, question: str, size: int, split: str = "test") -> Benchmark:
@@ -40,7 +40,7 @@ def _plain(hub: str, question: str, size: int, split: str = "test") -> Benchmark
 
 
 def _olympiad(row: Row) -> tuple[str, str]:
-    """Several answers are asked for together: 2, 3."""
+    """A problem may have several answers. They become one text with commas: "2, 3"."""
     answers = row["final_answer"]
     return str(row["question"]), ", ".join(map(str, answers)) if isinstance(answers, list) else str(answers)
 
@@ -49,7 +49,7 @@ GPQA_COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect A
 
 
 def _gpqa(row: Row) -> tuple[str, str]:
-    """Four choices in an order that depends on nothing but the question; the answer is a letter."""
+    """Four choices with letters; the answer is a letter. The order of the choices depends only on the question."""
     question, *choices = (str(row[name]).strip() for name in GPQA_COLUMNS)
     order = random.Random(question).sample(range(4), 4)
     lines = [f"({letter}) {choices[i]}" for letter, i in zip("ABCD", order, strict=True)]
@@ -74,10 +74,11 @@ CHAMP_SIZE = 85
 
 
 def load_benchmark(spec: str, folder: str | Path) -> tuple[str, list[Row]]:
-    """Name and rows (`prompt`, `answer` and whatever a file of your own holds) of a benchmark or of a file.
+    """Load a benchmark by its name, or your own JSONL or parquet file by its path.
 
-    Raises ValueError when it is neither in `folder` nor on the hub as far as this machine can see, saying which file
-    with which columns would do; and for rows without them.
+    Returns the name and the rows: dictionaries with `prompt`, `answer` and, from your own file, all further columns.
+    Raises ValueError if the benchmark is neither in `folder` nor available from the hub (the message says which file
+    with which columns is needed), or if a row lacks a column.
     """
     if spec == "champ":
         return spec, _champ()
@@ -118,8 +119,11 @@ def _row(row: Row, number: int, source: str, benchmark: Benchmark) -> Row:
 
 
 def _champ() -> list[Row]:
-    """The problems of CHAMP (arXiv 2401.06961) whose answer is one number: the others need a human or a model to
-    compare answers such as `4^n` or `No such values`. From the PyPI package champ-dataset, without importing it."""
+    """The problems of CHAMP (arXiv 2401.06961) whose answer is one number.
+
+    Other answers, for example `4^n` or `No such values`, can only be compared by a human or a model. The problems are
+    read from the files of the PyPI package champ-dataset, without importing the package.
+    """
     spec = importlib.util.find_spec("champ_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""`reval compare A B`: the difference of two evaluations of the same problems, with a paired bootstrap interval.
+"""`reval compare A B`: the difference between two evaluations of the same problems, with a paired bootstrap interval.
 
-Works on the files that evaluations save, without the model and without torch.
+It reads the files that evaluations save, and needs neither the model nor torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from ..errors import RunError
 
 Key = tuple[str, str, int]
-"""Benchmark, prompt, and which of several equal prompts."""
+"""(benchmark, prompt, number among equal prompts of this benchmark: 0, 1, ...)."""
 HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Mean scores of A and B over the same problems, and a 95% interval of B - A."""
+    """Mean scores `a` and `b` of A and B over the same problems, and a 95% interval [low, high] of B - A."""
 
     name: str
     problems: int
@@ -37,7 +37,7 @@ class Difference:
         return f"{self.name:<16} {self.problems:5d} {numbers}"
 
     def verdict(self) -> str:
-        """What the interval says, in words."""
+        """The conclusion from the interval, in words."""
         if self.low > 0:
             return "B is better"
         if self.high < 0:
@@ -46,9 +46,14 @@ class Difference:
 
 
 def compare(a: Path, b: Path, *, resamples: int = 10_000, seed: int = 0) -> str:
-    """What `reval compare` prints. Each of `a` and `b` is a run's or a checkpoint's folder, or a file of answers.
+    """The text that `reval compare` prints.
 
-    Raises RunError when there is no such file or the two answered different problems.
+    Args:
+        a, b: each the folder of a run, the folder of a checkpoint, or a file of answers.
+        resamples: number of bootstrap resamples.
+        seed: seed of the resampling.
+
+    Raises RunError if there is no file of answers, or if A and B answered different problems.
     """
     files = [find(path) for path in (a, b)]
     differences = paired(*(read(file) for file in files), resamples=resamples, seed=seed)
@@ -67,8 +72,11 @@ def compare(a: Path, b: Path, *, resamples: int = 10_000, seed: int = 0) -> str:
 
 
 def find(path: Path) -> Path:
-    """The file of answers that a path stands for: itself; of a folder what `reval evaluate` saved there, else the
-    last evaluation of the training."""
+    """The file of answers for a path.
+
+    If `path` is a file, it is the file of answers. If `path` is a folder, it is the file that `reval evaluate` saved in
+    it, else the last evaluation during training.
+    """
     if path.is_file():
         return path
     saved = [p for p in (path / "evaluation.jsonl", path / "checkpoint" / "evaluation.jsonl") if p.is_file()]
@@ -82,7 +90,7 @@ def find(path: Path) -> Path:
 
 
 def read(path: Path) -> dict[Key, float]:
-    """Each problem's mean score, in the file's order; an answer that could not be scored counts as 0."""
+    """The mean score of each problem, in the order of the file. An answer without a score counts as 0."""
     seen: Counter[tuple[str, str]] = Counter()
     out: dict[Key, float] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -100,10 +108,11 @@ def read(path: Path) -> dict[Key, float]:
 
 
 def paired(a: dict[Key, float], b: dict[Key, float], *, resamples: int, seed: int) -> list[Difference]:
-    """The difference for each set of problems, and last, where there are several, of the mean over the sets.
+    """The difference for each set of problems. With several sets, a last entry is about the mean over the sets.
 
-    Problems are drawn with replacement within each set, the same ones for A and B, so that what is hard for both
-    cancels. The mean over sets weighs each set the same, as the paper's tables do.
+    Each resample draws problems with replacement within each set, and draws the same problems for A and B. So the
+    difficulty of a problem, which is the same for A and B, cancels in B - A. The mean over sets gives each set the same
+    weight, as the tables of the paper do.
     """
     if a.keys() != b.keys():
         raise RunError(
@@ -125,7 +134,8 @@ def paired(a: dict[Key, float], b: dict[Key, float], *, resamples: int, seed: in
 
 
 def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """[resamples]; a few at a time, since all indices at once would take 8 bytes x problems x resamples."""
+    """Means of resampled `values`, [resamples]. Computed in blocks of 1000 resamples, because the indices of all
+    resamples would take 8 bytes x problems x resamples."""
     n = len(values)
     parts = [min(1000, resamples - start) for start in range(0, resamples, 1000)]
     return np.concatenate([values[rng.integers(n, size=(count, n))].mean(1) for count in parts])

@@ -1,4 +1,4 @@
-"""Numbers from several answers to one problem: pass@k, maj@k, best@k. Plain arithmetic on lists."""
+"""Estimators from several answers to one problem: pass@k, maj@k, best@k. They work on plain lists."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 
 def is_right(score: float | None) -> bool:
-    """Whether a score counts as a solved problem: 1 or more. None, which could not be scored, does not."""
+    """True if the score means that the problem is solved: 1 or more. None (not scored) counts as not solved."""
     return score is not None and score >= 1
 
 
 def pass_at_k(scores: Sequence[float | None], k: int) -> float:
-    """Chance that k of these n answers, drawn without replacement, hold a right one.
+    """Probability that k of the n answers, drawn without replacement, contain a right answer.
 
-    1 - C(n - c, k) / C(n, k) with c right ones: the unbiased estimator of arXiv 2107.03374, section 2.1. Exact, since
-    Python's integers are.
+    It is 1 - C(n - c, k) / C(n, k), where c is the number of right answers: the unbiased estimator of arXiv 2107.03374,
+    section 2.1. The binomials are exact, because Python's integers do not overflow. Raises ValueError unless
+    1 <= k <= n.
     """
     n, right = len(scores), sum(is_right(s) for s in scores)
     if not 1 <= k <= n:
@@ -26,10 +27,10 @@ def pass_at_k(scores: Sequence[float | None], k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], scores: Sequence[float | None]) -> float:
-    """Score of the commonest answer; where several are equally common, the mean of theirs.
+    """Score of the most common answer. If several answers are equally common: the mean of their scores.
 
-    An answer that could not be extracted (None) has no vote; 0 where none could be. Equal answers that nevertheless
-    have different scores count with their mean.
+    None is an answer that could not be extracted; it has no vote. Without any vote, the result is 0. If equal answers
+    have different scores, the mean of these scores is used.
     """
     votes: dict[str, list[float]] = defaultdict(list)
     for answer, score in zip(answers, scores, strict=True):
@@ -40,15 +41,17 @@ def majority(answers: Sequence[str | None], scores: Sequence[float | None]) -> f
 
 
 def best(values: Sequence[float], scores: Sequence[float | None]) -> float:
-    """Score of the answer with the largest value; the mean where several have it."""
+    """Score of the answer with the largest value. If several answers have this value: the mean of their scores."""
     largest = max(values, default=0.0)
     return mean([score or 0.0 for value, score in zip(values, scores, strict=True) if value == largest])
 
 
 def over_blocks(estimator: Callable[..., float], k: int, *columns: Sequence[Any]) -> float:
-    """`estimator` of k answers, averaged over the disjoint runs of k that the columns hold (a rest is left out).
+    """The mean of `estimator` over disjoint blocks of k consecutive answers. A rest of fewer than k is not used.
 
-    The answers are independent draws, so each block is an unbiased estimate, and so is their mean.
+    Example: 10 answers and k = 4 give two blocks, answers 0 to 3 and 4 to 7. The answers are independent draws, so each
+    block gives an unbiased estimate, and the mean over blocks is unbiased too. Raises ValueError unless k is from 1 to
+    the number of answers.
     """
     n = len(columns[0])
     if not 1 <= k <= n:
@@ -58,5 +61,5 @@ def over_blocks(estimator: Callable[..., float], k: int, *columns: Sequence[Any]
 
 
 def mean(values: Sequence[float]) -> float:
-    """0 for none."""
+    """The mean of `values`; 0 if there are none."""
     return sum(values) / max(len(values), 1)

@@ -1,7 +1,7 @@
-"""Rewards: functions that score completions, the processes that run them, and the shaping of their scores.
+"""Rewards: functions that score completions, the worker processes that run them, and the shaping of their scores.
 
-Nothing here imports torch, transformers or numpy: every worker process imports this package, and a worker that was
-killed must be back in a fraction of a second.
+This package imports neither torch nor transformers nor numpy. Every worker process imports this package, and a new
+worker must replace a killed one in a fraction of a second.
 """
 
 from reval.rewards.pool import RewardPool, Scores

@@ -1,9 +1,9 @@
-r"""The final answer in a completion, as text to be counted in a majority vote.
+r"""Extracts the final answer of a completion as text, for majority votes (maj@k).
 
-Two answers get one vote together when their texts are equal after the rewriting below. That is weaker than what a
-verifier does: `x+1` and `1+x` stay two answers. A computer algebra system may never return (see `score_math`), and
-votes are counted in the trainer's own process, so none is asked. A reward function of yours takes part in votes if it
-has an attribute `extract_answer`, a function from the completion to text or None.
+Two answers count as equal when their texts are equal after `normalise`. A verifier recognises more equal answers: here
+`x+1` and `1+x` are two answers. The trainer's own process counts the votes, and a computer algebra system may never
+return (see `score_math`), so this file uses none. Your own reward function supports votes if it has the attribute
+`extract_answer`, a function from the completion to text or None.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def number_answer(completion: str) -> str | None:
-    """The number that `score_number` compares, or None where the completion breaks its rule."""
+    """The number that `score_number` compares. None if the completion does not follow the rule of `score_number`."""
     number = _final_number(completion)
     return None if number is None else str(Fraction(number))
 
 
 def math_answer(completion: str) -> str | None:
-    r"""What the last closed `\boxed{...}` holds, normalised; without one, the last number."""
+    r"""The normalised content of the last closed `\boxed{...}`. Without such a box: the last number, or None."""
     box = _last_box(completion)
     if box is not None:
         return normalise(box) or None
@@ -39,7 +39,10 @@ def math_answer(completion: str) -> str | None:
 
 
 def tagged_answer(completion: str) -> str | None:
-    """The text in the last `<answer>...</answer>`, or else the whole completion, as `score_reasoning_gym` reads it."""
+    """The text in the last `<answer>...</answer>`, else the whole completion, as in `score_reasoning_gym`.
+
+    None if this text is empty.
+    """
     found = _ANSWER_TAG.findall(completion)
     return (found[-1] if found else completion).strip() or None
 
@@ -52,18 +55,21 @@ EXTRACTORS: dict[str, Extractor] = {
 
 
 def extractor_of(spec: str) -> Extractor | None:
-    """How answers are read for the reward function `spec` (see `resolve`); None if it does not say."""
+    """The function that extracts answers for the reward function `spec` (see `resolve`).
+
+    None if `spec` is your own reward function and has no attribute `extract_answer`.
+    """
     if spec in EXTRACTORS:
         return EXTRACTORS[spec]
     return getattr(resolve(spec), "extract_answer", None)
 
 
 def normalise(answer: str) -> str:
-    r"""One spelling for the commonest variants of an answer in LaTeX.
+    r"""The same text for common LaTeX spellings of an answer.
 
-    Away go spaces, $, \left and \right, \! \, \; and ~, \text{...} around words, units of % and degrees, thousands'
-    commas, a final period; \dfrac and \tfrac are \frac; and what is then a decimal or a fraction of whole numbers is
-    reduced: 0.50, 1/2 and \frac{2}{4} all give 1/2.
+    Removes spaces, $, \left and \right, \! \, \; and ~, \text{...} around words, the units % and degree, commas between
+    thousands, and a final period. Replaces \dfrac and \tfrac by \frac. If the result is a decimal number or a fraction
+    of whole numbers, the fraction is reduced: 0.50, 1/2 and \frac{2}{4} all give 1/2.
     """
     text = answer.strip().strip("$").strip()
     text = re.sub(r"\\(?:left|right|[!,;:]| )|~|\$", "", text)

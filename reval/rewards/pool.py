@@ -1,11 +1,12 @@
-"""Run a reward function in worker processes, which can be killed.
+"""Runs a reward function in worker processes, which the pool can kill.
 
-A computer algebra system asked for `10^{10^{10}}` computes for ever, in C, deaf to signals and exceptions. Only killing
-its process ends that, so every completion is scored in a process we can afford to lose. A process is not a sandbox:
-what a reward function runs can do whatever the user can.
+A computer algebra system that gets `10^{10^{10}}` computes for ever. It does so in C code, which signals and exceptions
+do not interrupt: only killing the process ends the computation. So worker processes score the completions, and a killed
+worker is replaced. A process is not a sandbox: a reward function has all rights of the user who runs the trainer.
 
-`_work` is the worker's side. `RewardPool` owns the processes, `_Job` the bookkeeping of one call to `score`. Workers
-print to stderr, so that what a reward function prints never lands in the trainer's own output.
+`RewardPool` starts and kills the processes. `_Job` keeps the state of one call to `score`. `_work` is the function that
+a worker process runs. The stdout of workers goes to stderr, so that the output of a reward function does not mix with
+the trainer's output.
 """
 
 import contextlib
@@ -29,23 +30,24 @@ from typing import Any
 
 from reval.rewards.verifiers import RewardError, RewardFunction, resolve
 
-_STARTUP_SECONDS = 120.0  # for the imports of a worker; importing torch from a cold disk takes tens of seconds
-_TRANSFER_SECONDS = 30  # for one message to pass through a pipe
-_ORPHAN_SECONDS = 5.0  # how long after its time a worker nobody killed ends itself
-_MOST_IN_A_CHUNK = 16  # more would save no time on messages, and a timeout repeats the whole chunk
+_STARTUP_SECONDS = 120.0  # limit for the imports of a worker; importing torch from a cold disk takes tens of seconds
+_TRANSFER_SECONDS = 30  # limit for one message through a pipe
+_ORPHAN_SECONDS = 5.0  # a worker ends itself this long after its time limit, if no trainer is left to kill it
+_MOST_IN_A_CHUNK = 16  # a larger chunk saves no more time on messages, and a timeout repeats the whole chunk
 _MOST_TRACEBACK = 2000  # characters
 
 
 @dataclass(slots=True)
 class Scores:
-    """What a reward function gave for a list of completions.
+    """The rewards of a list of completions.
 
     Attributes:
-        rewards: one per completion, in order; None where the function gave None, or was killed, or raised.
-        timeouts: completions that used up their time.
-        errors: completions for which the function raised, or its process died.
-        first_error: the failing completion with the lowest index and a short traceback. With `errors` 0: the traceback
-            of a function that raised for a chunk and then scored each of its completions alone. Else None.
+        rewards: one per completion, in order. None if the function returned None, raised, or was killed.
+        timeouts: number of completions that reached the time limit.
+        errors: number of completions for which the function raised or the process died.
+        first_error: text about the failed completion with the lowest index, with a short traceback. If `errors` is 0
+            but the function raised for a chunk and then scored each completion of the chunk alone: the traceback of
+            the chunk. Otherwise None.
     """
 
     rewards: list[float | None]
@@ -57,17 +59,19 @@ class Scores:
 class RewardPool:
     """Worker processes that score completions with one reward function.
 
-    Completions are handed out in chunks. A chunk that takes longer than `timeout`, raises or kills its process is
-    repeated one completion at a time, so that only the guilty completion is lost; the function may thus see a
-    completion twice. One call takes at most about `timeout * completions / workers` seconds, if all of them hang.
+    The pool sends completions to the workers in chunks. A chunk fails if it takes longer than `timeout`, raises, or
+    kills its process. The completions of a failed chunk are then scored one by one, so that only the faulty completion
+    loses its reward. The function may thus get a completion twice. If every completion hangs, one call takes about
+    `timeout * completions / workers` seconds.
 
-    Workers are spawned: they import the main module of the program (under another name, so keep `if __name__ ==
-    "__main__":` there) and then `function`. Neither counts against `timeout`. Use a pool from one thread at a time.
+    Workers are spawned processes. They import the main module of the program and then `function`; these imports do not
+    count against `timeout`. The main module is imported under another name, so protect the code that it runs with
+    `if __name__ == "__main__":`. Use a pool from one thread at a time.
 
     Args:
         function: spec for `resolve`: a registered name, "package.module:function" or "path/to/file.py:function".
-        workers: number of processes.
-        timeout: seconds for one completion.
+        workers: number of processes, at least 1.
+        timeout: maximum number of seconds for one completion.
 
     Raises:
         RewardError: `function` cannot be found or loaded.
@@ -105,20 +109,20 @@ class RewardPool:
         Args:
             prompts: one per completion.
             completions: decoded texts.
-            completion_ids: their tokens.
-            columns: the other columns of the data set by name, one entry per completion each.
+            completion_ids: token ids of each completion.
+            columns: the other columns of the data set by name, each with one entry per completion.
 
         Raises:
-            RewardError: the function returned something other than a list with one finite number or None per
-                completion; or it failed with an error for every completion and there were at least two: a fault of
-                the function or the columns, not of the data. (One completion alone cannot tell, and is counted.)
-            ValueError: lengths differ, or a column has the name of one of the other arguments.
+            RewardError: the function did not return a list with one finite number or None per completion. Or the
+                function failed for every one of at least two completions: then the function or a column is wrong. (A
+                failure for a single completion may have either cause, and is only counted in `errors`.)
+            ValueError: lengths differ, or a column has the name of another argument.
         """
         if self._closed:
             raise RuntimeError("RewardPool.score was called after close()")
         job = _Job(self._function, prompts, completions, completion_ids, columns, workers=self._count)
         for worker in [w for w in self._workers if not w.process.is_alive()]:
-            self._discard(worker)  # it died between two calls, which is no completion's fault
+            self._discard(worker)  # this worker died between two calls, so no completion counts as an error
         try:
             self._fill()
             while job.queue or any(worker.indices for worker in self._workers):
@@ -126,15 +130,15 @@ class RewardPool:
                     self._send(worker, job)
                 for indices, kind, value in self._wait():
                     job.record(indices, kind, value)
-                self._fill()  # now, so that the last replacement starts while the trainer goes on
+                self._fill()  # a replacement for the last worker then starts while the trainer does other work
             return job.result()
         finally:
-            # Only after an exception: nobody waits for these answers any more.
+            # After an exception, some workers are still busy. Nobody will read their answers.
             for worker in [w for w in self._workers if w.indices]:
                 self._discard(worker)
 
     def close(self) -> None:
-        """Kill the workers. May be called twice."""
+        """Kill the workers. A second call does nothing."""
         self._closed = True
         for worker in list(self._workers):
             self._discard(worker)
@@ -146,7 +150,7 @@ class RewardPool:
         self.close()
 
     def _fill(self) -> None:
-        """Start workers until there are as many as asked for; does not wait for them."""
+        """Start workers until there are `workers` of them, without waiting for them."""
         while len(self._workers) < self._count:
             ours, theirs = self._context.Pipe()
             _bound_transfers(ours, _TRANSFER_SECONDS)
@@ -157,7 +161,7 @@ class RewardPool:
                 name="reval-reward",
             )
             process.start()
-            theirs.close()  # with our copy open, the death of the worker would not show as the end of the pipe
+            theirs.close()  # otherwise the pipe stays open when the worker dies, and recv never raises EOFError
             self._workers.append(_Worker(process, ours, deadline=time.monotonic() + _STARTUP_SECONDS))
 
     def _discard(self, worker: "_Worker") -> None:
@@ -165,25 +169,26 @@ class RewardPool:
         worker.process.kill()
         worker.connection.close()
         worker.process.join(_TRANSFER_SECONDS)
-        with contextlib.suppress(ValueError):  # still there: stuck in the kernel, which nobody can end
+        with contextlib.suppress(ValueError):  # the process still runs: it is stuck in a system call
             worker.process.close()
 
     def _send(self, worker: "_Worker", job: "_Job") -> None:
         indices = job.queue.popleft()
-        # First marked busy, then sent: an interrupt in between must not leave an idle worker with an old answer.
+        # Mark the worker as busy first, then send. With the other order, Ctrl-C in between would leave a worker that
+        # counts as idle and later returns the answer of this task for another task.
         worker.indices, worker.deadline = indices, time.monotonic() + self._timeout
         try:
             worker.connection.send(job.payload(indices))
-        except OSError:  # dead, or frozen with a full pipe
+        except OSError:  # the worker is dead, or it hangs and the pipe is full
             kind, value = _death(worker)
             self._discard(worker)
             job.record(indices, kind, value)
 
     def _wait(self) -> list[tuple[list[int], str, Any]]:
-        """Wait until a worker answers, dies or runs out of time.
+        """Wait until a worker answers, dies or reaches its deadline.
 
         Returns:
-            (indices, kind, value) of each task that ended; kind is what `_run` returns, or "late", or "died".
+            (indices, kind, value) of each task that ended. `kind` is "late", "died", or a kind that `_run` returns.
         """
         active = [(worker, worker.deadline) for worker in self._workers if worker.deadline is not None]
         if not active:
@@ -196,7 +201,7 @@ class RewardPool:
             if worker.connection in answered:
                 kind, value = _receive(worker)
                 if kind == "died" and late:
-                    kind = "late"  # it may have ended itself, see `_ORPHAN_SECONDS`
+                    kind = "late"  # the worker may have ended itself, see `_ORPHAN_SECONDS`
             elif late:
                 kind, value = "late", None
             else:
@@ -230,7 +235,7 @@ class RewardPool:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """A process and what it is doing: starting, idle (no deadline) or scoring `indices`."""
+    """A worker process and its state: starting, idle (`deadline` is None), or scoring the completions `indices`."""
 
     process: BaseProcess
     connection: Connection
@@ -244,7 +249,7 @@ class _Worker:
 
 
 class _Job:
-    """One call to `score`: what is still to be handed out and what came back."""
+    """State of one call to `score`: the queue of chunks not yet sent, and the results so far."""
 
     def __init__(
         self, function: str, prompts: list, completions: list, completion_ids: list, columns: dict, *, workers: int
@@ -263,18 +268,18 @@ class _Job:
         self._scores = Scores(rewards=[None] * count, timeouts=0, errors=0, first_error=None)
         self._first_failure: int = count
         self._chunk_error: str | None = None
-        # A few chunks per worker, so that none waits long for the slowest.
+        # About four chunks per worker, so that at the end no worker waits long for the slowest one.
         size = max(1, min(_MOST_IN_A_CHUNK, math.ceil(count / (4 * workers))))
         self.queue = deque(list(range(start, min(start + size, count))) for start in range(0, count, size))
 
     def payload(self, indices: list[int]) -> tuple:
-        """What `_run` unpacks."""
+        """The message to a worker: (indices, inputs, columns) of these completions, for `_run`."""
         inputs = [[values[i] for i in indices] for values in self._inputs]
         columns = {name: [values[i] for i in indices] for name, values in self._columns.items()}
         return indices, inputs, columns
 
     def record(self, indices: list[int], kind: str, value: Any) -> None:
-        """Take the outcome of a task: rewards, or the reason why there are none."""
+        """Store the result of a task: rewards, or the reason why there are none."""
         scores = self._scores
         if kind == "invalid":
             raise RewardError(value)
@@ -313,7 +318,7 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
 
 
 def _death(worker: _Worker) -> tuple[str, str]:
-    worker.process.join(1.0)  # its pipe ends a moment before it does
+    worker.process.join(1.0)  # the pipe closes slightly before the process ends and has an exit code
     code = worker.process.exitcode
     if code is None:
         return "died", "the worker process stopped answering"
@@ -328,34 +333,35 @@ def _name_completion(index: int, completion: str) -> str:
 
 
 def _bound_transfers(connection: Connection, seconds: int) -> None:
-    """Let a read or write that makes no progress for `seconds` raise OSError (a frozen worker, a full pipe)."""
+    """Make a read or write raise OSError after `seconds` without progress (a worker that hangs, a full pipe)."""
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.setblocking(True)  # `socket.setdefaulttimeout` anywhere in the program would have made it non-blocking
+        end.setblocking(True)  # the socket is non-blocking if the program has called `socket.setdefaulttimeout`
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, 0))
 
 
-# The worker's side.
+# The functions below run in the worker process.
 
 
 def _work(connection: Connection, function: str, timeout: float) -> None:
-    """Serve tasks until the pool closes the pipe or its process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # multiprocessing's own clean-up must work if the trainer ignores it
+    """Score tasks until the pool closes the pipe or the trainer's process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the trainer acts on it
+    # multiprocessing ends its processes with SIGTERM. If the trainer ignores SIGTERM, the worker inherits that.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout = sys.stderr
-    os.dup2(2, 1)  # for what C code and subprocesses print
+    os.dup2(2, 1)  # redirects the output of C code and of subprocesses, which do not use sys.stdout
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # short of memory, Linux should end a replaceable worker and not the trainer
+        file.write("1000")  # if memory runs out, Linux then kills a worker, which is replaceable, before the trainer
     with contextlib.suppress(EOFError, OSError):
         _serve(connection, function, timeout)
     sys.stderr.flush()
-    os._exit(0)  # an ordinary exit would wait for threads that the reward function left behind
+    os._exit(0)  # sys.exit would wait for threads that the reward function started
 
 
 def _serve(connection: Connection, function: str, timeout: float) -> None:
     with open(os.devnull, "w") as nowhere:
-        # If the trainer is killed there is no one left to kill a worker that hangs. This alarm needs neither the
-        # interpreter lock nor a signal handler.
+        # If the trainer is killed, nobody kills a worker that hangs. This timer then ends the worker. The timer needs
+        # neither the interpreter lock nor a signal handler, so it works while C code runs.
         faulthandler.dump_traceback_later(_STARTUP_SECONDS + _ORPHAN_SECONDS, exit=True, file=nowhere)
         try:
             reward = resolve(function)
@@ -375,11 +381,11 @@ def _serve(connection: Connection, function: str, timeout: float) -> None:
 
 
 def _run(reward: RewardFunction, function: str, task: bytes) -> tuple[str, Any]:
-    """Score one task: ("scored", rewards), ("raised", traceback) or ("invalid", what is wrong with the result)."""
+    """Score one task. Returns ("scored", rewards), ("raised", traceback) or ("invalid", message about the result)."""
     try:
         indices, (prompts, completions, completion_ids), columns = pickle.loads(task)
         result = reward(prompts, completions, completion_ids, **columns)
-    except BaseException as error:  # SystemExit too: a verifier may run a script
+    except BaseException as error:  # includes SystemExit, which a script that a verifier runs may raise
         return "raised", _short_traceback(error)
     try:
         return "scored", _checked(result, function, indices, completions)
@@ -388,7 +394,7 @@ def _run(reward: RewardFunction, function: str, task: bytes) -> tuple[str, Any]:
 
 
 def _checked(result: object, function: str, indices: list[int], completions: list[str]) -> list[float | None]:
-    """The rewards as floats; RewardError unless `result` is a list of finite numbers and None of the right length."""
+    """The rewards as floats. RewardError unless `result` is a list with one finite number or None per completion."""
     name, got = f"reward function {function!r}", reprlib.repr(result)
     if not isinstance(result, list):
         raise RewardError(
@@ -400,7 +406,7 @@ def _checked(result: object, function: str, indices: list[int], completions: lis
     rewards: list[float | None] = []
     for index, completion, value in zip(indices, completions, result, strict=True):
         try:
-            # float() would also read the text "1.0"
+            # Text is refused here, because float() would accept the text "1.0".
             reward = value if value is None else math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, OverflowError):
             reward = math.nan
@@ -414,5 +420,5 @@ def _checked(result: object, function: str, indices: list[int], completions: lis
 
 
 def _short_traceback(error: BaseException) -> str:
-    """The end of the traceback: the innermost frames and the message."""
+    """The end of the traceback: the four innermost frames and the message."""
     return "".join(traceback.format_exception(error, limit=-4)).strip()[-_MOST_TRACEBACK:]

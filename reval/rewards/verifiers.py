@@ -1,14 +1,15 @@
-r"""Reward functions that check a completion against the data set, and the way to name your own.
+r"""Built-in reward functions, which check a completion against the data set, and `resolve`, which finds one by name.
 
-A reward function is called as `fn(prompts, completions, completion_ids, **columns)` and returns one reward per
-completion: a number, or None for "cannot be scored".
+The caller runs `fn(prompts, completions, completion_ids, **columns)`. The function returns a list with one reward per
+completion: a number, or None if the completion cannot be scored.
 
     prompts         list of str, or of chat messages (list of dict)
     completions     list of str
     completion_ids  list of list of int, the sampled tokens
     columns         the other columns of the data set by name, each a list with one entry per completion
 
-The functions here give no partial credit for form. Their packages are imported on first use, not with this file.
+The built-in functions give no partial credit for the form of an answer. They import their packages on first use, so
+that importing this file is fast.
 """
 
 import difflib
@@ -30,7 +31,7 @@ RewardFunction = Callable[..., list[float | None]]
 
 
 class RewardError(ValueError):
-    """The reward function itself is at fault: it cannot be found or loaded, breaks its contract, or always raises."""
+    """The reward function is wrong: it cannot be found or loaded, returns invalid rewards, or raises every time."""
 
 
 _NUMBER = re.compile(r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
@@ -41,14 +42,14 @@ _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 def score_number(
     prompts: list, completions: list[str], completion_ids: list[list[int]], **columns: list
 ) -> list[float | None]:
-    """Reward "reply with only the number" tasks: 1.0 if the completion is the number in column `answer`, else 0.0.
+    """Reward for "reply with only the number" tasks: 1.0 if the completion is the number in `answer`, else 0.0.
 
-    The rule: strip white space at both ends, then one final period if there is one. What is left must be, as a whole,
-    `NUMBER` or `EXPRESSION = NUMBER`, with NUMBER equal to the answer.
-        NUMBER      an optional sign, digits (with or without commas between thousands), an optional decimal part;
-                    compared as a decimal: 7, 7.0, +7 and 07 are the same, so are 1000 and 1,000.
-        EXPRESSION  a restated task: digits, spaces and + - * / x × ( ), with at least one digit. It is not evaluated.
-    Anything else is 0.0: words before or after, two numbers, "7 or 8", "7%", "1e3", a second `=`.
+    The rule: remove white space at both ends, then one final period. The remaining text must be, as a whole, `NUMBER`
+    or `EXPRESSION = NUMBER`, with NUMBER equal to the answer.
+        NUMBER      an optional sign, digits (with or without commas between thousands), an optional decimal part.
+                    Numbers are compared as decimals: 7, 7.0, +7 and 07 are equal, and 1000 and 1,000 are equal.
+        EXPRESSION  the task repeated: digits, spaces and + - * / x × ( ), with at least one digit. It is not evaluated.
+    Every other text scores 0.0. Examples: words before or after, two numbers, "7 or 8", "7%", "1e3", a second `=`.
 
     Raises:
         ValueError: no column `answer`, or an answer that is not a number.
@@ -62,20 +63,21 @@ def score_math(
 ) -> list[float | None]:
     r"""Reward 1.0 if math-verify finds the completion's final answer equal to column `answer`, else 0.0.
 
-    The final answer is the last closed `\boxed{...}` where there is one, else what math-verify extracts. `answer` is
-    LaTeX, with or without $ around it, and only the answer: no worked solution. A completion that math-verify cannot
-    read is wrong (0.0); an answer that it cannot read gives None, since then nothing could be right.
+    The final answer of a completion is the content of the last closed `\boxed{...}`. Without a box, math-verify
+    extracts the final answer. The column `answer` holds LaTeX, with or without $ around it, and only the answer, no
+    worked solution. A completion that math-verify cannot read scores 0.0. If math-verify cannot read the column's
+    answer, the reward is None, because no completion could then be right.
 
-    This call has no time limit of its own: `10^{10^{10}}` in a completion never returns. math-verify's limits are
-    signal handlers, which wait for the C code they should interrupt and which sympy may swallow, so they are off; run
-    it in a RewardPool, which kills the process.
+    This function has no time limit: `10^{10^{10}}` in a completion never returns. Run this function in a RewardPool,
+    which kills the process. The time limits of math-verify are switched off, because they are signal handlers: a
+    handler runs only after the C code that it should interrupt, and sympy may swallow its exception.
 
     Raises:
         ValueError: no column `answer`.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off: they are meant to be
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # hides the warning that its time limits are off
     rewards: list[float | None] = []
     for completion, answer in zip(completions, _column("math", "answer", columns), strict=True):
         gold = [] if answer is None else _parse_gold(str(answer).strip())
@@ -92,13 +94,13 @@ def score_math(
 def score_reasoning_gym(
     prompts: list, completions: list[str], completion_ids: list[list[int]], **columns: list
 ) -> list[float | None]:
-    """Reward as reasoning_gym does, with the scorer of the data set named in `metadata["source_dataset"]`.
+    """Reward from reasoning_gym: the scorer of the data set that `metadata["source_dataset"]` names.
 
-    The scorer gets the text in the last `<answer>...</answer>`, or else the whole stripped completion, and the columns
-    `question`, `answer` and `metadata` (a dict, or its JSON text). Partial scores are passed on as they are. The
-    default scorer of reasoning_gym gives len(oracle) / len(answer) to an answer that only contains the oracle, so
-    a completion with prose around the right answer gets something between 0 and 1. Scorers with settings of their own
-    (decimal_arithmetic, polynomial_equations, puzzle24, time_intervals) run with their defaults.
+    The scorer gets the text in the last `<answer>...</answer>`, else the whole stripped completion, and the columns
+    `question`, `answer` and `metadata` (a dict, or JSON text of a dict). Partial scores are returned unchanged. The
+    default scorer of reasoning_gym gives len(oracle) / len(answer) to an answer that contains the oracle (the right
+    answer) and more text, so such a completion scores between 0 and 1. Scorers with their own settings
+    (decimal_arithmetic, polynomial_equations, puzzle24, time_intervals) run with their default settings.
 
     Raises:
         ValueError: a missing column, no `source_dataset` in the metadata, or a data set reasoning_gym does not know.
@@ -132,15 +134,15 @@ _PACKAGES = {"math": ("math_verify", "math-verify[antlr4_13_2]"), "reasoning_gym
 
 
 def resolve(spec: str) -> RewardFunction:
-    """Find a reward function, and import what it needs.
+    """Find a reward function and import the packages that it needs.
 
     Args:
-        spec: a name in VERIFIERS, "package.module:function", or "path/to/file.py:function" (relative to the current
-            directory; the file's own directory is not added to the import path).
+        spec: a name in VERIFIERS, "package.module:function", or "path/to/file.py:function". The path is relative to the
+            current directory. The directory of the file is not added to the import path.
 
     Raises:
-        RewardError (a ValueError): nothing of that name, or a package that is not installed. An error inside a module
-            or file of yours comes through as it is.
+        RewardError (a ValueError): there is no such function, or its package is not installed. An error inside your
+            module or file is raised unchanged.
     """
     if spec in VERIFIERS:
         if spec in _PACKAGES:
@@ -165,7 +167,7 @@ def resolve(spec: str) -> RewardFunction:
 
 
 def _import_package(spec: str, package: str, to_install: str) -> None:
-    # Now rather than at the first completion, whose time limit would pay for it.
+    # Import the package now. At the first completion, the import would count against the time limit of the completion.
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -180,7 +182,8 @@ def _load_module(spec: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
-        # Only the module asked for is the user's slip; a package missing inside it deserves its own traceback.
+        # If `where` itself is missing, the setting is wrong: RewardError. If `where` imports a package that is missing,
+        # the user needs the full traceback.
         if error.name is None or not f"{where}.".startswith(f"{error.name}."):
             raise
         raise RewardError(
@@ -227,7 +230,7 @@ def _to_decimal(text: str) -> Decimal | None:
 
 
 def _final_number(completion: str) -> Decimal | None:
-    """The number that the completion consists of, by the rule of `score_number`; None where it breaks the rule."""
+    """The number in the completion, by the rule of `score_number`. None if the completion does not follow the rule."""
     text = completion.strip().removesuffix(".")
     expression, equals, number = text.rpartition("=")
     if equals:
@@ -242,13 +245,13 @@ def _gold_number(answer: Any) -> Decimal:
     if isinstance(answer, str):
         number = _to_decimal(answer.strip())
     elif isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
-        number = Decimal(str(answer))  # through str, so that 0.1 is 0.1 and not its binary neighbour
+        number = Decimal(str(answer))  # str first: Decimal(0.1) is 0.1000000000000000055..., Decimal("0.1") is 0.1
     if number is None or not number.is_finite():
         raise ValueError(f"column 'answer' must hold numbers for reward function 'number', but holds {answer!r:.200}")
     return number
 
 
-@functools.lru_cache(maxsize=4096)  # every response of a group has the same one
+@functools.lru_cache(maxsize=4096)  # all responses to a prompt have the same answer
 def _parse_gold(answer: str) -> list:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
@@ -258,9 +261,9 @@ def _parse_gold(answer: str) -> list:
 
 
 def _last_box(text: str) -> str | None:
-    r"""Content of the `\boxed{...}` that closes last, in one pass; None without a closed one."""
+    r"""Content of the `\boxed{...}` that closes last, found in one pass. None if no box is closed."""
     box = None
-    open_braces: list[int | None] = []  # where the content of a box starts, None for any other brace
+    open_braces: list[int | None] = []  # for a box, the index where its content starts; for any other brace, None
     for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
         if token == "}":
@@ -273,7 +276,7 @@ def _last_box(text: str) -> str | None:
     return box
 
 
-@functools.cache  # one per data set name; making a scorer makes its whole data set object
+@functools.cache  # get_score_answer_fn builds a whole data set object in every call
 def _gym_scorer(name: str) -> Callable[..., float]:
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, samples.jsonl, reward_errors.txt, curves.png, and the services of `services`."""
+"""Records a run: metrics.jsonl, samples.jsonl, reward_errors.txt, curves.png, and the services in `services.py`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class Tracker:
-    """Writes into the run folder, flushing every line, so that a killed run keeps what it measured.
+    """Writes files into the run folder. Every line is flushed, so that a killed run keeps its metrics and samples.
 
     Args:
-        folder: the run's.
-        config: its settings.
-        iteration: the last iteration of the checkpoint that the run goes on from; 0 for a new run. Of the files only
-            what belongs to iterations up to it is kept, so that in the end they are those of an uninterrupted run.
-        state: what `state()` returned when that checkpoint was made.
-        main: False on all processes but one, which writes: `log` returns the same row and nothing is written.
+        folder: the run folder.
+        config: settings of the run.
+        iteration: last iteration of the checkpoint that the run resumes; 0 for a new run. Entries of later iterations
+            are removed from the files, so that the files end up equal to those of an uninterrupted run.
+        state: the value that `state()` returned when the checkpoint was saved.
+        main: True on one process of the run, which writes the files. On the others, `log` returns the same row, and
+            nothing is written.
 
     Raises:
-        ConfigError: a tracking service's package is not installed, or the service cannot start.
+        ConfigError: the package of a tracking service is not installed, or the service cannot start.
     """
 
     def __init__(
@@ -72,16 +73,22 @@ class Tracker:
             service.close(failed=error is not None)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to resume the tracker after the iterations logged so far, as JSON takes it."""
+        """The state of the tracker after the iterations logged so far, for a checkpoint. It can be written as JSON."""
         return {"tokens": self._tokens, "evaluations": list(self._evaluations), "runs": dict(self._runs)}
 
     def update(self, prefix: str, update: dict[str, Any]) -> None:
-        """Keep what one update returned until `log`; prefix `reval` for fresh batches, `reval/replay` for replayed."""
+        """Store the result of one update until the next `log`.
+
+        `prefix` is `reval` for an update on a fresh batch and `reval/replay` for an update on a replayed batch.
+        """
         self._updates.setdefault(prefix, []).append(update)
 
     def evaluated(self, iteration: int, evaluation: Evaluation | None) -> dict[str, float]:
-        """The evaluation's metrics; the accuracy is kept for the plot. What is measured before the first iteration goes
-        to the services at once, since no row of `log` will hold it."""
+        """Return the metrics of the evaluation, and store its accuracy for the plot.
+
+        The metrics of iteration 0 (before training) are sent to the services here, because `log` is never called for
+        iteration 0.
+        """
         if evaluation is None:
             return {}
         metrics = evaluation.metrics()
@@ -91,7 +98,7 @@ class Tracker:
         return metrics
 
     def samples(self, iteration: int, rows: list[tuple[Any, str, float | None]]) -> None:
-        """Save the first few (prompt, completion, score) of the iteration."""
+        """Save the first `tracking.samples` rows (prompt, completion, score) of the iteration."""
         self._samples = [
             {"iteration": iteration, "prompt": prompt, "completion": completion, "score": score}
             for prompt, completion, score in rows[: self._config.tracking.samples]
@@ -99,13 +106,13 @@ class Tracker:
         self._write("samples.jsonl", self._samples)
 
     def reward_error(self, iteration: int, error: str) -> None:
-        """Append an exception of the reward function to reward_errors.txt."""
+        """Append the text `error`, an exception of the reward function, to reward_errors.txt."""
         if self._main:
             with open(self._folder / "reward_errors.txt", "a", encoding="utf-8") as file:
                 file.write(f"iteration {iteration}\n{textwrap.indent(error, '  ')}\n\n")
 
     def log(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Write one iteration: `metrics`, and the means of what its updates returned. Returns the whole."""
+        """Write one iteration: `metrics`, and the means over the results of its updates. Returns the whole row."""
         self._tokens += int(metrics["num_tokens"])
         seconds = metrics.get("time/rollout", 0.0)
         row = {"iteration": iteration, **metrics, **_summary(self._updates)}
@@ -118,7 +125,7 @@ class Tracker:
         return row
 
     def plot(self) -> None:
-        """Draw curves.png from what was logged."""
+        """Draw curves.png from the logged rows."""
         if self._rows and self._main:
             from ..plots import save_curves
 
@@ -130,22 +137,25 @@ class Tracker:
             self._files[name].flush()
 
     def _send(self, iteration: int, row: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """Log to every service. One that fails is dropped with a warning: days of training are worth more."""
+        """Log to every service. A service that fails is removed with a warning, because the training should go on."""
         for name, service in list(self._services.items()):
             try:
                 service.log(iteration, row, samples)
             except Exception as error:
                 del self._services[name]
                 warnings.warn(
-                    f"tracking.{name} failed in iteration {iteration} ({type(error).__name__}: {error}); nothing more "
-                    "goes there, metrics.jsonl goes on",
+                    f"tracking.{name} failed in iteration {iteration} ({type(error).__name__}: {error}); this "
+                    "service gets no more metrics, metrics.jsonl is still written",
                     stacklevel=3,
                 )
 
 
 def _lines_until(path: Path, iteration: int) -> list[str]:
-    """The lines of a JSONL file whose `iteration` is not beyond the given one. They are in order: the first that is
-    beyond it, or that kill -9 left half-written, ends them."""
+    """The lines of a JSONL file with an `iteration` up to the given one.
+
+    The lines are sorted by iteration, so reading stops at the first later iteration. It also stops at a line that is
+    not JSON: kill -9 may leave an incomplete line.
+    """
     kept: list[str] = []
     if iteration and path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -159,23 +169,26 @@ def _lines_until(path: Path, iteration: int) -> list[str]:
 
 
 def _keep_errors_until(path: Path, iteration: int) -> None:
-    """The same for reward_errors.txt, whose entries begin with a line `iteration N`."""
+    """Remove the entries of later iterations from reward_errors.txt. An entry starts with the line `iteration N`."""
     if path.exists():
         text = path.read_text(encoding="utf-8", errors="replace")
         beyond = [m.start() for m in re.finditer(r"^iteration (\d+)$", text, re.M) if int(m[1]) > iteration]
         kept = text[: beyond[0]] if beyond else text
-        _replace(path, kept[: kept.rfind("\n\n") + 2])  # a torn entry has no end
+        _replace(path, kept[: kept.rfind("\n\n") + 2])  # removes an incomplete last entry, which has no empty line
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write the file as a whole or not at all: a run may be killed while it is being resumed."""
+    """Replace the file in one step. So the file is complete, old or new, even if the run is killed while it resumes."""
     unfinished = path.with_name(f".{path.name}-unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
 def _summary(updates: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Means over the updates of one kind: loss, grad_norm, lr, and the parts of their residuals."""
+    """Means over the updates with the same prefix: loss, grad_norm, lr, and the terms of the residuals.
+
+    loss, grad_norm and lr are means over updates; the terms of the residuals are means over all trajectories.
+    """
     out: dict[str, float] = {}
     for prefix, done in updates.items():
         top = "" if prefix == "reval" else "replay/"

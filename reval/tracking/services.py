@@ -1,8 +1,9 @@
-"""Where the metrics go beside the run's own files: TensorBoard, Weights & Biases, trackio.
+"""Services that record metrics in addition to the files of the run: TensorBoard, Weights & Biases, trackio.
 
-Each is imported only when it is asked for. A resumed run goes on in the run that it had there. What the killed process
-told that one after the checkpoint stays in it (TensorBoard hides it), and the iterations that are done again appear
-beside it; the run's own files hold each iteration once.
+The package of a service is imported only if its setting is true. A resumed run continues its earlier run in the
+service. Suppose the process was killed in iteration 7 and the checkpoint is of iteration 5: wandb and trackio then hold
+iterations 6 and 7 twice, from the killed and from the resumed process, and TensorBoard hides the first ones. The files
+of the run hold each iteration once.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ COLUMNS = ("iteration", "prompt", "completion", "score")
 
 
 class Service(Protocol):
-    """One place that records a run."""
+    """A service that records a run."""
 
     run: str | None
-    """What the service knows the run by, for resuming; None where it needs no name."""
+    """Identifier of the run in the service, for resuming. None if the service needs no identifier."""
 
     def log(self, iteration: int, row: Row, samples: list[Sample]) -> None:
-        """Record the metrics of an iteration, and samples with the keys `COLUMNS`."""
+        """Record the metrics of an iteration, and samples: dictionaries with the keys COLUMNS."""
         ...
 
     def close(self, failed: bool) -> None:
-        """Send what is still waiting."""
+        """Send all waiting metrics and end the run. `failed`: the training ended with an exception."""
         ...
 
 
@@ -43,7 +44,7 @@ class TensorBoard:
     def __init__(self, folder: Path, config: Config, iteration: int, run: str | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events from here on, of the process that was killed, are hidden.
+        # TensorBoard hides earlier events with step >= purge_step: they come from the process that was killed.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
 
     def log(self, iteration: int, row: Row, samples: list[Sample]) -> None:
@@ -55,7 +56,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; WANDB_MODE=offline and its other variables hold."""
+    """Weights & Biases. Its environment variables work as usual, for example WANDB_MODE=offline."""
 
     def __init__(self, folder: Path, config: Config, iteration: int, run: str | None):
         import wandb
@@ -70,7 +71,8 @@ class WandB:
             dir=str(folder),
             resume="allow" if run else None,
         )
-        # Not wandb's own step: that one cannot go back to the checkpoint when a run is resumed.
+        # The x axis is `iteration` instead of wandb's own step. wandb's step never decreases, but the iteration of a
+        # resumed run goes back to that of the checkpoint.
         self._run.define_metric("*", step_metric="iteration")
 
     def log(self, iteration: int, row: Row, samples: list[Sample]) -> None:
@@ -82,12 +84,12 @@ class WandB:
 
 
 class Trackio:
-    """trackio: a local SQLite file, or the Space or server that TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names."""
+    """trackio. It writes to a local SQLite file, or to the Space TRACKIO_SPACE_ID or the server TRACKIO_SERVER_URL."""
 
     def __init__(self, folder: Path, config: Config, iteration: int, run: str | None):
         import trackio
 
-        # A run is found again by its name, so no other run may have it.
+        # trackio finds a run by its name when the run resumes, so the name must be unique.
         self.run: str | None = run or f"{config.tracking.name or folder.resolve().name}-{uuid.uuid4().hex[:6]}"
         self._module = trackio
         settings = {f"{section}.{key}": value for section, s in config.to_dict().items() for key, value in s.items()}
@@ -100,7 +102,7 @@ class Trackio:
         )
 
     def log(self, iteration: int, row: Row, samples: list[Sample]) -> None:
-        # one table a name: trackio shows the latest, with a slider over the steps
+        # All iterations use the same table name: trackio shows the latest table, with a slider over the steps.
         table = {"samples": self._module.Table(columns=list(COLUMNS), data=_cells(samples))} if samples else {}
         self._run.log({**row, **table}, step=iteration)
 
@@ -113,11 +115,11 @@ SERVICES: dict[str, Callable[[Path, Config, int, str | None], Service]] = {
     "wandb": WandB,
     "trackio": Trackio,
 }
-"""By the name of the setting in section `tracking`, which is also the package's."""
+"""Services by name. The name is both the setting in section `tracking` and the package to install."""
 
 
 def check_installed(config: Config) -> None:
-    """Raise ConfigError where a service is asked for whose package is not there."""
+    """Raise ConfigError if the settings ask for a service whose package is not installed."""
     for name in SERVICES:
         if getattr(config.tracking, name) and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -127,7 +129,10 @@ def check_installed(config: Config) -> None:
 
 
 def start(folder: Path, config: Config, iteration: int, runs: dict[str, str]) -> dict[str, Service]:
-    """The services that are asked for, each continuing its run in `runs`. Raises ConfigError where one cannot start."""
+    """Start the services that the settings ask for. `runs` maps a service's name to the run that it continues.
+
+    Raises ConfigError if a service cannot start.
+    """
     check_installed(config)
     started: dict[str, Service] = {}
     for name, service in SERVICES.items():
@@ -135,7 +140,7 @@ def start(folder: Path, config: Config, iteration: int, runs: dict[str, str]) ->
             continue
         try:
             started[name] = service(folder, config, iteration, runs.get(name))
-        except Exception as error:  # whatever a service raises: no network, no login, no space left
+        except Exception as error:  # many types: no network, no login, no disk space left
             for other in started.values():
                 other.close(failed=True)
             hint = "; WANDB_MODE=offline records without a server" if name == "wandb" else ""
@@ -144,7 +149,7 @@ def start(folder: Path, config: Config, iteration: int, runs: dict[str, str]) ->
 
 
 def _cells(samples: list[Sample]) -> list[list[Any]]:
-    """Samples as rows of a table, chat messages as text."""
+    """Samples as rows of a table. A prompt of chat messages becomes one text."""
     return [[_text(sample[name]) for name in COLUMNS] for sample in samples]
 
 
