@@ -1,4 +1,7 @@
-"""The trainer's side of an engine that runs in a process of its own. Every wait has a deadline and says what for."""
+"""The trainer's side of a rollout engine that runs in a separate process (server.py).
+
+Every wait for this process has a deadline, and the error message says which operation was not done in time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from . import Response, RolloutError
 from .server import receive, send
 from .weights import Expected, checked, write_weights
 
-# set by torchrun for the trainer; an engine that saw them would join its process group
+# Variables that torchrun sets for the trainer. An engine with these variables would join the trainer's process group.
 TORCHRUN = {
     "RANK",
     "WORLD_SIZE",
@@ -33,21 +36,21 @@ TORCHRUN = {
     "MASTER_ADDR",
     "MASTER_PORT",
 }
-POLL = 0.2  # seconds between looks at whether the process still lives
+POLL = 0.2  # seconds between two checks that the process still runs
 
 
 class ServerRollout:
-    """An engine in a process that starts here and ends with this object or this process.
+    """An engine in a new process. The process ends when this object is closed or the trainer's process ends.
 
     Args:
-        factory: module:name of what makes the engine there.
-        arguments: its arguments, as JSON can carry them.
-        expected: what a sync must bring.
-        dtype: of the engine's weights.
-        timeout: seconds that the start, a generation or a sync may take.
-        environment: variables to set there.
+        factory: "module:name" of the function or class that makes the engine in the new process.
+        arguments: arguments of the factory; they are sent as JSON.
+        expected: names and shapes of the weights that a sync must contain.
+        dtype: data type of the engine's weights.
+        timeout: maximum number of seconds for the start, for a generation and for a sync.
+        environment: environment variables to set in the new process.
 
-    Raises ValueError when the engine refuses its arguments, RolloutError when it does not start.
+    Raises ValueError if the engine refuses its arguments, RolloutError if the engine does not start.
     """
 
     shares_weights = False
@@ -65,7 +68,7 @@ class ServerRollout:
         self._expected, self._dtype, self._timeout = expected, dtype, timeout
         self._lock = threading.Lock()
         self._closed = False
-        # memory without a name: it is gone with the last process that has it, however that ended
+        # Anonymous memory: the system frees it when the last process with this descriptor ends, even after a crash.
         self._weights = os.memfd_create("reval-weights")
         self._log = tempfile.TemporaryFile()
         self._connection, theirs = socket.socketpair()
@@ -78,7 +81,7 @@ class ServerRollout:
                 stdout=self._log,
                 stderr=self._log,
                 env=_environment(environment or {}),
-                start_new_session=True,  # Ctrl-C is for the trainer, which saves a checkpoint first
+                start_new_session=True,  # Ctrl-C then reaches only the trainer, which saves a checkpoint before it ends
             )
         self.pid = self._process.pid
         self._connection.settimeout(POLL)
@@ -114,7 +117,7 @@ class ServerRollout:
             self._exchange("taking new weights", {"call": "load", "arguments": {"index": index}})
 
     def close(self) -> None:
-        """End the process; a second call does nothing."""
+        """End the process. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._connection.close()
@@ -129,7 +132,7 @@ class ServerRollout:
             return self._exchange(what, {"call": call, "arguments": arguments})
 
     def _exchange(self, what: str, message: Any) -> Any:
-        """Send a request and wait for its reply. The process is ended when that fails: nobody knows where it stands."""
+        """Send a request and wait for the reply. If this fails, the process is killed, because its state is unknown."""
         if self._closed:
             raise RolloutError(f"the engine was closed before {what}")
         deadline = time.monotonic() + self._timeout
@@ -168,7 +171,7 @@ class ServerRollout:
         except subprocess.TimeoutExpired:
             self._kill()
             return "closed its connection"
-        self._kill()  # whatever it had started
+        self._kill()  # kills the processes that the engine's process had started
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
     def _kill(self) -> None:
@@ -177,13 +180,13 @@ class ServerRollout:
         self._process.wait()
 
     def _tail(self, lines: int = 15) -> str:
-        """What the process said last."""
+        """The last `lines` lines of the process's output, for an error message."""
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines()[-lines:]
         return "\nIts last output:\n" + "\n".join(f"  {line}" for line in said) if said else ""
 
 
 def _environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's variables without torchrun's, and with `changes`."""
+    """The environment variables of this process, without those of torchrun, updated with `changes`."""
     kept = {k: v for k, v in os.environ.items() if k not in TORCHRUN and not k.startswith("TORCHELASTIC_")}
     return kept | dict(changes)

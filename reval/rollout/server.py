@@ -1,8 +1,9 @@
-"""A rollout engine in a process of its own: `python -m reval.rollout.server SOCKET WEIGHTS`, started by client.py.
+"""A rollout engine in a separate process: client.py starts `python -m reval.rollout.server SOCKET WEIGHTS TRAINER`.
 
-SOCKET and WEIGHTS are file descriptors that the trainer opened: a socket for requests, and memory that both processes
-map for weights. Requests and replies are JSON behind their length. The process ends with the trainer: when the socket
-closes, and, even in the middle of generating, when the trainer is gone.
+SOCKET and WEIGHTS are file descriptors that the trainer opened: a socket for requests, and memory for weights, which
+both processes map. TRAINER is the process id of the trainer. A request or reply is its length in bytes (8 bytes, little
+endian), then JSON. The process ends when the trainer closes the socket. If the trainer's process ends, this process
+ends too, even while it generates.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ LENGTH = struct.Struct("<Q")
 
 
 def send(connection: socket.socket, message: Any) -> None:
-    """One message; TimeoutError when the peer takes none of it for the socket's timeout."""
+    """Send one message. Raises TimeoutError if the peer accepts no data within the socket's timeout."""
     data = json.dumps(message).encode()
     connection.sendall(LENGTH.pack(len(data)) + data)
 
 
 def receive(connection: socket.socket, waiting: Callable[[], None] = lambda: None) -> Any:
-    """One message. `waiting` is called whenever the socket's timeout passes without data, and may raise; EOFError when
-    the peer is gone."""
+    """Receive one message. Each time the socket's timeout passes without data, `waiting` is called; it may raise.
+
+    Raises EOFError if the peer has closed the connection.
+    """
     [length] = LENGTH.unpack(_exactly(connection, LENGTH.size, waiting))
     return json.loads(_exactly(connection, length, waiting))
 
@@ -53,7 +56,7 @@ def _exactly(connection: socket.socket, count: int, waiting: Callable[[], None])
 
 
 def serve(connection: socket.socket, weights_fd: int) -> None:
-    """Make the engine that the first request names, then answer requests until the trainer closes the socket."""
+    """Make the engine that the first request names. Then answer requests until the trainer closes the socket."""
     try:
         spec = receive(connection)
         module, _, name = spec["factory"].partition(":")
@@ -79,7 +82,7 @@ def serve(connection: socket.socket, weights_fd: int) -> None:
 def _answer(engine: Any, weights_fd: int, call: str, arguments: dict[str, Any]) -> Any:
     if call == "generate":
         return [[astuple(r) for r in group] for group in engine.generate(**arguments)]
-    if call == "load":  # a path, because the engine's own worker processes open it too
+    if call == "load":  # pass a path, because worker processes of the engine open the memory too
         return engine.load(f"/proc/{os.getpid()}/fd/{weights_fd}", **arguments)
     return engine.log_probs(**arguments)
 
@@ -90,7 +93,7 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _end_with(parent: int) -> None:
-    """End this process and those it started once the trainer is gone, whatever they are doing."""
+    """Wait until the trainer's process ends. Then kill this process and the processes that it started."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
@@ -103,7 +106,7 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with socket.socket(fileno=connection_fd) as connection:
         serve(connection, weights_fd)
-    os._exit(0)  # engines leave threads and processes behind; the trainer ends the rest of the group
+    os._exit(0)  # sys.exit would wait for threads that the engine left; the trainer kills the remaining processes
 
 
 if __name__ == "__main__":

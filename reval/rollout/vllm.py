@@ -1,7 +1,7 @@
-"""Rollouts by vLLM, in this process (colocated) or in one of its own (server.py).
+"""Rollouts by vLLM, in this process (colocated) or in a separate process (server.py).
 
-The engine starts with random weights: it is given the model's config and nothing else, and takes its weights from
-`sync`, always. So whatever is trained, from whatever checkpoint, is what generates.
+The engine gets only the config of the model and starts with random weights. It gets all weights from `sync`. So it
+always generates with the weights of the policy, from whichever checkpoint the training started.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from .vllm_worker import TRIED
 from .weights import Expected, Index, checked, expected_weights
 
 INSTALL = "pip install vllm on a machine with GPUs, `make test-vllm` for a CPU (docs/rollouts.md)"
-# before vllm is imported; what the user has set stays
+# Variables that are set before vllm is imported. A variable that the user has set keeps its value.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in the process that asked for it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs the engine's core in the calling process
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings on taking weights are checked in vllm_worker.py
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding threads to cores would bind the trainer's too
+    "VLLM_LOGGING_LEVEL": "ERROR",  # hides warnings about loading weights; vllm_worker.py checks the loading itself
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding vLLM's threads to cores would also bind the trainer's threads
 }
 
 
 def make_vllm(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
 ) -> RolloutEngine:
-    """The vllm engine that the settings ask for, beside a policy on `device`; ValueError when it cannot be had here."""
+    """The vllm engine that the settings describe. `device` is the device of the policy.
+
+    Raises ValueError if vllm is not installed or the settings do not fit together.
+    """
     settings = config.rollout
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(f"rollout.engine=vllm needs the package vllm, which is not installed: {INSTALL}")
@@ -82,12 +85,15 @@ def make_vllm(
 
 
 def engine_devices(devices: str | None, gpu: int | None, environment: Mapping[str, str]) -> tuple[dict[str, str], int]:
-    """Which GPUs this training process's engine sees, and over how many it is spread.
+    """The variable CUDA_VISIBLE_DEVICES for the engine of this training process, and the engine's number of GPUs.
 
     Args:
         devices: rollout.vllm_devices.
-        gpu: index of the GPU that the policy is on, where it names one.
-        environment: torchrun's variables, and CUDA_VISIBLE_DEVICES.
+        gpu: index of the policy's GPU; None if the policy's device has no index.
+        environment: environment with the variables of torchrun and CUDA_VISIBLE_DEVICES.
+
+    Example: devices "4,5,6,7" and two training processes give rank 1 the GPUs "6,7" and the number 2.
+    Raises ValueError if the GPUs cannot be divided evenly among the training processes.
     """
     rank, world = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if devices is None:
@@ -95,7 +101,8 @@ def engine_devices(devices: str | None, gpu: int | None, environment: Mapping[st
         if visible is None:
             return {"CUDA_VISIBLE_DEVICES": str(own)}, 1
         names = visible.split(",")
-        return {"CUDA_VISIBLE_DEVICES": names[own % len(names)]}, 1  # some launchers show each process its own GPU only
+        # %: some launchers show each process only its own GPU, so `names` has one entry and `own` may be larger.
+        return {"CUDA_VISIBLE_DEVICES": names[own % len(names)]}, 1
     given = devices.split(",")
     share, rest = divmod(len(given), world)
     if rest:
@@ -110,13 +117,16 @@ class VLLMRollout:
     """vLLM's engine in this process.
 
     Args:
-        folder: holds the model's config.json; nothing else is read.
-        dtype: of the weights, as torch names it.
-        ends: tokens that end a response.
-        batch_size: sequences decoded at once.
-        gpu_memory: part of the GPU's memory to take.
-        options: more arguments of vllm.LLM.
-        expected: what `sync` must bring; None only where the sender has checked it.
+        folder: folder with the model's config.json. Nothing else is read from it.
+        dtype: data type of the weights, by its name in torch, for example "bfloat16".
+        ends: ids of the tokens that end a response.
+        batch_size: number of sequences decoded at the same time.
+        gpu_memory: fraction of the GPU's memory to use.
+        options: further arguments of vllm.LLM.
+        expected: names and shapes of the weights that `sync` must contain. None in a server process, where the sender
+            has checked the weights and only `load` is called.
+
+    Raises ValueError if the installed vLLM is too old.
     """
 
     shares_weights = False
@@ -139,8 +149,11 @@ class VLLMRollout:
 
         _check_version(vllm.__version__)
         if current_platform.is_cpu():
-            # Compiling gains nothing there. A prompt taken in parts would rewind its response's generator, which fails
-            # on a CPU ("CPU Generator does not use offset"). The default cache is half of the memory.
+            # On a CPU:
+            # - compiling the model gains no speed, so enforce_eager is on;
+            # - a prompt processed in chunks would rewind the random generator of its response, which fails on a CPU
+            #   ("CPU Generator does not use offset"), so chunked prefill is off;
+            # - the default cache would take half of the memory, so the cache is 1 GiB.
             options = {"enforce_eager": True, "enable_chunked_prefill": False} | options
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self._dtype, self._ends, self._expected = dtype, ends, expected
@@ -186,8 +199,11 @@ class VLLMRollout:
         return [flat[i * responses : (i + 1) * responses] for i in range(len(prompts))]
 
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
-        """See RolloutEngine.log_probs. One request a token, which may only answer with that token: so it goes through
-        the prefix cache and the sampler as generating does (vLLM's prompt_logprobs would go around the cache)."""
+        """See RolloutEngine.log_probs.
+
+        Each token is one request, in which only this token is allowed. The request uses the prefix cache and the
+        sampler as generation does. vLLM's prompt_logprobs would not use the prefix cache.
+        """
         where = [(ids, i) for ids, start in zip(sequences, starts, strict=True) for i in range(start, len(ids))]
         params = [
             self._vllm.SamplingParams(
@@ -205,21 +221,21 @@ class VLLMRollout:
         assert self._expected is not None, "only the sender of load() checks the weights"
         dtype = getattr(torch, self._dtype)
         with self._lock, closing(checked(weights, self._expected)) as pairs:
-            # vLLM keeps what it is given until a layer is complete, and the caller may reuse its memory
+            # Copy each weight: vLLM keeps the tensors until a layer is complete, and the caller may reuse their memory.
             self._take("reval_reload", ((name, w.detach().to(dtype, copy=True)) for name, w in pairs))
 
     def load(self, path: str, index: Index) -> None:
-        """Take the weights from a file that `write_weights` wrote."""
+        """Load the weights from a file that `write_weights` wrote."""
         self._take("reval_load", path, index, self._dtype)
 
     def close(self) -> None:
-        """Free the engine; a second call does nothing."""
+        """Free the engine. A second call does nothing."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     def _take(self, method: str, *args: Any) -> None:
-        self._synced = False  # an error leaves a mixture of old and new
+        self._synced = False  # after an error, the engine holds a mixture of old and new weights
         try:
             self._llm.collective_rpc(method, args=args)
         except RuntimeError as error:
@@ -245,13 +261,16 @@ class VLLMRollout:
 
 
 def request_seed(seed: int, prompt: int, response: int) -> int:
-    """The seed of one response: 63 bits that share nothing with its neighbours'."""
+    """The seed of one response: 63 bits of a hash, so that the seeds of neighbouring responses are unrelated."""
     digest = hashlib.blake2b(f"{seed} {prompt} {response}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _check_version(found: str) -> None:
-    """Refuse a vLLM too old for vllm_worker.py; one that nobody has tried may work, and the probe shows whether."""
+    """Refuse a vLLM that is too old for vllm_worker.py, and warn about a newer vLLM than the tried one.
+
+    A newer version may work; the probe (rollout/mismatch_max) shows whether it does.
+    """
     major, minor = (int(part) for part in found.split(".")[:2])
     if (major, minor) < TRIED:
         raise ValueError(f"rollout.engine=vllm needs vllm {TRIED[0]}.{TRIED[1]} or newer; installed is {found}")

@@ -1,10 +1,12 @@
-"""New weights for a running vLLM engine: the one place that knows how a version of vLLM takes them.
+"""Loads new weights into a running vLLM engine. Only this file depends on how a version of vLLM loads weights.
 
-vLLM mixes `SyncExtension` into its worker (`worker_extension_cls`), so its methods run where the model lies, in every
-worker of a tensor-parallel engine. Three things go wrong in silence otherwise, and none of them is an error to vLLM:
-a weight that does not arrive keeps its old value (a warning); on a CPU the tied head keeps its packed old copy (a
-warning that reads like the harmless ones); and keys and values of old weights stay in the prefix cache (nothing at
-all; vllm.py resets it).
+vLLM adds `SyncExtension` to the base classes of its worker (`worker_extension_cls`). So the methods below run in the
+process that holds the model, in every worker of a tensor-parallel engine. This file and vllm.py prevent three mistakes
+that vLLM does not report as errors:
+
+- A weight that does not arrive keeps its old value. vLLM prints a warning.
+- On a CPU, the tied head keeps its old packed copy. vLLM prints a warning that looks like harmless ones.
+- The prefix cache keeps keys and values of old weights. vLLM prints nothing. vllm.py resets the cache.
 """
 
 from __future__ import annotations
@@ -17,22 +19,23 @@ from torch import Tensor
 
 from .weights import Index, read_weights
 
-# the vLLM whose reload_weights(weights_iterator=...) this was written for, and run with on a CPU
+# The version of vLLM whose reload_weights(weights_iterator=...) this file is written for. It was run on a CPU.
 TRIED = (0, 32)
 
 
 class SyncExtension:
-    """Methods that vLLM's worker gains; `self` is the worker."""
+    """Methods that vLLM's worker gets. `self` is the worker."""
 
     def reval_load(self, path: str, index: Index, dtype: str) -> None:
-        """Take the weights from a file that `write_weights` wrote."""
+        """Load the weights from a file that `write_weights` wrote."""
         self.reval_reload(read_weights(path, index, getattr(torch, dtype)))
 
     def reval_reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the weights, under their names in a checkpoint. Raises RuntimeError when one of the model's is missing.
+        """Load (name in a checkpoint, weight) pairs. Raises RuntimeError if a weight of the model is missing.
 
-        On a GPU, `reload_weights` copies in place as well, so CUDA graphs stay valid, and nothing needs packing. That
-        path follows vLLM's documentation and source: it has not been run by this project, for want of a GPU.
+        `reload_weights` copies into the existing tensors, on a GPU too, so CUDA graphs stay valid. On a GPU, no weight
+        has a packed copy. The GPU path follows vLLM's documentation and source; this project has not run it, because it
+        had no GPU.
         """
         worker: Any = self
         model = worker.model_runner.get_model()
@@ -56,7 +59,10 @@ class SyncExtension:
         self.reval_pack_head(model)
 
     def reval_pack_head(self, model: torch.nn.Module) -> None:
-        """On a CPU: make the head's packed copy again. A tied head loads nothing, so vLLM leaves the old copy."""
+        """On a CPU: make the packed copy of the head's weight again.
+
+        A tied head has no weight of its own to load, so vLLM keeps the old packed copy.
+        """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 

@@ -1,7 +1,7 @@
-"""The policy's weights on their way to an engine: every one of them, under its name, in its shape.
+"""Sends the policy's weights to an engine, and checks that names and shapes are complete and right.
 
-An engine that misses a weight goes on with the old one and says nothing, so what is sent is compared with what the
-model has before anything else happens.
+An engine that does not get a weight continues with the old weight and reports nothing. So `checked` compares the
+weights that are sent with the weights of the model.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor, nn
 
-ALIGN = 64  # bytes; a view of the file as another dtype needs its start aligned
+ALIGN = 64  # bytes; a weight must start at an aligned offset, so that the file can be viewed as another dtype there
 Index = list[tuple[str, list[int], int]]
+"""(name, shape, offset in bytes) of each weight in a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a sync must bring."""
+    """Names and shapes that a sync must contain."""
 
     shapes: dict[str, Size]
-    """Of everything in the state_dict."""
+    """Shapes of all tensors in the state_dict, by name."""
     groups: list[frozenset[str]]
-    """Names of one and the same weight; at least one of each group must come. Buffers may be left out."""
+    """For each parameter, all its names: a tied weight has several names. A sync must contain at least one name of each
+    group. It may leave out buffers."""
 
 
 def expected_weights(model: nn.Module) -> Expected:
-    """What a sync of this model must bring; the model must be whole (not sharded) and without adapters."""
+    """The names and shapes that a sync of `model` must contain. `model` must not be sharded or have adapters."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -38,10 +40,11 @@ def expected_weights(model: nn.Module) -> Expected:
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Generator[tuple[str, Tensor], None, None]:
-    """The same pairs; ValueError for a wrong one, and at the end for a missing one.
+    """Yield the pairs (name, weight) unchanged. ValueError for a wrong pair, and at the end for a missing weight.
 
-    The rest is still consumed after an error, the caller's own included when it uses `contextlib.closing`: other ranks
-    may be waiting for this one in a gather.
+    After an error, the remaining pairs are still consumed. The iterable may be a collective operation: other ranks
+    would wait in a gather if this rank stopped early. A caller that may raise an error itself must use
+    `contextlib.closing`, which consumes the remaining pairs too.
     """
     seen = set()
     iterator = iter(weights)
@@ -67,9 +70,9 @@ def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Genera
 
 
 def write_weights(fd: int, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Index:
-    """Write the weights over what the file `fd` holds, floating-point ones in `dtype`; (name, shape, offset) of each.
+    """Write the weights to the file descriptor `fd`, converted to `dtype`, over its old content. Returns the index.
 
-    Memory beside the file: one weight.
+    The weights are written one after another, so only one weight is in memory besides the file.
     """
     index: Index = []
     offset = 0
@@ -85,7 +88,10 @@ def write_weights(fd: int, weights: Iterable[tuple[str, Tensor]], dtype: torch.d
 
 
 def read_weights(path: str, index: Index, dtype: torch.dtype) -> Generator[tuple[str, Tensor], None, None]:
-    """What `write_weights` wrote, as views of the mapped file: copy what must outlive it or the next write."""
+    """Yield (name, weight) for the weights that `write_weights` wrote with the same `dtype`.
+
+    The weights are views of the mapped file. Copy a weight that is needed after the next write or without the file.
+    """
     size = Path(path).stat().st_size
     data = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     for name, shape, offset in index:
@@ -94,7 +100,7 @@ def read_weights(path: str, index: Index, dtype: torch.dtype) -> Generator[tuple
 
 
 def _near(name: str, expected: Expected) -> str:
-    """A hint for the usual reason: a wrapper's prefix."""
+    """A hint for the most common mistake: names with the prefix of a wrapper module. Empty if there is no prefix."""
     for own in expected.shapes:
         if name.endswith("." + own):
             return f"; it has {own!r}: the prefix {name.removesuffix(own)!r} of a wrapper must be taken off"
