@@ -1,6 +1,8 @@
-// The same as rows.cpp where the logits come out of a matmul by words: a lane is a token, so nothing crosses lanes.
+// The column kernels: maximum, sums and gradients as in rows.cpp, for logits [words, kStrip] that come out of a matmul.
+// Here a column is a token. A lane of a vector is a token too, so no operation crosses lanes.
 //
-// Compiled once per instruction set (REVAL_ISA, its namespace). Everything is fp32 inside.
+// This file is compiled once per instruction set. REVAL_ISA is the name of the instruction set and of the namespace.
+// All arithmetic is in fp32. `tokens` is the number of columns, a multiple of kColumns.
 #include "lanes.h"
 
 namespace {
@@ -16,7 +18,7 @@ INLINE F get(const float* x, int64_t at) { return load<reval::kFloat>(x, at); }
 
 inline void put(float* x, int64_t at, F value) { store<reval::kFloat>(x, at, value); }
 
-// One call's lanes after the sums of all calls before it, of which the maxima are in the lanes already.
+// Adds the sums `s` of one call to the sums of all earlier calls. The maxima in `s` already include the earlier maxima.
 template <bool entropy>
 void merge(const Lanes& s, F inv, int64_t at, ColumnSums* sums) {
   const F known = get(sums->maximum, at), one_at_maximum = s.maximum > kLowest ? splat(1.0f) : F{};
@@ -73,7 +75,8 @@ void partial(
                       : partial_columns<false, false>(x, words, tokens, softcap, inv_temperature, sums);
 }
 
-// Gives `write` the gradients of W tokens' logits of n words, for all tokens.
+// Computes the gradients of the logits of n words, for W tokens at a time, and calls write(word, first token,
+// gradients).
 template <bool capped, bool entropy, int n, typename Write>
 INLINE void gradient_words(
     const float* x, int64_t word, int64_t tokens, float softcap, const float* inv_temperature,
@@ -149,14 +152,14 @@ void gradient_bf16(
 }
 
 constexpr float kLeastKept = -32768.0f, kMostKept = 32767.0f;
-constexpr float kOffset = 8192.0f;  // more room below the anchor than above it
+constexpr float kOffset = 8192.0f;  // shifts the range, so that it reaches 40 below the anchor and 24 above, in log p
 
 void keep(const float* x, int64_t words, float* out) {
   for (int64_t i = 0; i < words * kStrip; i += W) store_bits<true>(out + i, (U)get(x, i));
   streaming_done();
 }
 
-// Two vectors of a word are kept as one, which takes turns between them.
+// The integers of two vectors of a word are stored as one vector, interleaved.
 bool keep_steps(
     const float* x, int64_t words, int64_t tokens, const float* anchor, const float* step, bool all_of_them,
     int16_t* out) {
@@ -166,7 +169,8 @@ bool keep_steps(
       U bits[2] = {};
       for (int64_t at = first; at < first + 2 * W && at < tokens; at += W) {
         F steps = fused(get(x, word * kStrip + at) - get(anchor, at), get(step, at), splat(kOffset));
-        most = max_(steps, most);  // no NaN: its row is NaN in any case, but the lane is not its alone
+        // `most` ignores NaN. The results of a token with NaN are NaN in any case, but other tokens share its lane.
+        most = max_(steps, most);
         least = steps < least ? steps : least;
         steps = steps > kLeastKept ? steps : splat(kLeastKept);
         bits[at > first] = (U)(steps + kRound);

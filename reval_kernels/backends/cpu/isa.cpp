@@ -1,4 +1,4 @@
-// Which instruction set to use: what the processor has, or what REVAL_CPU_ISA asks for.
+// Chooses the instruction set: the best one of the processor, or a lower one that REVAL_CPU_ISA names.
 #include <cstdlib>
 #include <cstring>
 
@@ -33,7 +33,8 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// The best table up to the one asked for: an environment variable must not make the processor die.
+// The best table that the processor can run, but not above the one that REVAL_CPU_ISA names. A table that the processor
+// cannot run is never chosen, because an environment variable must not crash the process.
 const Kernels& choose() {
   const char* asked = std::getenv("REVAL_CPU_ISA");
   bool plain = asked && std::strcmp(asked, "plain") == 0;

@@ -1,13 +1,19 @@
-// Logits kept from the forward to the backward pass, in memory that is there anyway: that of d_weight [V, D].
+// Keeps logits from the forward pass for the backward pass, in memory that exists anyway: d_weight [V, D].
 //
-// Until the backward pass comes to a tile of words, their rows of d_weight hold nothing. So the forward pass leaves the
-// tile's logits there, for as many strips of tokens as fit; only those of the other strips are computed anew: none where
-// D >= M, which makes 6 M V D operations of 8.
+// Letters: M unmasked tokens, V vocabulary, D width; tiles of words and strips of tokens as in linear.h.
 //
-// Logits of bf16 hidden states and words are kept in 16 bits, others as they are in fp32. The 16 bits are a whole number
-// of steps of 2^-10 in log p, relative to the token's action: that changes p by 2^-11, and rounding it to bf16 by up to
-// 2^-8. They reach from 40 below the action (what lies lower, p < 4e-18 p(action), counts as 0) to 24 above it. A strip
-// with a logit that lies higher is not kept; nor is one with a lower logit where a softcap would bring it near again.
+// The rows of d_weight that belong to a tile of words are unused until the backward pass reaches this tile. So the
+// forward pass stores the logits of the tile there, for as many strips as fit. The backward pass recomputes only the
+// logits of the other strips. If D >= M, all strips fit, and the two passes take 6 M V D operations instead of 8 M V D.
+//
+// If hidden states and head are both 16 bits wide, a logit is kept as a 16-bit integer, otherwise as fp32. The integer
+// counts steps of 2^-10 in log p, relative to the logit of the token's action. This rounding changes p by a factor of
+// up to 1 + 2^-11. (The gradient is then rounded to bf16, which changes it by a factor of up to 1 + 2^-8.) The range of
+// the integer is from 40 below the action to 24 above the action, in log p.
+// - A lower logit counts as p = 0. Its p is less than exp(-40) = 4e-18 times p of the action.
+// - A strip with a higher logit is not kept.
+// - With a softcap, a strip with a lower logit is not kept either, because the softcap would bring the logit near
+//   again.
 #pragma once
 
 #include <cmath>
@@ -16,12 +22,12 @@
 
 namespace reval {
 
-// What the forward pass hands to the backward pass.
+// Tensors that the forward pass gives to the backward pass.
 struct KeptTensors {
-  at::Tensor room;           // d_weight, to be
-  at::Tensor strips;         // bool: which of the first strips are there
-  at::Tensor anchors;        // [M], about the logits of the actions; empty: kept in fp32
-  at::Tensor action_logits;  // [M], to the bit
+  at::Tensor room;           // the memory of d_weight, [V, D]
+  at::Tensor strips;         // bool, one entry for each of the first strips: true if the strip is kept
+  at::Tensor anchors;        // fp32 [M], approximate logits of the actions; empty if logits are kept in fp32
+  at::Tensor action_logits;  // fp32 [M], exact logits of the actions
 
   std::vector<at::Tensor> list() const { return {room, strips, anchors, action_logits}; }
   static KeptTensors of(at::TensorList list) {
@@ -31,7 +37,7 @@ struct KeptTensors {
 
 class Kept {
  public:
-  // Without `room` nothing is kept.
+  // If from.room is undefined, nothing is kept.
   Kept(const KeptTensors& from, const Cut& cut, const Tokens& tokens) : cut_(cut) {
     if (!from.room.defined()) return;
     room_ = static_cast<char*>(from.room.mutable_data_ptr());
@@ -56,7 +62,7 @@ class Kept {
   int64_t count() const { return count_; }
   bool has(int64_t strip) const { return strip < count_ && strips_[strip]; }
 
-  // The logits x [words, kStrip], without what is right of the strip's tokens.
+  // Keeps the logits x [words, kStrip] of a strip. Columns beyond the tokens of the strip are ignored.
   void put(int64_t tile, int64_t strip, const float* x) const {
     const int64_t words = cut_.words_of(tile), at = strip * kStrip;
     if (exact_) return kernels().columns.keep(x, words, static_cast<float*>(place(tile, strip)));
@@ -66,7 +72,7 @@ class Kept {
     if (!fits) strips_[strip] = false;
   }
 
-  // Where they are now: where they were kept, or in `room`.
+  // The logits [words, kStrip]. The result points to the kept logits themselves (fp32), or to `room` (from 16 bits).
   const float* get(int64_t tile, int64_t strip, float* room) const {
     if (exact_) return static_cast<const float*>(place(tile, strip));
     auto from = static_cast<const int16_t*>(place(tile, strip));
@@ -76,7 +82,7 @@ class Kept {
   }
 
  private:
-  // A tile's rows of d_weight are cut into [words, kStrip] a strip.
+  // The memory of a tile's rows of d_weight is divided into one matrix [words, kStrip] per strip.
   void* place(int64_t tile, int64_t strip) const {
     return room_ + tile * cut_.words * row_bytes_ + strip * cut_.words_of(tile) * kStrip * (exact_ ? 4 : 2);
   }
@@ -88,7 +94,8 @@ class Kept {
   int64_t row_bytes_ = 0;
   bool* strips_ = nullptr;
   int64_t count_ = 0;
-  std::vector<float> anchors_, steps_, widths_;  // of every token: the last two log p per step and the other way round
+  // For each token: the anchor, the number of steps per unit of logit, and its inverse. A step is 2^-10 in log p.
+  std::vector<float> anchors_, steps_, widths_;
 };
 
 }  // namespace reval

@@ -1,4 +1,8 @@
-// Online softmax by lanes, and the gradient of one vector of logits: what rows.cpp and columns.cpp share.
+// Code that rows.cpp and columns.cpp share: the online softmax, with separate sums in each lane of a vector, and the
+// gradient of vectors of logits.
+//
+// Letters: here z is a logit after the softcap and before the temperature; inv = 1 / temperature; W is the number of
+// lanes of a vector.
 #pragma once
 
 #include "simd.h"
@@ -6,22 +10,27 @@
 namespace {
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kLowest = -3.40282347e38f;  // stands for -inf as a maximum: -inf - kLowest is no NaN
+constexpr float kLowest = -3.40282347e38f;  // replaces -inf as a maximum, because -inf - -inf is NaN
 constexpr int kUnroll = 8;
-constexpr int kGroup = W == 16 ? 4 : 2;  // vectors at a time: more do not fit the registers
+constexpr int kGroup = W == 16 ? 4 : 2;  // vectors processed together; more vectors do not fit in the registers
 
-// A logit after the softcap, which is 0 where there is none.
+// A logit after the softcap. `capped` is false if there is no softcap.
 template <bool capped>
 INLINE F cap(F z, float softcap) {
   return capped ? softcap * tanh_(z / softcap) : z;
 }
 
-// What each lane has seen: its maximum, how many entries were at it, and sums over all others.
+// State of the online softmax, separate for each lane:
+//   maximum         the largest logit so far, after the softcap and before the temperature
+//   shift           maximum * inv_temperature, at least kLowest
+//   count           number of entries equal to the maximum
+//   others, spread  sums over all entries below the maximum, as in Partial
 struct Lanes {
   F maximum = splat(kLowest), shift = splat(kLowest), count = {}, others = {}, spread = {};
 };
 
-// New maxima: what was summed under lower ones is scaled down.
+// Sets new maxima. The sums so far are relative to the old maxima, so they are multiplied by exp(old shift - new
+// shift). Where the maximum rises, the entries at the old maximum (`joining`) become part of the sums.
 template <bool entropy>
 INLINE void raise(Lanes& s, F maximum, F inv_temperature) {
   F shift = max_(splat(kLowest), maximum * inv_temperature);
@@ -49,7 +58,9 @@ INLINE void add(Lanes& s, const F (&d)[n]) {
       if (entropy) spread[k] = fused(e[k].value(), x[k], spread[k]);
     }
   }
-  for (int k = 1; k < group; ++k) {  // first among themselves: one rounding to the digits of the sum so far, not several
+  // The new terms are added to each other first. Then only one addition rounds to the precision of the large sum so
+  // far.
+  for (int k = 1; k < group; ++k) {
     others[0] += others[k];
     spread[0] += spread[k];
   }
@@ -78,7 +89,8 @@ __attribute__((noinline)) Lanes add_raising(Lanes s, Logits logits, F inv_temper
   return s;
 }
 
-// Takes in the `n` vectors of logits that `logits` gives by their number.
+// Adds n vectors of logits to the sums. logits(k) returns vector k. d is z * inv_temperature - shift: if every d is
+// negative, no logit reaches the maximum, and the fast path needs no comparison per entry.
 template <int n, bool entropy, bool one_row, typename Logits>
 INLINE void take(Lanes& s, const Logits& logits, F inv_temperature) {
   F d[n];
@@ -94,22 +106,24 @@ INLINE void take(Lanes& s, const Logits& logits, F inv_temperature) {
   }
 }
 
-// RowGradient by lanes, with p = exp(z - row_max) / sum and 1 / sum a part of from_all and from_entropy: that takes no
-// subtraction of log_sum from each entry, which would round p as well.
+// RowGradient for each lane. divide_by_sum() multiplies from_all and from_entropy by 1 / sum = exp(-log_sum). Then
+// gradients_of computes p as exp(z * inv - row_max) and need not subtract log_sum from each entry. The subtraction
+// would also round, and so change p.
 struct LaneGradients {
   F row_max, log_sum, entropy, from_all, from_entropy;
 
   INLINE void divide_by_sum() {
     const I finite = log_sum - log_sum == 0.0f;
     const F share = finite ? exp_(max_(splat(kLeast), -log_sum)) : splat(1.0f);
-    row_max = finite ? row_max : row_max + log_sum;  // p is 0, but NaN at the infinities themselves
+    // If log_sum is infinite, p = exp(z * inv - infinity) is 0. It is NaN for an entry that is infinite itself.
+    row_max = finite ? row_max : row_max + log_sum;
     log_sum = finite ? log_sum : F{};
     from_all *= share;
     from_entropy *= share;
   }
 };
 
-// The gradients of n vectors of logits, already capped, in their place.
+// Replaces n vectors of logits z (after the softcap) by their gradients.
 template <bool capped, bool entropy, int n>
 INLINE void gradients_of(F (&z)[n], F inv, const LaneGradients& by, float inv_softcap) {
   F d[n];

@@ -1,13 +1,15 @@
-// What matmuls want of their operands: transposed, in pairs, in another dtype.
+// Prepares operands of matmuls: transposes a matrix, interleaves two rows into pairs, converts to another dtype.
 //
-// Compiled once per instruction set (REVAL_ISA, its namespace).
+// This file is compiled once per instruction set. REVAL_ISA is the name of the instruction set and of the namespace.
+// W is the number of fp32 numbers in a vector.
 #include "simd.h"
 
 namespace {
 
 using reval::DType;
 
-// Exchanges the off-diagonal blocks of size `step` in a W x W matrix of rows.
+// One step of transposing a W x W matrix, given as W rows. The matrix is divided into squares of size 2 step x 2 step.
+// In each square, the upper right and the lower left block (step x step) are exchanged.
 template <int step>
 inline void exchange(U (&x)[W]) {
   U low, high;
@@ -51,7 +53,7 @@ void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* out) 
   for (; at < n; ++at) out[at] = a[at] | (b ? static_cast<uint32_t>(b[at]) << 16 : 0);
 }
 
-// As many entries of a vector as there are.
+// A vector with the n <= W entries x[at], ..., x[at + n - 1] and zeros.
 template <DType type>
 F load_first(const void* x, int64_t at, int64_t n) {
   constexpr int size = type == reval::kFloat ? 4 : 2;

@@ -1,13 +1,14 @@
-// What the forward and the backward pass from hidden states share: how the work is cut and handed out, and the operands
-// of the matmuls.
+// Code that the forward and the backward pass from hidden states share: the division of the work, its distribution over
+// threads, and the operands of the matmuls.
 //
-// Letters: M unmasked tokens, V vocabulary, D width. The logits of a tile of words and a strip of tokens exist at a
-// time, words by tokens: a tile of the head is then the left operand as it lies in memory, and the gradients of these
-// logits are an operand of both matmuls that take them without being transposed. Strips are packed into blocks.
+// Letters: M unmasked tokens, V vocabulary, D width, E the type of the operands (bf16 or fp32). A tile is some 64 to
+// 192 words, a strip is kStrip tokens, a block is several strips. A thread computes the logits of one tile and one
+// strip at a time, as a matrix [words, tokens]. In this layout, a tile of the head is the left operand without any
+// copy, and the gradients of the logits are an operand of both matmuls of the backward pass without a transposition.
 //
-// The matmuls are oneDNN's brgemm, as torch exports it; docs/kernels_cpu.md says what that costs beside at::mm. It
-// takes two bf16 numbers of a column next to each other ("VNNI"), and so do we, unless the processor lacks bf16: then,
-// and for fp16 and mixed dtypes, everything is widened to fp32.
+// The matmuls are oneDNN's brgemm, as torch exports it; docs/kernels_cpu.md has measurements of it. For bf16, brgemm
+// needs two neighbouring numbers of a column next to each other in memory ("VNNI", here "pairs"). If the processor has
+// no bf16 arithmetic, and for fp16 and mixed dtypes, all operands are converted to fp32.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -25,18 +26,18 @@
 namespace reval {
 
 template <typename E>
-constexpr bool kPairs = sizeof(E) == 2;  // whether matmuls want pairs of bf16
+constexpr bool kPairs = sizeof(E) == 2;  // true if the matmuls take pairs of bf16 numbers
 
 template <typename E>
 constexpr DType kType = kPairs<E> ? kBFloat16 : kFloat;
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 inline int64_t multiple(int64_t n, int64_t of) { return parts(n, of) * of; }
-// What a matmul takes of n summands.
+// The number of summands that a matmul over n summands takes: pairs need an even number.
 template <typename E>
 int64_t summands(int64_t n) { return kPairs<E> ? multiple(n, 2) : n; }
 
-// Uninitialised memory, freed with the object.
+// Uninitialised memory for n numbers, freed with the object.
 template <typename E>
 class Scratch {
  public:
@@ -48,10 +49,11 @@ class Scratch {
   E* data_ = tensor_.template mutable_data_ptr<E>();
 };
 
-// C [m, n] (+)= A [m, k] @ B [k, n] for n <= kStrip; leading dimensions in entries. bf16: k even, B in pairs.
+// C = A @ B, or C += A @ B with `add`, for A [m, k], B [k, n], C [m, n], n <= kStrip. Leading dimensions are in
+// entries. In bf16, k must be even and B must be in pairs.
 //
-// fp32 goes 64 summands at a time: brgemm goes through all of B for every few rows of A, and 64 rows of it are 16 KiB,
-// which stay in a first-level cache.
+// In fp32, the sum is computed in parts of 64 summands. brgemm reads all rows of B again for every few rows of A; 64
+// rows of B are 16 KiB, which stay in a first-level cache.
 template <typename E>
 void matmul(
     int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, bool add, float* c,
@@ -63,13 +65,14 @@ void matmul(
   }
 }
 
-// How [M, V] is cut.
+// The division of the logits [M, V] into tiles, strips and blocks. `entry` is the size of an operand's entry in bytes.
 struct Cut {
-  int64_t tokens, vocabulary, width;
-  int64_t words;               // of a tile: as many as keep a tile of the head well inside a second-level cache, and no
-                               // more than a call's few MiB allow, of which fp32 takes twice as much a word
+  int64_t tokens, vocabulary, width;  // M, V, D
+  // Words per tile. A tile of the head must fit well inside a second-level cache (448 KiB). The upper limit keeps the
+  // scratch memory of a call to a few MiB; fp32 takes twice as much memory per word as bf16, so its limit is lower.
+  int64_t words;
   int64_t tiles, strips;
-  int64_t block, blocks;       // strips of a block, and how many blocks
+  int64_t block, blocks;  // strips per block, and number of blocks
 
   Cut(int64_t tokens, int64_t vocabulary, int64_t width, int64_t entry)
       : tokens(tokens), vocabulary(vocabulary), width(width),
@@ -78,8 +81,8 @@ struct Cut {
         tiles(parts(vocabulary, words)), strips(parts(tokens, kStrip)),
         block(std::max<int64_t>(at::get_num_threads(), strips_of_a_block(entry))), blocks(parts(strips, block)) {}
 
-  // As many as 2 MiB of hidden states, within limits; or all, if no more than twice as many: a single block needs no
-  // second one's room.
+  // Strips with 2 MiB of hidden states, but 4 to 16. If there are at most twice as many strips in all (and at most 16),
+  // they form a single block: a single block needs no memory for a second one.
   int64_t strips_of_a_block(int64_t entry) const {
     const auto some = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(1, kStrip * width * entry), 4, 16);
     return strips <= std::min<int64_t>(2 * some, 16) ? strips : some;
@@ -93,11 +96,12 @@ struct Cut {
 
 using Counters = std::vector<std::atomic<int64_t>>;
 
-// Items that the threads take in order. An item may wait for earlier ones, which somebody has taken, and for no others.
-// So a core that is busy elsewhere holds up nobody for longer than its own item takes.
+// A list of items of work. Each thread takes the next item of the list when it has finished one. An item may wait only
+// for earlier items. Every earlier item has been taken by a thread, so waiting always ends. If another program slows
+// down a core, other threads wait at most for the one item of this core.
 class Pipeline {
  public:
-  // Runs f(item, thread).
+  // Runs f(item, thread) for items 0 to items - 1. `pairs`: the matmuls in f are in bf16.
   template <typename Function>
   void run(int64_t items, bool pairs, const Function& f) {
     at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) {
@@ -130,7 +134,7 @@ class Pipeline {
   std::atomic<bool> stopped_{false};
 };
 
-// x[row] from `offset` on, whatever its dtype and the stride between its entries.
+// Copies n entries of x, from `offset` on with distance `stride` (both in entries), to `out`, converted to type E.
 template <typename E>
 void load_row(const at::Tensor& x, int64_t offset, int64_t stride, int64_t n, E* out) {
   const DType type = dtype_of(x);
@@ -139,7 +143,7 @@ void load_row(const at::Tensor& x, int64_t offset, int64_t stride, int64_t n, E*
   for (int64_t i = 0; i < n; ++i) store_scalar(kType<E>, out, i, load_scalar(type, from, i * stride));
 }
 
-// The head, a tile at a time; two tiles are kept.
+// The head [V, D], one tile at a time. There is memory for two tiles: tile % 2 is the slot of a tile.
 template <typename E>
 class Head {
  public:
@@ -150,7 +154,7 @@ class Head {
             weight.stride(0) >= weight.size(1)),
         rows_(in_place_ ? 0 : 2 * cut.words * cut.width), columns_(transposed ? 2 * cut.words * cut.width : 0) {}
 
-  // Whether tiles must be loaded before they are used.
+  // True if load() must be called for a tile before the tile is used.
   bool loads() const { return !in_place_ || transposed_; }
 
   void load(int64_t tile) {
@@ -162,14 +166,14 @@ class Head {
     if (transposed_) transpose(rows(tile), ld_rows(), count, columns_.at(slot));
   }
 
-  // [words, D]
+  // The tile as [words, D], with leading dimension ld_rows().
   const E* rows(int64_t tile) const {
     return in_place_ ? static_cast<const E*>(weight_.const_data_ptr()) + tile * cut_.words * weight_.stride(0)
                      : rows_.at(tile % 2 * cut_.words * cut_.width);
   }
   int64_t ld_rows() const { return in_place_ ? weight_.stride(0) : cut_.width; }
 
-  // [D, words], with a leading dimension of cut.words; an odd last column is followed by zeros in bf16.
+  // The tile as [D, words], with leading dimension cut.words. In bf16, an odd last column is followed by zeros.
   const E* columns(int64_t tile) const { return columns_.at(tile % 2 * cut_.words * cut_.width); }
 
  private:
@@ -197,8 +201,9 @@ class Head {
   Scratch<E> rows_, columns_;
 };
 
-// The hidden states of the unmasked tokens as right operands: `across`, of the logits, and `down`, of d_weight. In
-// slots for a strip each; but `down` in fp32 is where the states are, or what is gathered of them for the moment.
+// The hidden states of the unmasked tokens as right operands of two matmuls: `across` [D, tokens] for the logits, and
+// `down` [tokens, D] for d_weight. Both are packed into slots; a slot holds a strip. Exception: `down` in fp32 has no
+// slots. It points to the hidden states themselves, or to a copy that is gathered when it is needed.
 template <typename E>
 class States {
  public:
@@ -211,10 +216,10 @@ class States {
         room_(at::get_num_threads() * kStrip * cut.width), across_(across * kStrip * cut.width),
         down_((kPairs<E> ? down : 0) * kStrip * cut.width) {}
 
-  // Into these slots; -1: not wanted.
+  // Packs a strip into these slots. A slot of -1 means that this operand is not needed.
   void pack(int64_t strip, int64_t across_slot, int64_t down_slot, int64_t thread) {
     const int64_t count = cut_.tokens_of(strip), width = cut_.width;
-    constexpr int64_t entries = 4 / sizeof(E);  // in 32 bits
+    constexpr int64_t entries = 4 / sizeof(E);  // entries in 32 bits
     if (across_slot < 0 && !kPairs<E>) return;
     const E* from = in_place_ ? rows(strip) : gather(strip, thread);
     if (across_slot >= 0) {
@@ -239,14 +244,14 @@ class States {
   // [D, kStrip]
   const E* across(int64_t slot) const { return across_.at(slot * kStrip * cut_.width); }
 
-  // [tokens, D]. bf16: of the slots from this one on, which hold the strips from this one on, with zeros up to a multiple
-  // of kColumns. fp32: of this strip.
+  // [tokens, D]. In bf16: the strips in this slot and in the following slots, one after the other; the rows after the
+  // last token are zeros, up to a multiple of kColumns. In fp32: only this strip.
   const E* down(int64_t slot, int64_t strip, int64_t thread) const {
     if (kPairs<E>) return down_.at(slot * kStrip * cut_.width);
     return in_place_ ? rows(strip) : gather(strip, thread);
   }
 
-  // [kStrip, D] for the moment: pack() and down() of the same thread may use it too.
+  // Temporary memory [kStrip, D] of a thread. pack() and down() of the same thread overwrite it.
   float* room(int64_t thread) const { return room_.at(thread * kStrip * cut_.width); }
 
  private:
@@ -270,7 +275,7 @@ class States {
   Scratch<E> across_, down_;
 };
 
-// Of one strip: its logits for one tile [words, kStrip], with the bias.
+// The logits of one strip for one tile, with the bias, to out [words, kStrip].
 template <typename E>
 void strip_logits(
     const Cut& cut, int64_t tile, int64_t strip, const Head<E>& head, const E* across, const at::Tensor& bias,
@@ -284,14 +289,15 @@ void strip_logits(
       bias.defined(), out, kStrip);
 }
 
-// From [D, count] to [count, D], in place.
+// Transposes x from [D, count] to [count, D], in place. `room` has memory for D * count numbers.
 inline void to_rows(float* x, int64_t width, int64_t count, float* room) {
   std::copy(x, x + width * count, room);
   kernels().layout.transpose(
       reinterpret_cast<const uint32_t*>(room), count, width, count, reinterpret_cast<uint32_t*>(x), width);
 }
 
-// Runs f(r, action's place in the tile) for the strip's tokens r whose action is a word of the tile.
+// Calls f(r, own) for each token r of the strip whose action is a word of the tile; `own` is the number of this word in
+// the tile.
 template <typename Function>
 void for_actions(const Cut& cut, const Tokens& tokens, int64_t tile, int64_t strip, const Function& f) {
   for (int64_t r = 0; r < cut.tokens_of(strip); ++r) {
@@ -300,25 +306,26 @@ void for_actions(const Cut& cut, const Tokens& tokens, int64_t tile, int64_t str
   }
 }
 
-// 1 / temperature of every token, with 1 for those that fill up the last strip.
+// 1 / temperature of every token. The unused columns of the last strip get 1.
 inline std::vector<float> inverse_temperatures(const Cut& cut, const Tokens& tokens) {
   std::vector<float> out(cut.strips * kStrip, 1.0f);
   for (int64_t i = 0; i < cut.tokens; ++i) out[i] = tokens.transform(i).inv_temperature;
   return out;
 }
 
-// Whether the matmuls take these as bf16.
+// True if the matmuls take these operands as bf16; otherwise they are converted to fp32.
 bool takes_bf16(const at::Tensor& hidden, const at::Tensor& weight);
 
-// [V] in fp32, or undefined.
+// The bias [V] in fp32; an undefined tensor without a bias.
 inline at::Tensor wide_bias(const OptionalTensor& bias) {
   return bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
 }
 
-// Where the fp32 sums of the unmasked tokens' gradients [M, D] go: into `out` itself when it is fp32.
+// An fp32 tensor for the gradients [M, D] of the unmasked tokens. If `out` is fp32, it is the memory of `out` itself.
 at::Tensor accumulator(const at::Tensor& out, int64_t tokens);
 
-// Rows [M, D] of `sums` to the unmasked tokens' rows of `out` in its dtype, zeros to the others.
+// Copies row i of sums [M, D] to the row of unmasked token i in `out`, converted to the dtype of `out`. All other rows
+// of `out` become 0.
 void place(const at::Tensor& sums, const Tokens& tokens, const at::Tensor& out);
 
 }  // namespace reval

@@ -1,9 +1,14 @@
-// Gradients of token values from hidden states: the logits, kept (kept.h) or computed anew, a tile of the head and a
-// strip of tokens at a time, turned into their gradients there and fed to both matmuls.
+// Gradients of token values with respect to hidden states, head (d_weight) and bias.
 //
-// The outer loop runs over the tiles of the head, so a tile of the weight's gradient is finished while it is in the
-// cache, in fp32, and needs no V x D accumulator. Every sum is taken in a fixed order: no result depends on the number
-// of threads, as long as a block has a strip for each (4 to 16, the wider the head the fewer; then it grows with them).
+// For each tile of the head and each strip of tokens: take the kept logits (kept.h) or recompute them, replace them by
+// their gradients, and use these gradients in two matmuls, for d_hidden and for d_weight.
+//
+// The outer loop runs over the tiles of the head. So a tile of d_weight is summed in fp32 while it is in the cache, and
+// no fp32 accumulator [V, D] is needed. Every sum has a fixed order. So the results do not depend on the number of
+// threads, as long as it is at most the number of strips per block (4 to 16; fewer for a wide head). With more threads,
+// a block has one strip per thread, and the order of the sums depends on the number of threads.
+//
+// Letters as in linear.h: M unmasked tokens, V vocabulary, D width, E the type of the operands.
 #include <ATen/ops/zeros.h>
 
 #include "kept.h"
@@ -16,7 +21,7 @@ using at::Tensor;
 
 namespace {
 
-// Null pointers and an empty d_weight for what is not needed.
+// d_hidden and d_bias are null, and d_weight is empty, if this gradient is not needed.
 template <typename E>
 class Backward {
  public:
@@ -55,11 +60,15 @@ class Backward {
   }
 
  private:
-  // What there is to do for each tile, in this order.
+  // An item of work. items_ is the list of items for each tile, in the order in which threads take them. kLoad loads a
+  // tile of the head, kStrip computes the gradients of a strip's logits, kWords adds to d_weight and d_bias for some
+  // words.
   struct Item {
     enum Kind { kLoad, kStrip, kWords } kind;
-    int64_t index;        // of the strip; of the block and the part
-    int64_t tile_offset;  // the next tile is loaded early, and the words come half a block late: nobody waits
+    int64_t index;  // kStrip: number of the strip; kWords: block * parts_ + part
+    // The item belongs to the current tile plus this offset. A tile is loaded half a block before it is needed, and the
+    // words of a block are done half a block after its last strip. So threads seldom wait.
+    int64_t tile_offset;
   };
 
   void make_items() {
@@ -75,7 +84,8 @@ class Backward {
     }
   }
 
-  // The tokens' numbers as the column kernels take them. Tokens that fill up the last strip get gradients of 0.
+  // Collects RowGradient of all tokens for the column kernels. In the unused columns of the last strip, log_sum is
+  // infinite, so their gradients are 0.
   void prepare() {
     for (auto* x : {&row_max_, &log_sum_, &entropy_, &from_all_, &from_entropy_}) x->resize(cut_.strips * kStrip);
     std::fill(log_sum_.begin() + cut_.tokens, log_sum_.end(), std::numeric_limits<float>::infinity());
@@ -90,21 +100,23 @@ class Backward {
     }
   }
 
-  // How many strips before each one, and in all, have their logits computed anew.
+  // For each strip, the number of strips before it whose logits are recomputed; the last entry counts all strips.
   std::vector<int64_t> strips_anew() const {
     std::vector<int64_t> before{0};
     for (int64_t s = 0; s < cut_.strips; ++s) before.push_back(before.back() + !kept_.has(s));
     return before;
   }
 
-  // Where a strip's hidden states are packed: once and for all, or until the block's words are done, or for the moment.
+  // The slot for the packed hidden states of a strip. With a single block, a strip keeps its slot. With several blocks
+  // and gradients by words, the slot is used until the words of the block are done. Otherwise each thread has one slot,
+  // which is overwritten by its next strip.
   int64_t slot(int64_t tile, int64_t strip, int64_t thread) const {
     if (cut_.blocks == 1) return strip;
     return by_words_ ? step(tile, strip / cut_.block) % 2 * cut_.block + strip % cut_.block : thread;
   }
-  // How many blocks, of all tiles, come before.
+  // The number of blocks, over all tiles, before block b of this tile.
   int64_t step(int64_t tile, int64_t b) const { return tile * cut_.blocks + b; }
-  // Of a word's logits for a strip of the block.
+  // The gradients of a word's logits for a strip of the block.
   E* gradients(int64_t step, int64_t strip, int64_t word) const {
     return gradients_.at(step % 2 * block_ + strip * next_strip_ + word * ld_);
   }
@@ -116,12 +128,13 @@ class Backward {
     loaded_.store(tile + 1, std::memory_order_release);
   }
 
-  // The gradients of the logits of a strip, and their share of d_hidden.
+  // Computes the gradients of a strip's logits for a tile, and adds their part of d_hidden.
   void strip(int64_t tile, int64_t s, int64_t thread) {
     const int64_t b = s / cut_.block, count = cut_.tokens_of(s), words = cut_.words_of(tile), width = cut_.width;
     pipeline_.wait(strips_done_[s], tile);
     if (head_.loads()) pipeline_.wait(loaded_, tile + 1);
-    pipeline_.wait(parts_done_, 0, parts_, step(tile, b) - 1);  // of gradients() and the slot, two steps ago
+    // gradients() and the slot have memory for two steps. Wait until the words of two steps ago are done with them.
+    pipeline_.wait(parts_done_, 0, parts_, step(tile, b) - 1);
     const bool kept = kept_.has(s);
     const int64_t down = slot(tile, s, thread), across = cut_.blocks == 1 ? anew_[s] : down;
     if (tile == 0 || cut_.blocks > 1) states_.pack(s, kept ? -1 : across, needs_weight_ ? down : -1, thread);
@@ -139,13 +152,14 @@ class Backward {
     strips_done_[s].store(tile + 1, std::memory_order_release);
   }
 
-  // The gradients of the logits x: by word; and as right operand for d_hidden, which is returned.
+  // Computes the gradients of the logits x. Writes them to by_word (a row per word, unless it is null). Returns them as
+  // right operand of the matmul for d_hidden.
   const E* differentiate(int64_t tile, int64_t s, const float* x, E* by_word, int64_t thread) {
     const int64_t at = s * kStrip, words = cut_.words_of(tile), columns = multiple(cut_.tokens_of(s), kColumns);
     const float* inv = inv_temperature_.data() + at;
     const ColumnGradients by{&row_max_[at],  &log_sum_[at],      &entropy_[at],
                              &from_all_[at], &from_entropy_[at], with_entropy_};
-    const Ahead ahead{  // what the matmul after this adds to
+    const Ahead ahead{  // the memory of d_hidden to which the next matmul adds
         d_hidden_ ? d_hidden_ + at * cut_.width : nullptr, d_hidden_ ? cut_.tokens_of(s) * cut_.width * 4 : 0};
     float own_gradients[kStrip];
     for_actions(cut_, tokens_, tile, s, [&](int64_t r, int64_t own) {
@@ -172,7 +186,7 @@ class Backward {
     }
   }
 
-  // The block's share of some words' d_weight [words, D] and d_bias.
+  // Adds the part of a block to d_weight [words, D] and d_bias of some words of a tile.
   void words(int64_t tile, int64_t b, int64_t part, int64_t thread) {
     const int64_t first = part * part_, count = std::min(part_, cut_.words_of(tile) - first), width = cut_.width;
     pipeline_.wait(parts_done_[part], step(tile, b));
@@ -181,8 +195,9 @@ class Backward {
     const int64_t word = tile * cut_.words + first, tokens = cut_.tokens_of_block(b);
     if (needs_weight_ && count > 0) {
       float* to = in_place_ ? d_weight_.mutable_data_ptr<float>() + word * width : tile_gradient_.at(first * width);
-      constexpr int64_t panel = 64;  // columns at a time: what they take of the states then stays in the cache
-      // bf16: of few different lengths, since oneDNN keeps the machine code of each
+      constexpr int64_t panel = 64;  // columns per matmul: the columns of the hidden states then stay in the cache
+      // In bf16, one matmul takes all tokens of the block, rounded up to kColumns. The rounding keeps the number of
+      // different lengths small, because oneDNN keeps machine code for each length.
       const int64_t at_once = kPairs<E> ? multiple(tokens, kColumns) : kStrip;
       for (int64_t t = 0; t < tokens; t += at_once) {
         const int64_t s = b * cut_.block + t / kStrip;
@@ -220,33 +235,36 @@ class Backward {
   Head<E> head_;
   Tensor bias_;
   Kept kept_;
-  const float* action_logits_;  // of kept strips
-  bool in_place_;               // whether d_weight's own rows take its sums: when what is kept there is used up by then
+  const float* action_logits_;  // exact logits of the actions, for kept strips
+  // True if d_weight is summed in its own memory. Then it must be fp32, and the kept strips must all be in the first
+  // block, because their logits are in the same memory and must be used up before the first sum is written.
+  bool in_place_;
   int64_t threads_;
   std::vector<int64_t> anew_;
   int64_t slots_;
   States<E> states_;
   std::vector<float> inv_temperature_, row_max_, log_sum_, entropy_, from_all_, from_entropy_;
-  int64_t strips_;                // of a block
-  int64_t ld_, next_strip_;       // of gradients_, whose rows in bf16 would share few places in the cache
-                                  // if ld_ were a power of two
-  int64_t block_;                 // entries of gradients_
-  Scratch<E> gradients_;          // of the logits of two blocks: bf16 [words, tokens], fp32 [strips, words, kStrip]
-  Scratch<float> logits_;         // of a strip, for each thread
-  Scratch<E> pairs_;              // bf16: their gradients, for each thread
-  Scratch<float> tile_gradient_;  // [words, D], if not in place
-  Scratch<double> bias_sums_;     // [words]
-  int64_t part_;                  // words of a tile's gradient that a thread takes at a time
-  int64_t parts_;                 // of a tile
+  int64_t strips_;                // strips per block
+  // Distances in gradients_ (entries) between two words and between two strips. In bf16, ld_ is not a power of two,
+  // because rows at such distances would compete for few places in the cache.
+  int64_t ld_, next_strip_;
+  int64_t block_;                 // entries of gradients_ per block
+  Scratch<E> gradients_;          // gradients of logits, two blocks: bf16 [words, tokens], fp32 [strips, words, kStrip]
+  Scratch<float> logits_;         // for each thread, the logits of a strip
+  Scratch<E> pairs_;              // bf16: for each thread, the gradients of these logits in pairs
+  Scratch<float> tile_gradient_;  // d_weight of a tile [words, D], if not in place
+  Scratch<double> bias_sums_;     // d_bias of a tile [words]
+  int64_t part_;                  // words of a tile in one item kWords
+  int64_t parts_;                 // items kWords per tile and block
   std::vector<Item> items_;
   Pipeline pipeline_;
-  Counters strips_done_;            // tiles that each strip is through with
-  Counters parts_done_;             // blocks, of all tiles, that each part of a tile is through with
-  std::atomic<int64_t> loaded_{0};  // tiles
+  Counters strips_done_;            // for each strip, the number of tiles that are finished
+  Counters parts_done_;             // for each part of a tile, the number of steps that are finished
+  std::atomic<int64_t> loaded_{0};  // number of tiles that are loaded
 };
 
-// Rows [M, D] of `sums` to the unmasked tokens' rows of `out`, zeros to the others. In place it runs from the end:
-// no row moves towards the front.
+// Copies row i of sums [M, D] to the row of unmasked token i in `out`; all other rows of `out` become 0. `sums` may be
+// the memory of `out`. The loop runs from the end, because each row moves towards the end or stays.
 template <typename T>
 void place_rows(const float* sums, const Tokens& tokens, int64_t width, T* out) {
   int64_t i = tokens.size() - 1;
@@ -254,14 +272,15 @@ void place_rows(const float* sums, const Tokens& tokens, int64_t width, T* out) 
     const bool unmasked = i >= 0 && tokens.index[i] == token;
     T* to = out + token * width;
     if constexpr (std::is_same_v<T, float>) {
-      if (unmasked && sums + i * width == to) return;  // so are all before it
+      if (unmasked && sums + i * width == to) return;  // in place: this row and all rows before it need not move
     }
     for (int64_t d = 0; d < width; ++d) to[d] = unmasked ? static_cast<T>(sums[i * width + d]) : static_cast<T>(0.0f);
     i -= unmasked;
   }
 }
 
-// A small product with known result: brgemm's packed layout is oneDNN's affair, so it is tried before it is trusted.
+// Computes a small matmul with a known result. oneDNN does not guarantee the layout of brgemm's operands, so the layout
+// is tested before it is used.
 bool bf16_matmul_works() {
   if (!has_bf16_matmul()) return false;
   const Scratch<BFloat16> a(2 * 4), b(2 * 64);
@@ -290,7 +309,7 @@ bool bf16_matmul_works() {
 
 bool takes_bf16(const Tensor& hidden, const Tensor& weight) {
   if (hidden.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kBFloat16 || weight.size(1) % 2 != 0 ||
-      !at::globalContext().userEnabledMkldnn()) {  // which users turn on and off
+      !at::globalContext().userEnabledMkldnn()) {  // checked in every call, because a user may change this setting
     return false;
   }
   static const bool works = bf16_matmul_works();

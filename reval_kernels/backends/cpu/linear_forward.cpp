@@ -1,7 +1,11 @@
-// Token values from hidden states; and what the gradient of the hidden states needs with a frozen head.
+// Token values (q, v, log_prob, entropy) from hidden states. With a frozen head, the same pass also computes the part
+// of the gradient of the hidden states that does not depend on the loss (`expected`).
 //
-// One pass over the tiles of the head: matmul, online logsumexp on the tile. With a frozen head the exponentials, while
-// they are at hand, also go through the matmul that sums the words they weigh.
+// One pass over the tiles of the head: a matmul computes the logits of a tile, and the online logsumexp adds them to
+// the sums. With a frozen head, a second matmul multiplies the exponentials of the tile by the words of the tile. The
+// exponentials exist only at this moment.
+//
+// Letters as in linear.h: M unmasked tokens, V vocabulary, D width, E the type of the operands.
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -17,8 +21,8 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// With `expected` [M, D], also sum over all words but the action of p * dz/dlogit * weight[word]. With kept.room, keep
-// logits there.
+// If `expected` [M, D] is not null, it gets, for each token, the sum over all words except the action of
+// p * dz/dlogit * weight[word]. If kept.room is defined, logits are kept there for the backward pass.
 template <typename E>
 class Forward {
  public:
@@ -35,7 +39,8 @@ class Forward {
         strips_done_(cut_.strips) {
     for (ColumnSums& sums : sums_) std::fill_n(sums.maximum, kStrip, Sums::kLowest);
     if (cut_.tokens == 0) return;
-    // A tile is loaded while half of its predecessor's strips are still to come; the first's predecessor has none.
+    // The items of a tile are its strips and, halfway, the loading of the next tile. So a tile is loaded while the
+    // strips of the tile before it are computed. Tile -1 has no strips; it only loads tile 0.
     const int64_t per_tile = cut_.strips + head_.loads(), load_at = parts(cut_.strips, 2);
     const int64_t first = head_.loads() ? -1 : 0;
     pipeline_.run((cut_.tiles - first) * per_tile, kPairs<E>, [&](int64_t item, int64_t thread) {
@@ -57,7 +62,8 @@ class Forward {
   Sums sums(int64_t token) const {
     const ColumnSums& of = sums_[token / kStrip];
     const int64_t r = token % kStrip;
-    // among kLowest the kernels cannot tell the one that stays out of the sum from none
+    // `others` must not contain one entry at the maximum. If the maximum is kLowest, the kernels cannot know whether
+    // there is such an entry (or only -inf), so they take none out; it is subtracted here.
     return {of.maximum[r], of.others[r] - (of.maximum[r] == Sums::kLowest), of.spread[r]};
   }
 
@@ -87,7 +93,8 @@ class Forward {
     strips_done_[s].store(tile + 1, std::memory_order_release);
   }
 
-  // Adds the tile's share of `expected`, which is [D, tokens] strip by strip until the last tile.
+  // Adds the part of `expected` that comes from this tile. A strip of `expected` is [D, tokens] until the last tile, and
+  // relative to the maximum so far. The last tile transposes it and divides it by the sum of the exponentials.
   void expect(int64_t tile, int64_t s, float* x, int64_t thread) {
     const int64_t count = cut_.tokens_of(s), words = cut_.words_of(tile), width = cut_.width;
     const float* inv = inv_temperature_.data() + s * kStrip;
@@ -99,7 +106,7 @@ class Forward {
       }
     }
     float row_max[kStrip];
-    // no -inf, which a column that has seen nothing else would have: -inf - -inf is NaN
+    // A column with only -inf so far has the maximum -inf, and -inf - -inf is NaN. So the maximum is at least kLowest.
     for (int64_t r = 0; r < kStrip; ++r) row_max[r] = std::max(Sums::kLowest, of.maximum[r] * inv[r]);
     static const float zeros[kStrip] = {};
     const ColumnGradients weights{row_max, zeros, zeros, inv, zeros, false};
@@ -125,7 +132,8 @@ class Forward {
     to_rows(sum, width, count, states_.room(thread));
     for (int64_t r = 0; r < count; ++r) {
       const double all = 1.0 + sums(s * kStrip + r).others;
-      const auto scale = static_cast<float>(1.0 / (all < 1.0 ? 1.0 : all));  // nothing but -inf: its sum is 0
+      // `all` is 0 if every logit is -inf; `expected` is 0 then, so the scale does not matter.
+      const auto scale = static_cast<float>(1.0 / (all < 1.0 ? 1.0 : all));
       for (int64_t d = 0; d < width; ++d) sum[r * width + d] *= scale;
     }
   }
@@ -145,8 +153,8 @@ class Forward {
   Scratch<float> logits_;
   Scratch<E> pairs_;
   Pipeline pipeline_;
-  Counters strips_done_;            // tiles that each strip is through with
-  std::atomic<int64_t> loaded_{0};  // tiles
+  Counters strips_done_;            // for each strip, the number of tiles that are finished
+  std::atomic<int64_t> loaded_{0};  // number of tiles that are loaded
 };
 
 std::vector<Tensor> forward(
@@ -159,7 +167,7 @@ std::vector<Tensor> forward(
   return Forward<float>(hidden, weight, bias, tokens, with_entropy, expected, kept).finish(actions.sizes());
 }
 
-// About the logits of the actions [M]: the sums are not taken in the order of the matmuls.
+// Approximate logits of the actions [M]. They differ from the logits of the matmuls in the order of the summation.
 Tensor anchors(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tokens& tokens) {
   const int64_t width = weight.size(1);
   const auto offsets = row_offsets(hidden, tokens.index);
@@ -193,7 +201,8 @@ std::vector<Tensor> linear_keeping(
     std::optional<double> softcap) {
   const Tokens tokens(actions, mask, temperature, temperatures, softcap);
   const bool narrow = hidden.element_size() == 2 && weight.element_size() == 2;
-  const int64_t room = weight.size(1) * weight.element_size() / (kStrip * (narrow ? 2 : 4));  // strips
+  // Number of strips whose logits fit into d_weight: each word has D entries, and a strip needs kStrip logits per word.
+  const int64_t room = weight.size(1) * weight.element_size() / (kStrip * (narrow ? 2 : 4));
   KeptTensors kept{
       empty_gradient(weight.sizes(), weight.scalar_type()),
       at::ones({std::min(room, parts(tokens.size(), kStrip))}, at::kBool),

@@ -1,3 +1,4 @@
+// Memory for large gradients (memory.h): an allocator that keeps the last freed blocks for the next gradients.
 #include "memory.h"
 
 #include <ATen/Context.h>
@@ -19,16 +20,16 @@ namespace {
 
 #ifdef __linux__
 
-constexpr size_t kPage = size_t{2} << 20;       // a huge page
-constexpr size_t kSmallest = size_t{32} << 20;  // below it, malloc itself keeps what was freed
-constexpr size_t kKept = 2;                     // blocks: the gradient of a head, and that of logits
+constexpr size_t kPage = size_t{2} << 20;       // size of a huge page
+constexpr size_t kSmallest = size_t{32} << 20;  // smaller blocks come from malloc, which keeps freed blocks itself
+constexpr size_t kKept = 2;                     // number of kept blocks: the gradient of a head and that of logits
 
 struct Block {
   char* data;
   size_t size;
 };
 
-// Its data is null if there is none.
+// New memory, aligned to huge pages. `data` is null if the system has no memory.
 Block map(size_t size) {
   void* mapped = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return {nullptr, 0};
@@ -41,7 +42,7 @@ Block map(size_t size) {
 
 class GradientAllocator final : public c10::Allocator {
  public:
-  // Never destroyed: tensors may outlive whatever is.
+  // The allocator is never destroyed, because a tensor may live longer than any static object.
   static GradientAllocator& get() {
     static auto* allocator = new GradientAllocator;
     return *allocator;
@@ -55,7 +56,7 @@ class GradientAllocator final : public c10::Allocator {
       drop();
       *block = map(multiple(bytes));
     }
-    if (!block->data) return c10::GetCPUAllocator()->allocate(bytes);  // which finds the words for it
+    if (!block->data) return c10::GetCPUAllocator()->allocate(bytes);  // raises torch's usual out-of-memory error
     char* data = block->data;
     return {data, block.release(), &GradientAllocator::free, at::kCPU};
   }
@@ -65,9 +66,9 @@ class GradientAllocator final : public c10::Allocator {
  private:
   static size_t multiple(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-  GradientAllocator() { kept_.reserve(kKept + 1); }  // so that freeing never throws
+  GradientAllocator() { kept_.reserve(kKept + 1); }  // free() then never allocates, so it never throws
 
-  // The smallest kept block with room for `bytes`, unless half of it would lie idle.
+  // Takes the smallest kept block of at least `bytes`. A block more than twice as large as needed is not taken.
   Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = kept_.end();
@@ -87,7 +88,8 @@ class GradientAllocator final : public c10::Allocator {
     delete block;
   }
 
-  // The longest kept goes when there are more than kKept.
+  // Keeps a freed block. If there are then more than kKept blocks, the one that was freed first goes back to the
+  // system.
   void keep(Block block) {
     if (madvise(block.data, block.size, MADV_FREE) != 0) {
       munmap(block.data, block.size);
@@ -102,10 +104,10 @@ class GradientAllocator final : public c10::Allocator {
         kept_.erase(kept_.begin());
       }
     }
-    if (oldest.data) munmap(oldest.data, oldest.size);  // takes long: others need not wait
+    if (oldest.data) munmap(oldest.data, oldest.size);  // after the lock is released, because munmap takes long
   }
 
-  // Gives all that waits back: memory is short.
+  // Gives all kept blocks back to the system, because an allocation has failed.
   void drop() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const Block& block : kept_) munmap(block.data, block.size);
@@ -113,7 +115,7 @@ class GradientAllocator final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::vector<Block> kept_;  // in the order in which they were freed
+  std::vector<Block> kept_;  // sorted by the time at which they were freed, the oldest first
 };
 
 c10::Allocator* allocator() { return &GradientAllocator::get(); }

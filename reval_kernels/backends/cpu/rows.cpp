@@ -1,8 +1,10 @@
-// The row kernels: what one read of a row's logits yields (`partial`), and its gradient from another (`gradient`).
+// The row kernels. `partial` reads a row of logits once and computes its maximum and sums (Partial in kernels.h).
+// `gradient` reads the row again and writes the gradient of each logit (RowGradient in kernels.h).
 //
-// Compiled once per instruction set (REVAL_ISA, its namespace). Everything is fp32 inside. Online softmax by lanes:
-// each lane of the vector has its own sums, so nothing crosses lanes until the row ends, but for a new maximum, which
-// all lanes take over: the higher it is, the sooner no entry raises it any more.
+// This file is compiled once per instruction set. REVAL_ISA is the name of the instruction set and of the namespace.
+// All arithmetic is in fp32. The online softmax keeps separate sums in each of the W lanes of a vector and adds the
+// lanes at the end of the row. Only the maximum is common to all lanes: a common maximum is higher, so later entries
+// raise it less often.
 #include "lanes.h"
 
 namespace {
@@ -20,7 +22,7 @@ inline float sum_lanes(F x) {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// n <= W entries, the missing ones filled with -inf after the softcap.
+// A vector with n <= W entries. The missing entries become -inf after the softcap, because softcap(-inf) is finite.
 template <DType type, bool capped>
 inline F load_rest(const void* x, int64_t at, int64_t n, Transform t) {
   constexpr int size = type == reval::kFloat ? 4 : 2;
@@ -31,15 +33,16 @@ inline F load_rest(const void* x, int64_t at, int64_t n, Transform t) {
   return z;
 }
 
-// With fewer or shorter vectors than AVX-512's, too few go in step to keep the processor busy. Then exp is done stage by
-// stage for a block of vectors, among which it always finds some that need not wait.
+// exp is a long chain of operations that depend on each other. AVX-512 has enough registers to compute several vectors
+// in parallel. AVX2 and the plain variant have fewer registers: there, a block of kBlock vectors goes through the first
+// stage of exp and then through the second. So the processor always has vectors that do not wait for others.
 constexpr bool kBlocks = W < 16;
 constexpr int kBlock = 32;
 
 class Block {
  public:
-  // The first stage, of the differences z * inv - shift. False if one of them is above kStep * kBack, or so far below 0
-  // that only `clamped` takes it.
+  // The first stage of exp, for the differences z * inv - shift. Returns false if a difference is above kStep * kBack,
+  // or below kLeast. (`clamped` raises smaller differences to kLeast first.)
   template <DType type, bool clamped>
   INLINE bool reduce(const void* x, int64_t at, F inv, F shift) {
     fetch_ahead<type>(x, at);
@@ -59,14 +62,14 @@ class Block {
     return all_negative((common & kNear) == kNear);
   }
 
-  // The second stage, of the vectors k and k + 1.
+  // The second stage of exp, for the vectors k and k + 1.
   INLINE void expand(int k, F times, Product (&e)[2]) const {
     const F n[2] = {shifted_[k], shifted_[k + 1]}, rest[2] = {r_[k], r_[k + 1]};
     ::expand(n, rest, times, e);
   }
 
   INLINE void add_to(Lanes& s) const {
-    F others[2] = {};  // first among themselves, as in add()
+    F others[2] = {};  // the new terms are added to each other first, as in add()
 #pragma GCC unroll 2
     for (int k = 0; k < kBlock; k += 2) {
       Product e[2];
@@ -77,7 +80,7 @@ class Block {
   }
 
  private:
-  // Asks for a block further on: the processor's own prefetching stops at every page.
+  // Prefetches a block 4096 bytes ahead, because the processor's own prefetching stops at the end of each page.
   template <DType type>
   static INLINE void fetch_ahead(const void* x, int64_t at) {
     constexpr int size = type == reval::kFloat ? 4 : 2, ahead = 4096;
@@ -98,7 +101,9 @@ void partial_row(const void* x, int64_t n, Transform t, Partial* out) {
     if constexpr (kBlocks && !capped && !entropy) {
       if (at + kBlock * W <= n) {
         end = at + kBlock * W;
-        // What is little above the maximum may be among `others`: the maximum then has a weight of no more than 2/3.
+        // `others` may then contain an entry that is above the known maximum, by less than about ln 2. That loses no
+        // precision: the weight of this entry is at most 2, next to the 1 of the known maximum, so its p is at most
+        // 2/3.
         Block block;
         if (block.reduce<type, false>(x, at, inv, s.shift)) {
           block.add_to(s);
@@ -139,7 +144,7 @@ void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* 
     __builtin_memcpy(static_cast<char*>(out) + at * size, buffer, count * size);
   };
   int64_t at = 0;
-  if (streaming) {  // up to the first whole vector of `out`
+  if (streaming) {  // streaming stores need aligned addresses: write single entries up to the first aligned vector
     const int64_t past = reinterpret_cast<uintptr_t>(out) % (4 * W) / size;
     const int64_t before = past == 0 ? 0 : min(4 * W / size - past, n);
     for (; at < before; at += min(W, before - at)) rest(at, min(W, before - at));
@@ -168,7 +173,7 @@ void gradient_row(const void* x, int64_t n, Transform t, RowGradient row, void* 
   if (streaming) streaming_done();
 }
 
-// --- from run-time values to the template's -------------------------------------------------------------------------
+// --- from arguments to template parameters ---------------------------------------------------------------------------
 
 template <DType type>
 void partial_typed(const void* x, int64_t n, Transform t, bool entropy, Partial* out) {

@@ -1,6 +1,8 @@
-// Vectors of floats: as wide as the instruction set this file is compiled for, with the same source for all.
+// Vectors of numbers, exp, tanh, and conversions to bf16 and fp16, with one source for all instruction sets.
 //
-// GCC's and Clang's vector extension does the arithmetic (on Arm too); intrinsics appear only where it has no word.
+// W is the number of fp32 lanes of a vector of the instruction set that this file is compiled for. F, I, U and H are
+// vectors of W numbers: fp32, int32, uint32 and uint16. The arithmetic uses the vector extension of GCC and Clang,
+// which works on Arm too. Intrinsics are used only for operations that the extension does not have.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-// Without it GCC leaves calls in the loops, and every vector goes through memory.
+// Without always_inline, GCC keeps function calls in the loops, and each vector argument is passed through memory.
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -31,8 +33,9 @@ typedef uint16_t H __attribute__((vector_size(2 * W)));
 
 INLINE F splat(float x) { return x - F{}; }
 
-// a * b + c in one rounding where the processor can. Written out wherever it is wanted: this file is compiled without
-// fusing, because z * inv_temperature - maximum must be exactly 0 at the maximum.
+// a * b + c with a single rounding, if the processor has this instruction. The compiler must not fuse operations by
+// itself (-ffp-contract=off), because z * inv_temperature - maximum must be exactly 0 at the maximum. So the code calls
+// fused() where one rounding is better.
 INLINE F fused(F a, F b, F c) {
 #if defined(__AVX512F__)
   return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -43,7 +46,7 @@ INLINE F fused(F a, F b, F c) {
 #endif
 }
 
-// The second argument where either is NaN, so max_(bound, x) keeps a NaN in x.
+// The maximum. If a or b is NaN, the result is b. So max_(bound, x) keeps a NaN of x.
 INLINE F max_(F a, F b) {
 #if defined(__AVX512F__)
   return (F)_mm512_max_ps((__m512)a, (__m512)b);
@@ -67,7 +70,7 @@ INLINE bool all_negative(I x) {
 }
 
 #if defined(__AVX2__) || defined(__AVX512F__)
-// x[index], of which the lowest bits count.
+// x[index] for each lane. Only the lowest bits of an index are used.
 INLINE I permuted(I x, I index) {
 #if defined(__AVX512F__)
   return (I)_mm512_permutexvar_epi32((__m512i)index, (__m512i)x);
@@ -77,20 +80,20 @@ INLINE I permuted(I x, I index) {
 }
 #endif
 
-// x = n * step + r with |r| <= step / 2, for a step of ln 2 over a power of two; shifted = n + kShift holds the whole
-// number n - kBack in its low bits.
+// First part of exp(x): x = n * step + r with a whole number n and |r| <= step / 2. step is ln 2 or ln 2 / W.
+// shifted = n + kShift; the low bits of this float are the integer n - kBack.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-constexpr int kBack = W == 16 ? 0 : W == 8 ? 8 : 1;  // for the sake of kNear
+constexpr int kBack = W == 16 ? 0 : W == 8 ? 8 : 1;  // needed by kNear
 constexpr float kShift = kRound - kBack;
 constexpr float kLn2 = 0.693147182f;
 INLINE F shift_by(F x, float step) { return fused(x, splat(1.0f / step), splat(kShift)); }
 INLINE F remainder(F x, F shifted, float step) {
-  // ln 2 in two parts: the first has so few digits that its product is exact.
+  // ln 2 is split into two parts. The first part has so few digits that its product with n is exact.
   F n = shifted - kShift;
   return fused(n, splat(step / kLn2 * 2.12194440e-4f), fused(n, splat(step / kLn2 * -0.693359375f), x));
 }
 
-// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2, least relative error of exp: 3.1e-9.
+// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2. The coefficients minimise the relative error of exp(r), which is 3.1e-9.
 INLINE F tail_polynomial(F r) {
   F p = fused(splat(0.00138143206f), r, splat(0.00836885162f));
   p = fused(p, r, splat(0.0416684002f));
@@ -98,28 +101,30 @@ INLINE F tail_polynomial(F r) {
   return fused(p, r, splat(0.49999994f));
 }
 
-// 2^n for -126 <= n <= 127, and 0 for n = -127.
+// 2^n for -126 <= n <= 127, and 0 for n = -127. `shifted` holds n as above.
 INLINE F power_of_two(F shifted) { return (F)(((I)shifted << 23) + ((127 + kBack) << 23)); }
 
-constexpr float kLeast = -88.0296936f;  // -127 ln 2: exp of it is 0, and so is that of anything less
+constexpr float kLeast = -88.0296936f;  // -127 ln 2: exp_ of this number is 0; smaller numbers are raised to it first
 
-// An exponential as a product: a sum takes it in with one fused multiply and add.
+// An exponential as a product scale * p. A sum adds it with one fused multiply-add.
 struct Product {
   F scale, p;
   F value() const { return scale * p; }
 };
 
-// exp(x) in two stages, the first of which yields x = n * kStep + r. Every step is for all `m` vectors before the next: a
-// vector's steps wait for each other, and the processor looks only so far ahead.
+// exp(x) is computed in two stages: reduce() finds x = n * kStep + r, expand() computes the exponential from n and r.
+// Each loop does one operation for all m vectors. The operations on one vector depend on each other, and the processor
+// overlaps only instructions that are close together, so the independent vectors must be close together.
 #if defined(__AVX2__) || defined(__AVX512F__)
 constexpr float kStep = kLn2 / W;
 #else
 constexpr float kStep = kLn2;
 #endif
 
-// The bits that shifted has in any case where exp takes x as it is and x is below step * kBack, or little more: n then
-// lies between -127 ln 2 / step and kBack - 1, and n - kBack has no more digits than the range from there to -1. Of AVX2
-// and the plain variant.
+// Bits that are set in `shifted` for every x from kLeast up to about kStep * kBack. For these x, n lies between
+// -127 ln 2 / kStep and kBack - 1, so n - kBack is negative and small: from -1024 to -1 for W = 8, from -128 to -1 for
+// W = 4. Then all bits above the lowest 10 (or 7) bits are constant. Testing these bits checks the range of many x at
+// once. Only AVX2 and the plain variant use kNear.
 constexpr int32_t kNear = W == 8 ? 0x4b3ffc00 : 0x4b3fff80;
 
 template <int m>
@@ -129,9 +134,9 @@ INLINE void reduce(const F (&x)[m], F (&shifted)[m], F (&r)[m]) {
 }
 
 #if defined(__AVX2__) || defined(__AVX512F__)
-// The bits of 2^(k/W), less what n = k adds to the exponent.
+// The bits of 2^(k/W), minus the number that n = k adds to these bits in expand().
 struct Powers {
-  static constexpr int kExponent = W == 16 ? 19 : 20;  // where n's bits go: 23 - log2 W
+  static constexpr int kExponent = W == 16 ? 19 : 20;  // n is shifted left by this number of bits: 23 - log2 W
   alignas(4 * W) int32_t bits[W];
   constexpr Powers() : bits() {
     constexpr float powers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
@@ -143,17 +148,19 @@ struct Powers {
 constexpr Powers kPowers;
 #endif
 
-// times * exp(x), within 2 ulp for kLeast <= x <= 88 where it is a normal float.
+// times * exp(x). The error is at most 2 ulp for kLeast <= x <= 88, if the result is a normal float.
 template <int m>
 INLINE void expand(const F (&shifted)[m], const F (&r)[m], F times, Product (&e)[m]) {
 #if defined(__AVX2__) || defined(__AVX512F__)
-  // The lowest bits of n choose among the powers, the others are the exponent; all are added to the power's bits at once.
+  // exp(n * kStep) = 2^(n / W). The lowest bits of n choose the power 2^(k/W), the other bits are the exponent. One
+  // integer addition puts both together.
   I powers;
   __builtin_memcpy(&powers, kPowers.bits, sizeof powers);
   for (int k = 0; k < m; ++k) {
     e[k].scale = (F)(permuted(powers, (I)shifted[k]) + ((I)shifted[k] << Powers::kExponent));
   }
-  for (int k = 0; k < m; ++k) {  // as tail_polynomial, for |r| <= ln 2 / (2 W): 1.7e-9, or 2.6e-8 for W of 8
+  // A shorter tail_polynomial, because |r| <= ln 2 / (2 W). Relative error 1.7e-9 for W = 16, 2.6e-8 for W = 8.
+  for (int k = 0; k < m; ++k) {
     e[k].p = W == 16 ? fused(times * 0.16668f, r[k], times * 0.5000165f)
                      : fused(times * 0.16666858f, r[k], times * 0.50006447f);
   }
@@ -179,10 +186,10 @@ INLINE F exp_(F x) {
   return e[0].value();
 }
 
-// tanh(x) = e / (e + 2) with e = exp(2|x|) - 1, which keeps its relative precision near 0.
+// tanh(x) = e / (e + 2) with e = exp(2|x|) - 1, with the sign of x. This form keeps the relative precision near 0.
 INLINE F tanh_(F x) {
   F twice = 2.0f * (F)((I)x & 0x7fffffff);
-  twice = twice > 20.0f ? splat(20.0f) : twice;  // tanh is 1 to the last bit there; a NaN passes
+  twice = twice > 20.0f ? splat(20.0f) : twice;  // tanh(x) rounds to 1 for larger x; a NaN stays a NaN
   F shifted = shift_by(twice, kLn2), r = remainder(twice, shifted, kLn2);
   F power = power_of_two(shifted);
   F e = fused(power, fused(tail_polynomial(r) * r, r, r), power - 1.0f);
@@ -220,7 +227,7 @@ INLINE F load(const void* row, int64_t at) {
   }
 }
 
-// Rounded to bf16, in the upper halves; the lower halves hold anything.
+// Rounds to bf16. The result is in the upper 16 bits of each lane; the lower 16 bits are undefined.
 INLINE U round_to_bfloat16(F x) {
   U bits = (U)x;
   U rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -230,13 +237,13 @@ INLINE U round_to_bfloat16(F x) {
 
 INLINE H to_bfloat16(F x) {
 #if defined(__AVX512BF16__)
-  return (H)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become 0
+  return (H)_mm512_cvtneps_pbh((__m512)x);  // this instruction turns subnormal numbers into 0
 #else
   return __builtin_convertvector(round_to_bfloat16(x) >> 16, H);
 #endif
 }
 
-// Both as bf16, alternating: low[0], high[0], low[1], ...
+// Both vectors as bf16, interleaved: low[0], high[0], low[1], high[1], ...
 INLINE U pair_bfloat16(F low, F high) {
 #if defined(__AVX512BF16__)
   typedef uint16_t Words __attribute__((vector_size(64)));
@@ -255,7 +262,7 @@ INLINE H to_half(F x) {
   return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
   U bits = (U)x, sign = bits & 0x80000000u, magnitude = bits ^ sign;
-  // Below 2^-14 a half is subnormal: adding 0.5 leaves its 10 digits, rounded, in the low bits.
+  // Below 2^-14, the fp16 number is subnormal. Adding 0.5 rounds it to 10 binary digits, in the low bits of the sum.
   U small = (U)((F)magnitude + 0.5f) - 0x3f000000u;
   U normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   U half = (I)magnitude < 0x38800000 ? small : normal;
@@ -275,7 +282,10 @@ INLINE void store(void* row, int64_t at, F x) {
   }
 }
 
-// --- two vectors at a time, 2 W entries: half the work for bf16, of which the vectors take turns ---------------------
+// --- two vectors at a time (2 W entries) -----------------------------------------------------------------------------
+//
+// For bf16, x[0] gets the even entries and x[1] the odd entries of 2 W neighbouring ones. Then widening 2 W numbers is
+// one shift and one mask, half of the work that widening two vectors takes.
 
 template <reval::DType type>
 INLINE void load_two(const void* row, int64_t at, F* x) {
@@ -290,7 +300,7 @@ INLINE void load_two(const void* row, int64_t at, F* x) {
   }
 }
 
-// `streaming`: past the cache; the address must then be a multiple of the vector's size.
+// `streaming`: the store bypasses the cache. The address must then be a multiple of the size of a vector.
 template <bool streaming>
 INLINE void store_bits(void* to, U x) {
 #if defined(__AVX512F__)
