@@ -1,7 +1,7 @@
-"""The `reval` command. Training and evaluation are stood in for: what they are called with is what matters here.
+"""The `reval` command. Fakes replace training and evaluation; the tests check the arguments of their calls.
 
-The two things that only a fresh process shows, that `python -m reval.train` works and that nothing heavy is imported,
-are tested in one.
+One test uses new processes. Only a new process shows that `python -m reval.train` works and that no large package is
+imported.
 """
 
 import json
@@ -22,7 +22,7 @@ TINY = str(ROOT / "configs" / "tiny.yaml")
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
-    """What reval.loop.train and reval.evaluate.main are called with."""
+    """A list of the arguments of each call of reval.loop.train and reval.evaluate.main."""
     made: list[tuple] = []
     for module, function in (("reval.loop", "train"), ("reval.evaluate", "main")):
         fake = ModuleType(module)
@@ -193,7 +193,7 @@ def test_evaluate_takes_the_run_s_settings_then_files_then_overrides(calls, tmp_
     checkpoint.mkdir()
     more = tmp_path / "more.yaml"
     more.write_text("optim: {lr: 1e-2, eps: 1e-4}\n")
-    assert main(["evaluate", str(checkpoint)]) == 0  # no config.yaml yet
+    assert main(["evaluate", str(checkpoint)]) == 0  # there is no config.yaml yet
     (tmp_path / "config.yaml").write_text("optim: {lr: 1e-3, warmup: 5}\n")
     assert main(["evaluate", str(checkpoint)]) == 0
     assert main(["evaluate", str(tmp_path), str(more), "optim.eps=1e-5"]) == 0
@@ -206,12 +206,12 @@ def test_evaluate_takes_the_run_s_settings_then_files_then_overrides(calls, tmp_
     assert main(["evaluate", str(checkpoint), "--dry-run"]) == 0
     assert capsys.readouterr().out == expected[1].to_yaml() and len(calls) == 3
     (checkpoint / "config.yaml").write_text("optim: {lr: 1e-4}\n")
-    assert main(["evaluate", str(checkpoint)]) == 0  # the nearer one
+    assert main(["evaluate", str(checkpoint)]) == 0  # config.yaml in the checkpoint itself is preferred
     assert calls[3][0] == load_config([], ["optim.lr=1e-4"])
 
 
 def test_compare_reads_two_files_of_answers(tmp_path, capsys):
-    for name, score in (("a=1", 0.0), ("b", 1.0)):  # a name that looks like a setting is a file here
+    for name, score in (("a=1", 0.0), ("b", 1.0)):  # for compare, a=1 is the name of a file
         (tmp_path / name).write_text(f'{{"prompt": "p", "scores": [{score}]}}\n')
     paths = [str(tmp_path / "a=1"), str(tmp_path / "b")]
     assert main(["compare", *paths, "--resamples", "50", "--seed=3"]) == 0

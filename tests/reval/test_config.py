@@ -1,7 +1,7 @@
-"""Settings: what they are, what they accept, how they are read, and what is said when something is wrong.
+"""Settings: their list, their allowed values, how they are read, and the error messages.
 
-Every error message is compared in full: it is the part of this code that users read. The values in the round trips
-come from hypothesis, because YAML has more corners (`yes`, 1e-6, `{question}`, ` #`) than one thinks of.
+Most tests compare a whole error message, because users read the messages. Hypothesis generates the values for the round
+trips, because YAML has many special cases: `yes`, 1e-6, `{question}`, ` #`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from reval.config import Config, ConfigError, DataConfig, OptimConfig, ReplayCon
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-# Adding a setting is a decision: it has to be made here as well.
+# A new setting must be added to this list too, so that nobody adds a setting by accident.
 SETTINGS = """
 data.columns data.held_out data.held_out_path data.name data.options data.path data.seed data.size data.source
 data.split data.subset data.system_prompt data.template
@@ -79,7 +79,8 @@ def test_every_setting_has_one_help_line_and_a_type_that_can_be_described(sectio
     for field in dataclasses.fields(section.type):
         assert docs[field.name].endswith((".", "...")) and len(docs[field.name]) > 10
         assert config_io.describe(field.type)
-    assert section.type.__name__ == section.name.capitalize() + "Config"  # error messages derive one from the other
+    # Error messages derive the name of the section from the name of the class.
+    assert section.type.__name__ == section.name.capitalize() + "Config"
 
 
 def test_help_shows_name_default_type_and_meaning():
@@ -146,7 +147,7 @@ def test_derived_numbers():
         ("optim.max_grad_norm=.inf", math.inf),
         ("run.iterations=1e3", 1000),
         ("run.iterations=1_000", 1000),
-        ("run.seed=010", 10),  # YAML 1.1 would read 8
+        ("run.seed=010", 10),  # YAML 1.1 reads 8
         ("run.overwrite=true", True),
         ("run.overwrite=False", False),
         ("replay.batch_size=null", None),
@@ -162,7 +163,7 @@ def test_derived_numbers():
         ('data.template="{question}\\n"', "{question}\n"),
         ("data.template={question} = ?", "{question} = ?"),
         ("run.dir=2024", "2024"),
-        ("run.dir=null", "null"),  # not optional, so it is a folder's name
+        ("run.dir=null", "null"),  # run.dir cannot be null, so this is the name of a folder
         ("model.name=yes", "yes"),
         ("reward.function=my/rewards.py:score", "my/rewards.py:score"),
     ],
@@ -495,7 +496,7 @@ def test_the_demo_and_the_tiny_config_exist():
 
 # ---- Round trips ----
 
-# Half of the text comes from the characters that mean something in YAML.
+# Half of the texts consist of characters that have a meaning in YAML.
 TEXT = st.text() | st.text(alphabet="{}[]:#'\"\\-?!&*%@`|>~ \t\n0179eE+.,nulTtrueyYNo_<=")
 FLOATS = st.floats(allow_nan=False)
 JSON = st.recursive(
@@ -511,7 +512,7 @@ POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 def test_any_mapping_survives_yaml(value: dict[str, Any]):
     text = config_io.dump_yaml(value)
     assert config_io.parse_yaml(text, "x") == value
-    assert yaml.safe_load(text) == value  # other people's readers follow YAML 1.1
+    assert yaml.safe_load(text) == value  # other programs may read the file as YAML 1.1
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""Several runs beside each other: which belong together, their mean and spread. Runs are written by hand."""
+"""Curves of several runs: which runs share a curve, and its mean and range. The tests write the files of the runs."""
 
 from __future__ import annotations
 

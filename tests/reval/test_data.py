@@ -1,4 +1,5 @@
-"""Problems: distinct, held out for good, drawn once an epoch, and refused with a message when they do not fit."""
+"""Problems. They are distinct, held-out problems are never trained on, each problem is drawn once per epoch, and wrong
+problems are refused with a message."""
 
 from __future__ import annotations
 

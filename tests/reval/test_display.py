@@ -1,4 +1,4 @@
-"""What the terminal shows. Time is a number that the tests set."""
+"""The output on the terminal. The tests set the time, as a number of seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reval.evaluate import Answered, Evaluation
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list whose last number is the time in seconds."""
+    """A list. Its last number is the current time in seconds."""
     now = [100.0]
     monkeypatch.setattr(display.time, "perf_counter", lambda: now[-1])
     return now
@@ -39,11 +39,11 @@ def test_the_time_left_of_a_resumed_run_is_that_of_its_own_iterations(clock, cap
     with Display(settings(), iteration=6) as shown:
         clock.append(130.0)
         with shown.busy("answering"):
-            clock.append(150.0)  # before the first iteration: does not come again
+            clock.append(150.0)  # work before the first iteration is done once, so it does not count
         clock.append(160.0)
         shown.iteration(7, METRICS)
         with shown.busy("answering"):
-            clock.append(190.0)  # between iterations: comes again
+            clock.append(190.0)  # work between iterations is repeated, so it counts
         clock.append(200.0)
         shown.iteration(8, METRICS)
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""The estimate against real models: their parameters, counted, and what their layers keep for the backward pass."""
+"""The estimate against real models: the number of parameters, and the bytes that a layer keeps for backward."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_parameters_of_the_known_models(name):
 
 
 def test_known_sizes():
-    """Of the model cards: 1.78 G with its own head, 7.62 G, 135 M."""
+    """Numbers of parameters from the model cards: 1.78 G (with an untied head), 7.62 G, 135 M."""
     sizes = {name: round(shape.parameters / 1e6) for name, shape in SHAPES.items()}
     assert sizes["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"] == 1777
     assert sizes["Qwen/Qwen2.5-Math-7B"] == 7616
@@ -99,7 +99,7 @@ def test_a_layer_keeps_about_what_the_formula_says(autocast, hidden, heads, kv_h
         seen = {}
 
         def keep(tensor, seen=seen):
-            if length in tensor.shape:  # neither weights nor their casts
+            if length in tensor.shape:  # excludes weights and cast copies of weights
                 seen[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
             return tensor
 
@@ -151,7 +151,7 @@ def test_auto_is_bf16_on_a_gpu():
 def test_the_rollout_s_own_weights_and_cache():
     shared = sizes("rollout.batch_size=8")
     assert shared["rollout: the policy's own weights"] == 0
-    cache = 2 * 28 * 4 * 128 * 4  # keys and values, layers, heads, head_dim, fp32
+    cache = 2 * 28 * 4 * 128 * 4  # (keys and values) * layers * kv_heads * head_dim * (bytes of fp32)
     assert shared["rollout: cache of 8 x 1512 tokens"] == 8 * 1512 * cache
     for override, gpus in (("rollout.dtype=bfloat16", 1), ("rollout.ahead=1", 1), ("rollout.batch_size=256", 2)):
         assert any(name.startswith("rollout: a copy") for name in sizes(override, gpus=gpus))
@@ -166,7 +166,7 @@ def test_tokens_of_the_run():
     overrides = ["run.iterations=25", "rollout.prompts=3", "rollout.responses=2", "rollout.max_new_tokens=10"]
     training, evaluation, updates = tokens(load_config([], overrides))
     assert training == "training: at most 1.5 k tokens (25 iterations x 3 prompts x 2 responses x 10 tokens)"
-    # before training, after iterations 10 and 20, and after the last
+    # 4 evaluations: before training, after the iterations 10 and 20, and after the last iteration
     assert evaluation == "evaluation: at most 6.4 k tokens (4 times 32 problems x 5 answers x 10 tokens)"
     assert updates == "updates: 50 (2 an iteration)"
     more = ["evaluation.benchmarks=[aime24, math500, own.jsonl]", "evaluation.problems=40", "run.iterations=20"]

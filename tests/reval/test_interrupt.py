@@ -1,4 +1,4 @@
-"""One Ctrl-C asks, two end at once; afterwards the handlers are what they were."""
+"""The first Ctrl-C sets `asked`, a second one ends the run at once. Afterwards the old signal handlers are back."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from reval.interrupt import Interruptible
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """As in a terminal, whatever started the tests."""
+    """Set the signal handlers of a program in a terminal. The process that started the tests may have changed them."""
     before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

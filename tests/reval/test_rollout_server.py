@@ -1,5 +1,5 @@
-"""An engine in its own process: what goes through comes out equal, and nothing that the process does leaves the trainer
-waiting. The engine is fake_engine.py, so this needs no vLLM; test_rollout_vllm.py does it with the real one."""
+"""An engine in a separate process. Requests, replies and weights arrive unchanged. The trainer never waits for ever,
+whatever the process does. The engine is fake_engine.py, so no vLLM is needed; test_rollout_vllm.py tests real vLLM."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from reval.rollout.client import ServerRollout, _environment
 from reval.rollout.weights import expected_weights
 
 HERE = Path(__file__).parent
-LONG = 60.0  # seconds: a deadline that a passing test never reaches
+LONG = 60.0  # seconds; a passing test never reaches this deadline
 
 
 class Model(torch.nn.Module):
-    """A tied weight, a scalar, sizes that are no multiple of the file's alignment, and one float16."""
+    """Has a tied weight, a scalar, sizes that are not multiples of the file's alignment, and a float16 weight."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def lasting():
-    """One for all tests that leave it as it was."""
+    """One engine for all tests that do not change its state."""
     engine = start()
     yield engine
     engine.close()
@@ -93,10 +93,10 @@ def test_token_ids_and_numbers_come_through(lasting):
 def test_weights_arrive_in_the_engine_s_type_again_and_again(dtype):
     engine, model = start(dtype=dtype), Model()
     try:
-        for value in (1.0, 2.0, 1 / 3):  # a third needs rounding
+        for value in (1.0, 2.0, 1 / 3):  # 1/3 must be rounded
             with torch.no_grad():
                 model.scale.fill_(value)
-            engine.sync(model.state_dict().items())  # the tied weight under both of its names
+            engine.sync(model.state_dict().items())  # contains the tied weight under both of its names
             expected = 2 * 15.0 + 6.0 + float(model.scale.detach().to(dtype).double())
             assert engine.log_probs([[1, 2]], [1]) == [[expected]]
         engine.sync((name, w) for name, w in model.state_dict().items() if name != "head")
@@ -106,7 +106,7 @@ def test_weights_arrive_in_the_engine_s_type_again_and_again(dtype):
 
 
 def test_a_large_message_comes_through(lasting):
-    prompt = list(range(100_000, 200_000))  # more than a socket holds
+    prompt = list(range(100_000, 200_000))  # larger than the buffer of a socket
     [[response]] = lasting.generate([[0, *prompt]], responses=1, max_new_tokens=1, temperature=1.0, seed=0)
     assert response.token_ids == [0, *prompt, 0, 0]
 
@@ -140,7 +140,7 @@ def test_an_argument_that_the_engine_refuses_is_a_value_error(lasting):
 def test_a_process_that_dies_is_an_error_at_once(engine, what, how):
     with pytest.raises(RolloutError, match=f"the engine's process {engine.pid} {how} while generating"):
         ask(engine, what)
-    with pytest.raises(RolloutError):  # and stays one
+    with pytest.raises(RolloutError):  # the next call raises too
         ask(engine, fake_engine.ECHO)
     with pytest.raises(RolloutError):
         engine.sync(Model().state_dict().items())

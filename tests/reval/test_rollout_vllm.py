@@ -1,8 +1,11 @@
-"""The real vLLM engine (`make test-vllm`), in float32, where it and transformers agree to 1e-4: so a weight that did
-not arrive, a tied head's old copy or keys and values of old weights are seen. SmolLM2 has the tied head; the small
-model has an untied one, and a vocabulary of 102 words, few enough to look at the distribution that is sampled from.
+"""The real vLLM engine (`make test-vllm`).
 
-Prompts are longer than a block of the prefix cache (128 tokens on a CPU), or the cache would play no part.
+The tests use float32, in which vLLM and transformers agree to 1e-4. A larger difference shows that a weight did not
+arrive, that a tied head kept its old copy, or that the prefix cache holds keys and values of old weights. SmolLM2 has a
+tied head. The small model has an untied head and a vocabulary of only 102 words, so that the distribution of sampled
+words can be checked.
+
+Prompts are longer than a block of the prefix cache (128 tokens on a CPU), because shorter prompts do not use the cache.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from reval.rollout.vllm_worker import SyncExtension
 
 pytest.importorskip("vllm", reason="vllm is not installed here: make test-vllm")
 
-# an engine takes 10 s to start on an idle machine, and a minute on a busy one
+# An engine takes 10 s to start on an idle machine, and a minute on a busy machine.
 pytestmark = pytest.mark.timeout(900)
 
-EXACT = 1e-4  # nats; measured 6e-5 at most, and 0.2 where something is stale
+EXACT = 1e-4  # nats; the largest measured difference is 6e-5, and 0.2 with old keys and values
 BLOCK = 128
 
 
@@ -53,7 +56,7 @@ def engine(request, smol):
 
 @pytest.fixture
 def policy(smol, engine):
-    """The model and its tokenizer; whatever a test does to the weights is undone, and the engine has them."""
+    """The model and its tokenizer. The engine has the model's weights. After the test, the weights are restored."""
     model, _ = smol
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     engine.sync(model.state_dict().items())
@@ -63,7 +66,8 @@ def policy(smol, engine):
 
 @pytest.fixture(scope="module")
 def small(tiny_config):
-    """Untied, with a head size that vLLM's CPU attention has; the head is scaled up so that some words stand out."""
+    """A model with an untied head and a head_dim that vLLM's CPU attention supports. The head is multiplied by 8, so
+    that some words are much more likely than others."""
     _, tokenizer = load_model(tiny_config.model)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -87,7 +91,7 @@ def small(tiny_config):
 
 
 def prompts(tokenizer):
-    """Three of unequal lengths; two are longer than a block and share its content."""
+    """Three prompts of different lengths. Two are longer than a block of the prefix cache and share its content."""
     long = tokenizer("Sums of small numbers. " + " ".join(f"{i} + 1 = {i + 1}." for i in range(40)))
     ids = long["input_ids"][: BLOCK + 20]
     assert len(ids) == BLOCK + 20
@@ -104,7 +108,7 @@ def log_probs(model, sequences, starts):
 
 
 def generated(engine, tokenizer, **settings):
-    """(groups, sequences, starts) of a generation, whose keys and values are in the prefix cache from then on."""
+    """Generate responses. Returns (groups, sequences, starts). Their keys and values are then in the prefix cache."""
     asked = prompts(tokenizer)
     groups = engine.generate(asked, **{"responses": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 3} | settings)
     pairs = [(p, r) for p, group in zip(asked, groups, strict=True) for r in group]
@@ -112,7 +116,7 @@ def generated(engine, tokenizer, **settings):
 
 
 def distance(engine, model, sequences, starts):
-    """The probe's largest difference; 3 tokens of every second sequence."""
+    """The largest difference that the probe finds, over 3 tokens of every second sequence."""
     pairs = list(zip(sequences, starts, strict=True))[::2]
     cut, at = [ids[: start + 3] for ids, start in pairs], [start for _, start in pairs]
     return mismatch(engine, lambda s, starts: log_probs(model, s, starts), cut, at)["rollout/mismatch_max"]
@@ -120,7 +124,8 @@ def distance(engine, model, sequences, starts):
 
 @torch.no_grad()
 def change(model):
-    """Every weight, by a twentieth of its spread: far more than an update does, and text still comes out."""
+    """Add noise to every weight, with 5% of its standard deviation. That is much more than an update changes a weight,
+    but the model still generates text."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.05)
@@ -145,7 +150,7 @@ def test_log_probs_agree_before_and_after_a_push_of_changed_weights(engine, poli
 
 
 def test_the_weights_of_every_kind_of_layer_arrive(engine, policy):
-    """Each alone; the tied one under one of its names."""
+    """Change and sync one layer at a time. The tied weight is sent under one of its names."""
     model, tokenizer = policy
     _, sequences, starts = generated(engine, tokenizer)
     layers = model.model.layers
@@ -157,7 +162,7 @@ def test_the_weights_of_every_kind_of_layer_arrive(engine, policy):
 
 
 def test_the_probe_sees_a_tied_head_and_a_prefix_cache_of_old_weights(engine, policy, monkeypatch):
-    """What vllm.py and vllm_worker.py do about vLLM's two traps is needed, and would be missed."""
+    """Without the code in vllm.py or vllm_worker.py against these two mistakes, the probe shows a large difference."""
     model, tokenizer = policy
     if not hasattr(engine, "_llm"):
         pytest.skip("vLLM can be tampered with where it is in this process")
@@ -166,7 +171,7 @@ def test_the_probe_sees_a_tied_head_and_a_prefix_cache_of_old_weights(engine, po
         change(model)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args: True)
-            engine.sync(model.named_parameters())  # the tied weight comes once
+            engine.sync(model.named_parameters())  # contains the tied weight only once
             assert distance(engine, model, sequences, starts) > 1e-2, name
         engine.sync(model.named_parameters())
         assert distance(engine, model, sequences, starts) < EXACT, name
@@ -177,7 +182,7 @@ def test_a_weight_that_vllm_leaves_out_is_an_error_and_nothing_generates_until_i
     weights = model.state_dict()
     with pytest.raises(ValueError, match=r"1 of the model's are missing \(model.norm.weight\)"):
         engine.sync((n, w) for n, w in weights.items() if n != "model.norm.weight")
-    if hasattr(engine, "_llm"):  # past our own check
+    if hasattr(engine, "_llm"):  # call vLLM directly, without the check in `sync`
         partial = [(n, w) for n, w in weights.items() if "layers.3.mlp.down_proj" not in n]
         with pytest.raises(RuntimeError, match="left out 1: model.layers.3.mlp.down_proj.weight"):
             engine._take("reval_reload", iter(partial))
@@ -225,7 +230,7 @@ def test_lengths_and_ends(engine, policy):
         engine.generate([[1] * 500], responses=1, max_new_tokens=16, temperature=1.0, seed=0)
 
 
-# ---- The small model, in a process of its own ----
+# ---- The small model, in a separate process ----
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +255,7 @@ def test_an_untied_head_arrives_too(small, small_engine):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_first_tokens_follow_the_policy_s_distribution(small, small_engine, temperature):
-    """So the temperature is applied, nothing is cut off, and the responses' seeds are independent."""
+    """This shows that the temperature is applied, that no word is excluded, and that seeds are independent."""
     model, _ = small
     small_engine.sync(model.state_dict().items())
     prompt, count = [10, 20, 30], 4000
@@ -259,13 +264,13 @@ def test_the_first_tokens_follow_the_policy_s_distribution(small, small_engine, 
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
     expected, other = ((logits / t).softmax(-1) for t in (temperature, 1.5 - temperature))
-    # of two samples' distances, half the sum of sqrt(2 p / (pi n)) is normal: 0.05
+    # Sampling noise alone gives a distance of about half the sum over words of sqrt(2 p / (pi n)), which is 0.05.
     assert (seen - expected).abs().sum() / 2 < 0.08 < (seen - other).abs().sum() / 2
     assert all(r.finished == (r.token_ids == [1]) for r in group)
 
 
 def test_more_prompt_tokens_than_one_step_takes(small, small_engine):
-    """vLLM would take a prompt in parts, which seeded responses cannot stand on a CPU."""
+    """With chunked prefill, vLLM would process a prompt in parts. On a CPU, that fails for responses with a seed."""
     model, _ = small
     small_engine.sync(model.state_dict().items())
     many = [[2 + (i * 7 + j * (i + 3)) % 100 for j in range(150)] for i in range(120)]
@@ -292,7 +297,7 @@ def test_several_ends_and_then_a_killed_engine(small):
     with pytest.raises(RolloutError, match=f"process {engine.pid} was killed by SIGKILL while generating"):
         while True:
             engine.generate([[10, 20]] * 8, responses=8, max_new_tokens=400, temperature=1.0, seed=0)
-    assert time.monotonic() - start < 60  # far below rollout.timeout
+    assert time.monotonic() - start < 60  # much less than rollout.timeout
     killer.join()
     with pytest.raises(RolloutError):
         engine.sync(model.state_dict().items())

@@ -1,4 +1,4 @@
-"""Rows from files and from `datasets`. Parquet and the hub are read for real where their packages are installed."""
+"""Rows from files and from `datasets`. Tests of parquet files and of the hub use the real packages if installed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a run records, and that a resumed run's records are those of a run that was never interrupted.
+"""The records of a run. A resumed run must have the same records as a run that was never interrupted.
 
-A run is played with made-up numbers: three updates' worth of tensors are enough for every line that is written. The
-services are fakes here, except TensorBoard; the real wandb and trackio take part where they are installed.
+The tests play a run with invented numbers instead of training. The services are fakes, except TensorBoard. If wandb and
+trackio are installed, the last tests use the real packages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def settings(**tracking) -> Config:
 
 
 def play(tracker: Tracker, first: int, last: int) -> None:
-    """Iterations first..last: everything they write depends on their number alone."""
+    """Play the iterations from first to last. All written numbers depend only on the number of the iteration."""
     if first == 1:
         tracker.evaluated(0, Answers(0.125))
     for i in range(first, last + 1):
@@ -105,7 +105,8 @@ def test_every_line_is_on_disk_at_once(tmp_path):
 
 @pytest.mark.parametrize("torn", ["", '{"iteration": 6, "lo', '{"iteration": 4, "half', "\0\0\0\0"])
 def test_a_resumed_run_records_what_an_uninterrupted_one_does(whole, tmp_path, torn):
-    """Checkpoint after 3, killed in iteration 5 or later, perhaps in the middle of a line; resumed after 3."""
+    """A checkpoint is saved after iteration 3. The run is killed in a later iteration, in some cases while it writes a
+    line (`torn`). Then the run resumes after iteration 3."""
     folder = tmp_path / "killed"
     folder.mkdir()
     with Tracker(folder, settings()) as tracker:
@@ -133,7 +134,8 @@ def test_a_resumed_runs_curves_show_all_of_it(whole, monkeypatch):
 
 
 def test_a_torn_line_before_the_checkpoints_iteration_is_not_taken_for_one(whole):
-    """The checkpoint after 3 was written, its line was not: what can be read stays, and nothing is joined to it."""
+    """The checkpoint of iteration 3 exists, but the line of iteration 3 is incomplete. The complete lines stay, and the
+    incomplete line is removed, so the next line is not joined to it."""
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (whole / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
     with Tracker(whole, settings(), iteration=3, state={"tokens": 60, "evaluations": [], "runs": {}}) as tracker:
@@ -144,7 +146,7 @@ def test_a_torn_line_before_the_checkpoints_iteration_is_not_taken_for_one(whole
 def test_a_torn_entry_of_the_reward_errors_is_dropped(whole):
     path = whole / "reward_errors.txt"
     expected = path.read_text()
-    path.write_text(expected + "iteration 1")  # of "iteration 13"
+    path.write_text(expected + "iteration 1")  # the beginning of "iteration 13"
     with Tracker(whole, settings(), iteration=12):
         pass
     assert path.read_text() == expected
@@ -218,7 +220,7 @@ def test_tensorboard_shows_each_iteration_once_after_a_resume(tmp_path):
 
 
 class FakeRun:
-    """The part of a wandb or trackio run that is used."""
+    """A fake run of wandb or trackio, with the methods that reval uses."""
 
     def __init__(self, given: dict):
         self.given, self.logged, self.finished, self.broken = given, [], [], False
@@ -237,7 +239,7 @@ class FakeRun:
 
 @pytest.fixture(params=["wandb", "trackio"])
 def service(request, monkeypatch):
-    """(name, runs): a stand-in for the package, and the runs that were started in it."""
+    """Replaces the package of a service by a fake. Returns (name of the service, list of runs started in it)."""
     runs: list[FakeRun] = []
     module = types.ModuleType(request.param)
     module.__spec__ = importlib.machinery.ModuleSpec(request.param, None)
@@ -315,7 +317,7 @@ def test_a_missing_package_is_named(name, tmp_path, monkeypatch):
 
 
 def resumed_after_two(folder: Path, name: str) -> str:
-    """Iterations 1 to 3, then 3 again after a resume; the run's name there."""
+    """Play iterations 1 to 3, resume after iteration 2 and play 3 again. Returns the name of the run in the service."""
     with Tracker(folder, settings(**{name: True})) as tracker:
         play(tracker, 1, 2)
         state = json.loads(json.dumps(tracker.state()))
@@ -338,7 +340,7 @@ def test_wandb_keeps_both_parts_of_a_run_under_one_id(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_goes_on_in_the_same_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads this variable when it is imported
     pytest.importorskip("trackio")
     run = resumed_after_two(tmp_path, "trackio")
     with sqlite3.connect(tmp_path / "trackio" / "reval.db") as database:

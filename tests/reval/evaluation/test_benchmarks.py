@@ -1,4 +1,4 @@
-"""Rows of each benchmark's own columns, as they lie on the hub, become prompts and answers."""
+"""Rows with the columns that each benchmark has on the hub become prompts and answers."""
 
 from __future__ import annotations
 

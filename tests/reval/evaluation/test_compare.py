@@ -1,4 +1,4 @@
-"""Differences that are known, on files as evaluations save them."""
+"""Comparisons with known differences, on files in the format that evaluations save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reval.evaluation.compare import compare, find, paired, read
 
 
 def save(path, sets):
-    """`sets`: benchmark -> scores by problem."""
+    """Write a file of answers. `sets` maps a benchmark to the scores of each problem."""
     answers = [
         Answered(f"{name} {i}", ["x"] * len(scores), scores, benchmark=name)
         for name, problems in sets.items()

@@ -10,7 +10,7 @@ from reval.evaluation.endogenous import endogenous_scorer
 
 
 def by_definition(model, prompt, response):
-    """sum_h Q(s_h, a_h) - V(s_{h+1}), V = 0 after the last token."""
+    """sum over h of Q(s_h, a_h) - V(s_{h+1}), with V = 0 after the last token."""
     ids = torch.tensor([[*prompt, *response]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0].double()

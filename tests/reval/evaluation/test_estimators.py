@@ -1,4 +1,4 @@
-"""Estimators on answers few enough to enumerate every subset by hand."""
+"""Estimators on so few answers that every subset can be enumerated by hand."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_only_a_full_score_is_right():
         (["7", "8"], [1, 0], 0.5),  # a tie
         (["7", "8", "9", "7", "8"], [1, 0, 0, 1, 0], 0.5),  # a tie of two among three
         (["7", "8", "9"], [1, 0, 0], 1 / 3),
-        ([None, None, "7"], [0, 0, 1], 1.0),  # what says nothing has no vote
+        ([None, None, "7"], [0, 0, 1], 1.0),  # None has no vote
         ([None, None], [0, None], 0.0),
-        (["7", "7", "8"], [None, 1, 1], 0.5),  # one answer, two scores
+        (["7", "7", "8"], [None, 1, 1], 0.5),  # equal answers with different scores
     ],
 )
 def test_majority(answers, scores, expected):

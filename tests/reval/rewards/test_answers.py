@@ -1,4 +1,4 @@
-"""Which answers get one vote together, and which do not."""
+"""Which answers count as equal in a majority vote, and which do not."""
 
 from __future__ import annotations
 

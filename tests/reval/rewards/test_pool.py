@@ -1,9 +1,9 @@
-"""The pool against reward functions that misbehave in every way we know.
+"""The pool with reward functions that misbehave in every way that we know.
 
-This file is its own supply of reward functions: workers load it by path, so the loading of files is tested all along.
-40 completions make chunks of 5 for two workers, and 100 chunks of 13: both the chunk and its repetition run.
-Time limits are wide (a busy machine may stall a worker for a second) where a completion should be scored in time, and
-no test measures how fast something is, only that it ends.
+The reward functions are in this file. Workers load this file by its path, so every test also tests loading from a file.
+Two workers get 40 completions in chunks of 5, and 100 completions in chunks of 13. So the tests cover both a chunk and
+the repetition of its completions one by one. Where a completion should be scored in time, the time limit is long,
+because a busy machine may stall a worker for a second. No test measures speed; the tests check only that a call ends.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ from reval.rewards import RewardError, RewardPool, Scores
 
 
 class Numberlike:
-    """What a numpy scalar looks like to us."""
+    """Has __float__ and is no int or float, as a numpy scalar may be."""
 
     def __float__(self):
         return 0.75
 
 
 def obedient(prompts, completions, completion_ids, **columns):
-    """Does what each completion says; any other completion must be a number, its reward."""
+    """Does what each completion says ("raise", "sleep", ...). Any other completion must be a number: its reward."""
     rewards = []
     for completion in completions:
         if completion == "none":
@@ -45,7 +45,7 @@ def obedient(prompts, completions, completion_ids, **columns):
         elif completion == "sleep":
             time.sleep(1000)
         elif completion == "loop in C":
-            sum(range(10**15))  # holds the interpreter lock and checks for no signal
+            sum(range(10**15))  # holds the interpreter lock and never checks for signals
         elif completion == "print":
             print("printed by python")
             os.write(1, b"printed by C\n")
@@ -78,7 +78,7 @@ def obedient(prompts, completions, completion_ids, **columns):
 
 
 def echo(prompts, completions, completion_ids, **columns):
-    """1 for every completion whose prompt, tokens and columns came with it."""
+    """Reward 1 for each completion that arrives with its own prompt, tokens and columns."""
     rows = zip(prompts, completions, completion_ids, columns["answer"], columns["about"], strict=True)
     return [
         p == [{"role": "user", "content": c}] and i == [int(c)] and a == c and b == {c: 1} for p, c, i, a, b in rows
@@ -98,7 +98,8 @@ def numbers(count):
 
 @pytest.fixture(scope="module")
 def pool():
-    """Shared where nothing is killed for its time; 60 s would fail a test by their sum."""
+    """One pool for all tests in which no completion reaches the time limit. Several limits of 60 s would exceed the
+    time limit of a test."""
     with RewardPool(OBEDIENT, timeout=60) as pool:
         yield pool
 
@@ -148,7 +149,7 @@ def test_exceptions_for_all_completions_are_a_fault_of_the_function(pool):
         RewardError, match=r"(?s)failed for all 40 completions.*completion 0 .*KeyError: 'no such luck'"
     ):
         score(pool, ["raise"] * 40)
-    assert score(pool, ["raise"]).errors == 1  # one alone cannot tell
+    assert score(pool, ["raise"]).errors == 1  # a single completion does not show that the function is wrong
 
 
 def test_a_function_that_raises_only_for_chunks_is_shown(pool):
@@ -209,12 +210,12 @@ def test_only_the_hanging_completions_are_lost():
 
 def test_a_chunk_may_take_longer_than_one_completion():
     with RewardPool(f"{__file__}:slow", timeout=2) as pool:
-        scores = score(pool, numbers(17))  # chunks of 3
+        scores = score(pool, numbers(17))  # in chunks of 3
     assert scores == Scores([float(i) for i in range(17)], 0, 0, None)
 
 
 def slow(prompts, completions, completion_ids, **columns):
-    time.sleep(0.8 * sum(completion in ("3", "4", "5") for completion in completions))  # the second chunk: 2.4 s
+    time.sleep(0.8 * sum(completion in ("3", "4", "5") for completion in completions))  # 2.4 s for the second chunk
     return [float(completion) for completion in completions]
 
 
@@ -236,7 +237,9 @@ def test_a_frozen_worker_with_a_full_pipe_is_replaced(monkeypatch):
 
 
 def test_what_a_function_prints_goes_to_stderr(capfd, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed must not wait in a buffer that is killed
+    # Without this variable, Python may buffer output. No printed text may be left in a buffer when the pool kills the
+    # worker.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with RewardPool(OBEDIENT, workers=1, timeout=60) as pool:
         assert score(pool, ["print", "1", "print"]).rewards == [1.0, 1.0, 1.0]
     out, err = capfd.readouterr()
@@ -320,7 +323,7 @@ def is_running(pid):
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # an orphan's new parent may be in no hurry to bury it
+    return state != "Z"  # Z: the process has ended, but its new parent process has not yet collected it
 
 
 def wait_for_end(pids, seconds):
@@ -351,7 +354,7 @@ def test_workers_ignore_ctrl_c():
 
 @pytest.fixture
 def start_script(tmp_path):
-    """Start a program of its own that makes a pool; it does not outlive the test."""
+    """Returns a function that starts a script with a pool in a new process. The process is killed after the test."""
     started = []
 
     def start(body, *, guard='if __name__ == "__main__":', how=("script.py",)):

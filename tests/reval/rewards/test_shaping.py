@@ -1,4 +1,5 @@
-"""Shaping against numbers worked by hand: groups of unequal size, not next to each other, with unscored responses."""
+"""Reward shaping against numbers computed by hand. Groups have different sizes, are interleaved, and have responses
+without a score."""
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_centered_subtracts_the_mean_of_the_scored_responses_of_the_group():
 
 
 def test_centered_is_exactly_zero_in_a_group_of_equal_rewards():
-    # A float sum of three times 0.1 is not 0.3; the rest would look like a signal.
+    # 0.1 + 0.1 + 0.1 is not 0.3 in floating point. Without care, the difference would become a reward that is not 0.
     assert shape_rewards([0.1] * 3, [0] * 3, "centered") == [0.0] * 3
     assert reward_metrics([0.1] * 3, [0] * 3)["frac_reward_zero_std"] == 1.0
 
@@ -58,7 +59,7 @@ def test_metrics():
         "frac_reward_zero_std": 0.0,
         "reward_unscored": pytest.approx(2 / 7),
     }
-    # Of the groups 0, 1 and 2, the last has no scored response and does not count.
+    # Group 2 has no scored response, so only the groups 0 and 1 count.
     assert reward_metrics([1.0, 1.0, 0.0, 1.0, None], [0, 0, 1, 1, 2])["frac_reward_zero_std"] == 0.5
 
 

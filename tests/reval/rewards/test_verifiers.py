@@ -1,6 +1,6 @@
-"""The built-in reward functions, called directly: what counts as right, what does not, and what is a broken data set.
+"""The built-in reward functions, called directly: right answers, wrong answers and broken data sets.
 
-Most cases of `number` are wrong answers: a rule that takes "the last number" passes every test with right answers only.
+Most cases of `number` are wrong answers. A rule "take the last number" would pass every test with right answers.
 """
 
 import os
@@ -19,7 +19,7 @@ def score(name, completion, **columns):
 
 
 def run_python(code):
-    """What a new process prints: standard output and standard error."""
+    """Run code in a new process. Returns its standard output and standard error."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env)
     return done.stdout, done.stderr
@@ -45,7 +45,7 @@ def run_python(code):
         ("3+4=7.", "7"),
         ("(1 + 6) x 1 × 2 / 2 - 0 * 5 = +7.0", "7"),
         ("1 + 1 = 7", "7"),  # the expression is not evaluated
-        ("12345678901234567890.1", "12345678901234567890.10"),  # beyond what a float can tell apart
+        ("12345678901234567890.1", "12345678901234567890.10"),  # more digits than a float has
     ],
 )
 def test_number_right(completion, answer):
@@ -91,7 +91,7 @@ def test_number_right(completion, answer):
         "7,",
         "nan",
         "Infinity",
-        "6 " * 20000 + "7",  # nor may a long wrong one take long
+        "6 " * 20000 + "7",  # a long wrong answer must not take long
         "6 + " * 20000 + "=",
     ],
 )
@@ -125,10 +125,10 @@ def test_number_refuses_an_answer_that_is_no_number(answer):
         (r"\boxed{7}", 7, 1.0),
         (r"first \boxed{3}, no: \boxed{7}", "7", 1.0),
         (r"first \boxed{7}, no: \boxed{3}", "7", 0.0),
-        (r"\boxed{7} and finally 8, or $x = 9$", "7", 1.0),  # what follows the box does not count
+        (r"\boxed{7} and finally 8, or $x = 9$", "7", 1.0),  # text after the box does not count
         (r"\boxed{8}. The answer is $7$. Therefore 7.", "7", 0.0),
         (r"\boxed{7 or 8}", "7", 0.0),
-        (r"\boxed{7}, and then \boxed{8", "7", 1.0),  # cut off: the last closed box
+        (r"\boxed{7}, and then \boxed{8", "7", 1.0),  # the second box is not closed, so the first box counts
         (r"\boxed{\{1, 2\}}", r"\{2, 1\}", 1.0),
         (r"\boxed{\boxed{7}}", "7", 1.0),
         (r"\boxed {7}", "7", 1.0),
@@ -151,11 +151,11 @@ def test_math(completion, answer, reward):
 def test_the_last_box_ends_at_its_own_brace():
     assert verifiers._last_box(r"{ } } \boxed{3} \boxed{\left\{\frac{1}{2}\right.} }") == r"\left\{\frac{1}{2}\right."
     assert verifiers._last_box(r"\boxed 7 \fbox{7} boxed{7}") is None
-    assert verifiers._last_box("\\boxed{" * 100_000) is None  # one pass: a scan for each box would take minutes
+    assert verifiers._last_box("\\boxed{" * 100_000) is None  # one scan per box instead of one pass would take minutes
 
 
 def test_math_is_quiet_about_its_disabled_time_limits():
-    # In a new process, since math-verify warns once per process.
+    # Run in a new process, because math-verify prints its warning only once per process.
     code = "from reval.rewards import resolve; print(resolve('math')([''], ['7'], [[1]], answer=['7']))"
     assert run_python(code) == ("[1.0]\n", "")
 
@@ -174,7 +174,7 @@ COUNTDOWN = {
         (COUNTING, " 8\n", 1.0),
         (COUNTING, "I think <answer>9</answer>, no, <answer> 8 </answer>!", 1.0),
         (COUNTING, "8 <answer>9</answer>", 0.0),
-        (COUNTING, "it is 8!", 1 / 8),  # contains the oracle: 1 of 8 characters
+        (COUNTING, "it is 8!", 1 / 8),  # contains the right answer, which is 1 of 8 characters
         (COUNTDOWN, "<answer>(6 + 4) * 1</answer>", 1.0),  # another expression with the same value
         (COUNTDOWN, "<answer>6 + 1</answer>", 0.05),
     ],
@@ -230,7 +230,7 @@ def test_resolve_says_what_is_wrong(spec, message):
 
 
 def test_resolve_passes_errors_inside_the_module_on(tmp_path, monkeypatch):
-    # Not "there is no module": the module that was asked for is there.
+    # The error is not "there is no module", because the requested module exists.
     (tmp_path / "needs_more.py").write_text("import a_package_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
     for spec in (f"{tmp_path}/needs_more.py:fn", "needs_more:fn"):
@@ -242,7 +242,7 @@ def test_resolve_passes_errors_inside_the_module_on(tmp_path, monkeypatch):
 
 
 def test_resolve_names_the_package_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)  # makes its import fail as if it were not installed
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # the import then fails as if it were not installed
     with pytest.raises(RewardError, match=r"needs the package math_verify.*pip install 'math-verify\[antlr4_13_2\]'"):
         resolve("math")
 

@@ -1,7 +1,8 @@
-"""What only the C++ backend promises; that it computes the right numbers, the shared tests show for every backend.
+"""Properties that only the C++ backend has. The shared tests check the results of every backend.
 
-Every instruction set it can use here (each in a process of its own: the choice is made once), the accuracy of its exp,
-results that do not depend on the number of threads, memory, and what is said when it could not be built.
+Tested here: every instruction set that this processor has, the accuracy of exp, results that do not depend on the
+number of threads, memory, and the messages if the library could not be built. Each instruction set needs a new process,
+because the library chooses the instruction set once.
 """
 
 import json
@@ -22,10 +23,10 @@ from reval_kernels.backends import cpu
 ROOT = Path(cpu.__file__).parents[3]
 built = pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ backend: {cpu.missing()}")
 
-ALL = ["plain", "avx2", "avx512", "avx512bf16"]  # instruction sets, from the least
+ALL = ["plain", "avx2", "avx512", "avx512bf16"]  # instruction sets, the lowest first
 
-# Prints the instruction set, the largest errors of exp and tanh in units in the last place, and the largest errors of
-# token values and gradients beside float64, relative to the largest entry.
+# A script that prints the instruction set, the largest errors of exp and tanh in units in the last place, and the
+# largest errors of token values and gradients against float64, relative to the largest entry.
 REPORT = """
 import json, torch
 from reval_kernels import backends, linear_token_values, reference, token_values
@@ -81,7 +82,7 @@ def test_every_instruction_set(isa):
     done = subprocess.run([sys.executable, "-c", REPORT], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["isa"] in ALL[: ALL.index(isa) + 1]  # a processor that lacks it takes the next best
+    assert report["isa"] in ALL[: ALL.index(isa) + 1]  # a processor without this set uses the next lower one
     if isa == ALL[-1] and "AVX" in torch.backends.cpu.get_cpu_capability():
         assert report["isa"].startswith(torch.backends.cpu.get_cpu_capability().lower())
     assert report["exp"] <= 2 and report["tanh"] <= 4
@@ -92,7 +93,7 @@ def test_every_instruction_set(isa):
 @built
 @pytest.mark.parametrize("isa", ALL[:-1])
 def test_rows_by_lesser_instruction_sets(isa):
-    """The rows have loops of their own where vectors are short: their tests once more, in a process of its own."""
+    """The row kernels have other loops where vectors are short. So the tests of rows run again, in a new process."""
     names = "infinity or not_finite or past_the_cache or values_and_gradients or inplace or offset or without_any"
     tests = [str(Path(__file__).parent / name) for name in ("test_cpu.py", "../test_values.py")]
     env = {**os.environ, "REVAL_CPU_ISA": isa, "REVAL_TEST_BACKENDS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -114,7 +115,7 @@ def with_threads(number, function):
 @pytest.mark.parametrize("shape", [(1, 200_003), (3, 70_001), (129, 515)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_the_number_of_threads(shape, dtype):
-    """Few long rows are cut into segments; the cuts are the same for any number of threads."""
+    """Long rows are divided into segments. The division is the same for any number of threads."""
     logits, actions = logits_and_actions(*shape, dtype=dtype)
 
     def run():
@@ -131,7 +132,8 @@ def test_rows_do_not_depend_on_the_number_of_threads(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_gradient_past_the_cache(dtype, softcap):
-    """Above 8 MiB, and with rows that start anywhere in a line of the cache; in place, nothing goes past the cache."""
+    """From 8 MiB on, the stores of the gradient bypass the cache. Rows start anywhere in a cache line. The gradient in
+    place never bypasses the cache, so it is the result to compare with."""
     logits, actions = logits_and_actions(600_000 // dtype.itemsize // 1000, 15_013, dtype=dtype)
 
     def gradient(inplace):
@@ -146,9 +148,9 @@ def test_gradient_past_the_cache(dtype, softcap):
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_are_not_finite(dtype):
-    """Where infinity leaves a gradient at all it is 0, and never what the exponential of a large logit may be.
+    """In a row with an infinite logit, a gradient is 0 or NaN, and never the exponential of another large logit.
 
-    NaN makes its row NaN, even beside nothing but -inf in a segment (32,768 entries) of its own.
+    A NaN makes its whole row NaN, even if all other entries of its segment (32,768 entries) are -inf.
     """
     logits, actions = logits_and_actions(6, 32_768 + 131, dtype=dtype, scale=30.0)
     logits[0, 5], logits[1, 77], logits[2] = torch.inf, torch.nan, -torch.inf
@@ -171,7 +173,8 @@ def test_rows_that_are_not_finite(dtype):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape", [(3, 359, 517, 34), (7, 130, 197, 2048)])
 def test_linear_does_not_depend_on_the_number_of_threads(shape, dtype, frozen):
-    """More tokens than a block (the wider, the smaller), more words than a tile, neither a multiple of anything."""
+    """There are more tokens than a block has, and more words than a tile has; neither number is a multiple of these
+    sizes. The block is smaller for the larger width."""
     hidden, weight, actions = head(*shape, dtype=dtype)
     returns, rewards = torch.randn(shape[0]), torch.randn(shape[0])
 
@@ -218,7 +221,7 @@ print(now("VmHWM") - before - sum(x.nbytes for x in out) / 2**20)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_beyond_outputs(dtype, frozen):
-    """A few MiB where the logits alone would take 156."""
+    """The pass takes less than 6 MiB of scratch memory. The logits alone would take 156 MiB in fp32."""
     command = [sys.executable, "-c", MEMORY, dtype, str(frozen)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -240,7 +243,8 @@ for dtype in (torch.float32, torch.bfloat16):
 @built
 @pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16"])
 def test_whatever_onednn_is_held_to(isa):
-    """What it cannot generate is an exception of its own there, and the head goes another way."""
+    """ONEDNN_MAX_CPU_ISA limits oneDNN to an instruction set. If oneDNN then has no bf16 matmul, it raises an exception
+    of its own type, and the head is converted to fp32."""
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", HEAD], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -258,7 +262,7 @@ def test_mkldnn_may_be_turned_off_and_on():
 
 @built
 def test_mixed_dtypes_and_strides_of_the_head():
-    """Widened a tile at a time, whatever lies between the entries."""
+    """Mixed dtypes are converted to fp32, one tile at a time. The entries of a row need not be contiguous."""
     hidden, weight, actions = head(7, 300, 20)
     expected = linear_token_values(hidden.half(), weight.bfloat16(), actions, backend="portable")
     apart = torch.randn(20, 600)[:, ::2].copy_(weight.T).T.bfloat16().T.contiguous().T
@@ -279,7 +283,7 @@ def test_what_is_said_when_it_is_not_built(monkeypatch, tmp_path):
         (tmp_path / "library.so").write_text("no library")
         assert "does not load with torch" in cpu.missing()
         logits, actions = logits_and_actions(2, 7)
-        assert token_values(logits, actions).q.shape == torch.Size([2])  # the portable backend serves
+        assert token_values(logits, actions).q.shape == torch.Size([2])  # by the portable backend
     finally:
         cpu.missing.cache_clear()
 
@@ -287,7 +291,7 @@ def test_what_is_said_when_it_is_not_built(monkeypatch, tmp_path):
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
 @pytest.mark.parametrize("missing", ["cmake", "compiler"])
 def test_the_package_installs_without_a_compiler(missing, tmp_path):
-    """setup.py leaves a note instead of a library, and does not fail."""
+    """setup.py does not fail. It writes a note with the reason instead of a library."""
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(

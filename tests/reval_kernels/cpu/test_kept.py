@@ -1,8 +1,11 @@
-"""Logits that stay in the memory of the head's gradient between the two passes of linear_reval_loss (kept.h).
+"""Logits that linear_reval_loss keeps in the memory of the head's gradient between its two passes (kept.h).
 
-Strips are 64 tokens; as many are kept as D / 64. Shapes: M = 150, D = 70 keeps the first of three strips; M = 119,
-D = 200 both, one of them short; M = 910, D = 2048 all of 15 in four blocks, of which the first alone is summed up while
-others are still to be read. V = 517 and 197 end within a tile.
+Letters: M tokens, V words, D width. A strip is 64 tokens; the memory holds D / 64 strips. The shapes:
+- M = 150, D = 70: the first of three strips is kept.
+- M = 119, D = 200: both strips are kept; the second one is not full.
+- M = 910, D = 2048: all 15 strips are kept, in four blocks. The sum over the first block is written while the logits of
+  the other blocks are still needed.
+- V = 517 and V = 197: the last tile is not full.
 """
 
 import pytest
@@ -19,7 +22,8 @@ ONE = {"loss": torch.tensor(1.0)}
 
 
 def inputs_of(*shape, dtype):
-    """Inputs, and the other arguments: returns near the policy's, so that no gradient is much larger than the rest."""
+    """The inputs, and the other arguments of linear_reval_loss. The returns of the reference are near those of the
+    policy, so that no gradient is much larger than the others."""
     hidden, weight, actions = head(*shape, dtype=dtype)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     values = linear_token_values(**inputs, backend="portable")
@@ -41,7 +45,7 @@ def test_gradients(shape, dtype):
 
 @pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
 def test_mixed_dtypes_are_kept_in_float32(hidden):
-    """In half as many strips where the head is bf16."""
+    """If the head is bf16, its gradient has room for only half as many strips in fp32."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.float32)
     inputs["hidden"] = inputs["hidden"].to(hidden)
     inputs["weight"] = inputs["weight"].to(torch.bfloat16 if hidden == torch.float32 else torch.float32)
@@ -60,7 +64,7 @@ def test_mask_bias_temperature_and_softcap(dtype):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_keeps_every_bit(shape):
-    """The same as computing the logits anew, which is what the gradient of linear_token_values does."""
+    """The results are equal to those with recomputed logits; the gradient of linear_token_values recomputes them."""
     inputs, options = inputs_of(*shape, dtype=torch.float32)
     ours = evaluate(linear_reval_loss, inputs, ONE, backend="cpu", **options)
 
@@ -72,21 +76,21 @@ def test_float32_keeps_every_bit(shape):
 
 
 def test_a_logit_far_above_the_action():
-    """16 bits do not reach there: the second of three strips is computed anew, and the others are not."""
+    """16 bits cannot hold this logit. So the second of three strips is recomputed, and the others are kept."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
     bias = torch.zeros(300, dtype=torch.bfloat16)
     hidden = inputs["hidden"].view(-1, 200)
     hidden[:, 0], inputs["weight"][:, 0], inputs["weight"][7, 0] = 0, 0, 8
-    hidden[70, 0] = 5  # word 7: 40 above the rest
+    hidden[70, 0] = 5  # the logit of word 7 is 40 above the others
     assert kept_strips(inputs, bias) == [True, False, True]
     compare("cpu", "linear_reval_loss", inputs, ONE, **options)
-    hidden[70, 0] = 2  # 16 above
+    hidden[70, 0] = 2  # the logit of word 7 is 16 above the others
     assert kept_strips(inputs, bias) == [True, True, True]
     compare("cpu", "linear_reval_loss", inputs, ONE, **options)
 
 
 def test_softcap_brings_words_far_below_the_action_near():
-    """With a softcap, a word 60 below may be as likely as the action: these strips are computed anew."""
+    """With a softcap, a logit 60 below the action's may be as likely as the action. Such a strip is recomputed."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
     inputs["hidden"][0] *= 20
     inputs["actions"] = (inputs["hidden"] @ inputs["weight"].T).argmax(-1)
@@ -98,7 +102,7 @@ def test_softcap_brings_words_far_below_the_action_near():
 
 @pytest.mark.parametrize("temperature", [torch.inf, 1e-37])
 def test_temperatures_without_steps(temperature):
-    """So hot or cold that a step is 0 or infinite: one token must not make the head's gradient NaN."""
+    """At these temperatures, the size of a 16-bit step is 0 or infinite. One such token must not make d_weight NaN."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
     options["temperature"] = torch.ones(3, 60)
     options["temperature"][1, 10] = temperature
@@ -109,7 +113,7 @@ def test_temperatures_without_steps(temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_confident_action_keeps_its_gradient(dtype):
-    """Its 1 - p of 1e-6 takes the logit that the forward pass saw, to the bit."""
+    """1 - p of this action is 1e-6. To compute it, the backward pass needs the exact logit of the forward pass."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=dtype)
     inputs["hidden"][..., 0], inputs["weight"][:, 0] = 0, 0
     at, word = (1, 5), 7
@@ -118,7 +122,7 @@ def test_a_confident_action_keeps_its_gradient(dtype):
 
 
 def test_words_far_below_the_action():
-    """Down to 40 below it a word keeps its gradient; one that lies lower counts as impossible, like one at -inf."""
+    """A word with a logit up to 40 below the action's keeps its gradient. A lower logit counts as -inf."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=torch.bfloat16)
     inputs["actions"].clamp_(max=199)
     ours = {}
@@ -135,7 +139,7 @@ def test_words_far_below_the_action():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_with_its_token(dtype):
-    """Its own trajectory's loss is NaN, and so is the gradient of the head; other trajectories' is as it was."""
+    """The gradients of the token's trajectory and of the head are NaN. Those of other trajectories do not change."""
     inputs, options = inputs_of(3, 60, 300, 200, dtype=dtype)
     before = evaluate(linear_reval_loss, inputs, ONE, backend="cpu", **options)["d hidden"]
     inputs["hidden"][1, 5, 3] = torch.nan

@@ -1,4 +1,4 @@
-"""The memory of large gradients (memory.cpp): it serves the next one once it is freed, and one tensor at a time."""
+"""The memory of large gradients (memory.cpp). The next gradient uses freed memory, and tensors never share memory."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 SMALLEST = 32 << 20
-"""Bytes; from here on memory is kept."""
+"""Bytes. Memory of at least this size is kept after it is freed."""
 MANY = SMALLEST // 4
 
 
@@ -28,7 +28,8 @@ def gradient(entries=MANY, dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def only_small_blocks_wait():
-    """Two take what waits from other tests, two are new and push those out."""
+    """Before each test, only two blocks of the smallest size wait. Two of these four gradients take the blocks that
+    wait from earlier tests. The other two are new blocks; when they are freed, they replace the old blocks."""
     live = [gradient() for _ in range(4)]
     while live:
         live.pop(0)
@@ -82,7 +83,7 @@ def test_no_more_than_two_blocks_wait():
 
 def test_a_block_that_waits_is_the_kernels_to_take():
     x = gradient(4 * MANY).fill_(1)
-    assert bytes_of("smaps", "LazyFree") <= 2 * SMALLEST  # of the two that waited before
+    assert bytes_of("smaps", "LazyFree") <= 2 * SMALLEST  # the two blocks that waited before
     del x
     assert bytes_of("smaps", "LazyFree") >= 4 * SMALLEST
 
