@@ -2,7 +2,7 @@
 
 The text under a field is the help text of that setting (`reval train --help`). The constructor of a section checks its
 values, and sections are frozen, so every Config object is valid. `dataclasses.replace` makes a changed copy. This file
-imports neither torch nor transformers, so that `--help` is fast.
+does not import torch or transformers, so that `--help` is fast.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Reads, writes and explains settings, for any dataclass whose fields are section dataclasses.
 
 This file contains no name of a setting: `reval.config` declares the settings, and loading, error messages and help
-text follow from the declarations. It imports neither torch nor transformers, so that `--help` is fast.
+text follow from the declarations. It does not import torch or transformers, so that `--help` is fast.
 """
 
 import ast
@@ -242,7 +242,7 @@ def _read_text(path: Path, known: dict[str, Field]) -> str:
 
 def _configs_in(folder: Path) -> str:
     if not folder.is_dir():
-        return f"nor does the folder '{folder}'"
+        return f"the folder '{folder}' does not exist either"
     found = sorted(file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml"))
     return f"'{folder}' holds {', '.join(found) or 'no .yaml file'}"
 

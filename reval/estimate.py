@@ -1,7 +1,7 @@
 """Estimates, from the settings alone, how much memory a run needs per GPU and how many tokens it generates.
 
-The estimate loads no model and imports neither torch nor transformers, so that `--dry-run` is fast on any machine. One
-GiB is 2^30 bytes. Assumptions:
+The estimate loads no model and does not import torch or transformers, so that `--dry-run` is fast on any machine. GiB
+are 2^30 bytes. Assumptions:
 
 - The transformer is a Llama or a Qwen: grouped-query attention, gated MLP, RMS norms. Its shape comes from a table of
   known names or from the config.json of a local folder. The attention kernel (sdpa or flash attention) never stores a
@@ -246,10 +246,10 @@ def _vllm(config: Config, shape: Shape, total: float) -> str:
     dtype = _rollout_dtype(config)
     weights = f"{shape.parameters * BYTES[dtype] / GIB:.1f} GiB of weights"
     if rollout.vllm_devices is not None:
-        return f"vLLM has GPUs of its own (rollout.vllm_devices), with {weights} over each process's share of them"
+        return f"vLLM has other GPUs (rollout.vllm_devices); each engine divides {weights} over its GPUs"
     share = rollout.vllm_gpu_memory
-    both = f"; {total / (1 - share):.0f} GiB hold both" if share < 1 else ""
-    return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory), {weights} among it{both}"
+    both = f"; a GPU needs {total / (1 - share):.0f} GiB for training and vLLM" if share < 1 else ""
+    return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory), including {weights}{both}"
 
 
 def report(config: Config, gpus: int) -> str:
@@ -266,7 +266,7 @@ def report(config: Config, gpus: int) -> str:
         lines.append(f"Memory per GPU in GiB, for {_count(shape.parameters)} parameters:")
         lines += [f"{size / GIB:8.2f}  {what}" for what, size in parts]
         total = sum(size for _, size in parts) / GIB
-        lines.append(f"{total:8.2f}  together")
+        lines.append(f"{total:8.2f}  total")
         if config.rollout.engine == "vllm":
             lines.append(f"          {_vllm(config, shape, total)}")
     return "".join(f"# {line}\n" for line in (*lines, *tokens(config)))

@@ -1,6 +1,6 @@
 """Rewards: functions that score completions, the worker processes that run them, and the shaping of their scores.
 
-This package imports neither torch nor transformers nor numpy. Every worker process imports this package, and a new
+This package does not import torch, transformers or numpy. Every worker process imports this package, and a new
 worker must replace a killed one in a fraction of a second.
 """
 

@@ -448,7 +448,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in [
         (tmp_path / "x.yaml", f"config file '{tmp_path}/x.yaml' does not exist; '{tmp_path}' holds a.yml, b.yaml"),
-        (tmp_path / "no/x.yaml", f"config file '{tmp_path}/no/x.yaml' does not exist; nor does the folder "),
+        (tmp_path / "no/x.yaml", f"config file '{tmp_path}/no/x.yaml' does not exist; the folder "),
         (tmp_path / "empty/x", f"config file '{tmp_path}/empty/x' does not exist; '{tmp_path}/empty' holds no .yaml"),
         (tmp_path, f"config file '{tmp_path}' is a folder; '{tmp_path}' holds a.yml, b.yaml"),
         ("optim.lr", "optim.lr is a setting and needs a value: optim.lr=..."),

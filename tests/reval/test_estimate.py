@@ -157,9 +157,9 @@ def test_the_rollout_s_own_weights_and_cache():
         assert any(name.startswith("rollout: a copy") for name in sizes(override, gpus=gpus))
     assert not any(name.startswith("rollout") for name in sizes("rollout.engine=vllm"))
     config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.vllm_gpu_memory=0.5"])
-    assert "vLLM takes 50% of each GPU (rollout.vllm_gpu_memory), 28.4 GiB of weights among it" in report(config, 8)
+    assert "vLLM takes 50% of each GPU (rollout.vllm_gpu_memory), including 28.4 GiB of weights" in report(config, 8)
     config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.dtype=bfloat16", "rollout.vllm_devices=4,5"])
-    assert "vLLM has GPUs of its own (rollout.vllm_devices), with 14.2 GiB of weights" in report(config, 4)
+    assert "vLLM has other GPUs (rollout.vllm_devices); each engine divides 14.2 GiB of weights" in report(config, 4)
 
 
 def test_tokens_of_the_run():
