@@ -47,7 +47,7 @@ report["isa"] = ops.isa()
 report["exp"] = ulps("exp", torch.cat([torch.linspace(-87.33, 0, 1_000_001), torch.linspace(0, 88, 300_001),
                                        -torch.rand(300_000) * 1e-3]))
 report["tanh"] = ulps("tanh", torch.cat([torch.linspace(-20, 20, 1_000_001), torch.randn(300_000) * 1e-3]))
-report["exp of -inf"] = ops.exp(torch.tensor([-88.0296936])).item()  # what the kernels replace anything less by
+report["exp of -inf"] = ops.exp(torch.tensor([-88.0296936])).item()  # the kernels raise lower numbers to it
 report["exp of nan"] = ops.exp(torch.tensor([torch.nan])).isnan().item()
 
 def gradients(function, leaves, actions, **options):
@@ -207,9 +207,9 @@ def run(words):
     rest = (Transform(), Reference.of(returns), rewards, options, Needs(True, not frozen, False))
     return cpu.linear_reval_loss(head, actions % words, Layout(None, None), *rest)
 
-run(600)  # threads, kernels made at run time
+run(600)  # first creates the threads and the matmul kernels, so that they do not count
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak so far, from the imports, would hide ours
+    file.write("5")  # resets the peak, because the imports may have used more memory
 before = now("VmRSS")
 out = run(vocabulary)
 print(now("VmHWM") - before - sum(x.nbytes for x in out) / 2**20)
