@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 SETTINGS = set(config_io.settings(Config))
 SECTIONS = {name.partition(".")[0] for name in SETTINGS}
+CITING = ("reval", "reval_kernels", "tests")
 FILE_ENDINGS = {"py", "md", "yaml", "jsonl", "json", "parquet", "safetensors", "txt", "png", "cpp", "h"}
 SOURCES = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "reval").rglob("*.py"))
 
@@ -200,6 +201,15 @@ def test_make_targets_exist(page):
     named = [w[1] for w in commands(page) if w[0] == "make" and len(w) > 1]
     named += re.findall(r"`make ([\w-]+)", prose(page))
     assert set(named) <= targets, f"{page}: {set(named) - targets}"
+
+
+def test_cited_sections_of_the_method_exist():
+    """`docs/method.md section 5` and `sections 2 to 4` in sources, `[M 5]` in the configs."""
+    files = [p for p in ROOT.rglob("*") if p.suffix in (".py", ".cpp", ".h") and p.relative_to(ROOT).parts[0] in CITING]
+    cited = [n for p in files for n in re.findall(r"method\.md\s+sections? (\d(?: \w+ \d)?)", p.read_text("utf-8"))]
+    cited += [n for p in (ROOT / "configs").glob("*.yaml") for n in re.findall(r"\[M (\d)\]", p.read_text("utf-8"))]
+    sections = re.findall(r"^## (\d)\.", text_of("docs/method.md"), re.MULTILINE)
+    assert len(cited) > 40 and set(re.findall(r"\d", "".join(cited))) <= set(sections)
 
 
 # ---- Names of metrics, links ----

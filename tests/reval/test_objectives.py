@@ -1,4 +1,4 @@
-"""Objectives against METHOD.md's formulas, written out in float64 from the model's own logits; two turns each."""
+"""Objectives against the formulas of docs/method.md section 4, in float64 from the model's logits; two turns each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""td_targets and bellman_loss against their definition, and the identities that METHOD.md promises.
+"""td_targets and bellman_loss against their definition, and the identities that docs/method.md promises.
 
 Everything here is arithmetic on a few numbers a token, so nearly all of it runs in float64, where a wrong term cannot
 hide behind rounding. Trajectories have 0 to 6 actions, padded or packed, with gaps or without; hypothesis picks them.
@@ -110,7 +110,7 @@ def test_float32_is_as_precise_as_plain_pytorch(backend, level):
         assert_no_worse_than_torch(ours, plain, truth)
 
 
-# --- identities of METHOD.md ----------------------------------------------------------------------------------------
+# --- identities of docs/method.md -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -149,7 +149,7 @@ def test_a_policy_equal_to_its_reference_has_no_loss(backend, route, level, dtyp
 
 
 def test_the_gradient_of_equation_2(backend):
-    """METHOD.md section 3: g onehot at s_1, where V(s_1) + log pi is Q; g (onehot - softmax) later; 0 elsewhere."""
+    """g onehot at s_1, where V(s_1) + log pi is Q; g (onehot - softmax) later; else 0 (docs/method.md section 3)."""
     logits, actions = logits_and_actions(3, 6, 7, dtype=torch.float64)
     mask = lengths_mask()
     anchor = anchor_of(actions, mask, True).double()

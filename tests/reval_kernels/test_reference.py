@@ -1,4 +1,4 @@
-"""The definition itself, against answers worked by hand from METHOD.md and against sympy.
+"""The definition itself, against answers worked by hand from docs/method.md and against sympy.
 
 Everything else here trusts reference.py, so nothing in this file uses the package to compute what is expected. Three
 words and three actions are the smallest case in which a first, a middle and a last action differ.
@@ -35,7 +35,7 @@ def test_softcap_comes_before_temperature():
 
 
 def test_gradient_rule_by_hand():
-    """METHOD.md section 4: dlogits = dq onehot + dv softmax, with log_prob = q - v; entropy from its own definition."""
+    """dlogits = dq onehot + dv softmax (docs/method.md section 4), log_prob = q - v; entropy by its definition."""
     logits = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64, requires_grad=True)
     out = reference.token_values(logits, torch.tensor([1]), with_entropy=True)
     p, onehot = torch.tensor([1, 2, 5]) / 8.0, torch.tensor([0.0, 1.0, 0.0])
@@ -147,7 +147,7 @@ def test_semi_gradient_stops_at_the_target():
 
 
 def test_gradient_of_equation_2_as_sympy_derives_it(backend):
-    """V = 3, H = 3: dL/dlogits from Eq. 2 by symbolic differentiation, the rule of METHOD.md section 3, and ours."""
+    """V = 3, H = 3: dL/dlogits of Eq. 2 by symbolic differentiation, by docs/method.md section 3, and ours."""
     z = sympy.symbols("z:3:3")
     states = [z[0:3], z[3:6], z[6:9]]
     actions, v_ref, log_ref = [2, 0, 1], sympy.Rational(7, 5), sympy.Rational(-13, 4)
