@@ -1,8 +1,9 @@
 """Every file that a source file, a config or a page names is in the repository.
 
-A file name is a word with one of the ENDINGS below: `loop.py`, `triton/rows.py`, `docs/method.md`. A bare name must be
-the name of a tracked file in any folder. A name with folders must be the end of a tracked path: `triton/rows.py` is the
-end of `reval_kernels/backends/triton/rows.py`. ALLOWED lists names of files that are elsewhere, with the reason.
+A file name is a word with one of the ENDINGS below: `loop.py`, `rewards/pool.py`, `docs/method.md`. A bare name must be
+the name of a tracked file in any folder. A name with folders must be the end of a tracked path: `rewards/pool.py` is
+the end of `reval/rewards/pool.py`. A word that starts with a top-level folder and ends with a slash must be a folder:
+`benchmarks/results/`. ALLOWED lists names of files that are elsewhere, with the reason.
 
 Python is read token by token, so that an attribute named `.h` is not taken for a file. In tests only comments and
 docstrings are read: tests make up files in temporary folders, and fail by themselves where a real file is missing.
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 READ = ("*.py", "*.cpp", "*.h", "*.yaml", "*.md", "Makefile", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml")
 ENDINGS = "py|cpp|h|yaml|toml|md|txt|png|json|jsonl"
 FILE_NAME = re.compile(rf"[\w./*-]*[\w*]\.(?:{ENDINGS})(?!\w|\.\w)")
+FOLDER = re.compile(r"(?<![\w./-])((?:\w+/)+)(?![\w*<{-])")
 NOT_OURS = re.compile(r"\w+://\S+|#include <\S+>")  # addresses and system headers
 
 # Names without folders stand for that name in any folder.
@@ -74,10 +76,18 @@ def comments_and_strings(source: str, *, code_strings: bool) -> str:
 def named_files(path: str, text: str) -> set[str]:
     if path.endswith(".py"):
         text = comments_and_strings(text, code_strings=not path.startswith("tests/"))
-    return set(FILE_NAME.findall(NOT_OURS.sub("", text)))
+    text = NOT_OURS.sub("", text)
+    folders = {name for name in FOLDER.findall(text) if any(path.startswith(top(name)) for path in tracked_files())}
+    return folders | set(FILE_NAME.findall(text))
+
+
+def top(name: str) -> str:
+    return name.partition("/")[0] + "/"
 
 
 def is_there(name: str) -> bool:
+    if name.endswith("/"):
+        return any(path.startswith(name) for path in tracked_files())
     name = name.lstrip("./")  # ../README.md, f"{folder}/loop.py"
     if "*" in name:
         return any(fnmatch(path, name) for path in endings_of_paths())
@@ -120,6 +130,7 @@ def test_the_files_of_a_run_have_the_names_that_the_trainer_writes():
         ("docs/troubleshooting.md", "the batch is in `nonfinite-N.jsonl`"),
         ("docs/method.md", "[the loop](../reval/docs/method.md)"),
         ("configs/demo.yaml", "beta: 0.1  # docs/gone.md section 3"),
+        ("docs/kernels.md", "| file (reval_kernels/backends/gone/) |"),
         ("Makefile", "$(wildcard reval_kernels/gone/*.cpp)"),
     ],
 )
@@ -137,6 +148,7 @@ def test_a_missing_file_is_found(path, text):
             "docs/method.md",
             "[a](../README.md), https://example.org/gone.py, RUN/iteration-000005.jsonl",
         ),
+        ("docs/kernels.md", "`reval_kernels/backends/`, `RUN/evaluations/`, `data/benchmarks/<name>`"),
         ("Makefile", "$(wildcard reval_kernels/backends/cpu/*.cpp)"),
     ],
 )
