@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from .contract import BellmanOptions, Level
+
 VOCABULARY, WIDTH = 151_936, 3584
 
 
@@ -174,7 +176,8 @@ def _bellman_cases() -> list[Case]:
         constants = {"BLOCK": bellman.BLOCK, **flags}
         return Case(function, flags, types, constants, 4, odd=("tokens", "length"))
 
-    levels = [case(bellman.loss_kernel, PER_TOKEN=True, LEVEL=n, SEMI_GRADIENT=False) for n in (0, 1, 2)]
+    options = [bellman.loss_constants(BellmanOptions(beta=1.0, level=level)) for level in Level]
+    levels = [case(bellman.loss_kernel, PER_TOKEN=True, **constants) for constants in options]
     others = [bellman.td_kernel, bellman.td_backward_kernel, bellman.loss_backward_kernel]
     return [*levels, *(case(k) for k in others)]
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Layout, Level, Tokens, Transform
+from .contract import Layout, Tokens, Transform
 from .types import TokenValues
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE = (torch.float32, torch.float64)
-LEVELS = {level.name.lower(): level for level in Level}
 
 
 def unknown(name: str, given: object, allowed: Sequence[str]) -> str:
@@ -129,18 +128,6 @@ def bellman_arguments(
         tensor("reference", reference, FLOATS, [trajectories], device)
     else:
         raise TypeError(f"reference must be TokenValues or a tensor of returns [B], got {type(reference).__name__}")
-
-
-def loss_options(level: str, reference: TokenValues | Tensor, semi_gradient: bool, normalizer: float | None) -> None:
-    """The options of a Bellman loss."""
-    if level not in LEVELS:
-        raise ValueError(unknown("level", level, list(LEVELS)))
-    if level != "trajectory" and not isinstance(reference, TokenValues):
-        raise ValueError(f"level {level!r} needs the reference's TokenValues, got its returns (a tensor)")
-    if semi_gradient and level != "token":
-        raise ValueError(f"semi_gradient stops the gradient at the TD target of level 'token', got level {level!r}")
-    if normalizer is not None:
-        number("normalizer", normalizer, " or None")
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -123,10 +123,10 @@ class BellmanOptions(NamedTuple):
     """The options of a Bellman loss. docs/extending.md says which files a new option touches."""
 
     beta: float
-    level: int
+    level: int = Level.TRAJECTORY
     """A `Level`; an op's schema has no enums."""
-    semi_gradient: bool
-    normalizer: Tensor | None
+    semi_gradient: bool = False
+    normalizer: Tensor | None = None
     """[] float64 on the CPU: the sum of squares is divided by it. None: by the number of trajectories. A tensor, since
     torch.compile would compile again for every new number."""
 

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from . import checks, library
-from .contract import BellmanOptions, HeadInputs, Layout, Needs, Reference
+from .contract import BellmanOptions, HeadInputs, Layout, Level, Needs, Reference
 from .types import BellmanLoss, TDTargets, TokenValues
 from .values import token_values, transform_of
+
+LEVELS = {level.name.lower(): level for level in Level}
+"""The levels by the names that users type: "trajectory", "token", "subtrajectory"."""
 
 
 def td_targets(
@@ -109,13 +112,13 @@ def bellman_loss(
     """
     _check_values(values)
     checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
-    checks.loss_options(level, reference, semi_gradient, normalizer)
+    options = _options(beta, level, semi_gradient, normalizer, reference)
     out = library.bellman_loss(
         values._replace(entropy=None),
         Reference.of(reference),
         rewards,
         Layout(mask, cu_seqlens),
-        _options(beta, level, semi_gradient, normalizer),
+        options,
         backend,
     )
     return BellmanLoss(out.loss, out.residual)
@@ -218,7 +221,7 @@ def linear_reval_loss(
     checks.head_arguments(hidden, weight, bias)
     checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
     checks.bellman_arguments(hidden.shape[:-1], hidden.device, reference, rewards, mask, cu_seqlens, beta)
-    checks.loss_options(level, reference, semi_gradient, normalizer)
+    options = _options(beta, level, semi_gradient, normalizer, reference)
     grad = torch.is_grad_enabled()
     out = library.linear_reval_loss(
         HeadInputs(hidden, weight, bias),
@@ -227,18 +230,29 @@ def linear_reval_loss(
         transform_of(temperature, softcap),
         Reference.of(reference),
         rewards,
-        _options(beta, level, semi_gradient, normalizer),
+        options,
         Needs(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))),
         backend,
     )
     return BellmanLoss(out.loss, out.residual.detach())
 
 
-def _options(beta: float, level: str, semi_gradient: bool, normalizer: float | None) -> BellmanOptions:
-    """The checked options of a loss as the ops take them."""
+def _options(
+    beta: float, level: str, semi_gradient: bool, normalizer: float | None, reference: TokenValues | Tensor
+) -> BellmanOptions:
+    """The options of a loss, checked, as the ops take them."""
+    if level not in LEVELS:
+        raise ValueError(checks.unknown("level", level, list(LEVELS)))
+    if level != "trajectory" and not isinstance(reference, TokenValues):
+        raise ValueError(f"level {level!r} needs the reference's TokenValues, got its returns (a tensor)")
+    if semi_gradient and level != "token":
+        raise ValueError(f"semi_gradient stops the gradient at the TD target of level 'token', got level {level!r}")
+    if normalizer is None:
+        return BellmanOptions(float(beta), LEVELS[level], semi_gradient)
+    checks.number("normalizer", normalizer, " or None")
     # a tensor: torch.compile makes one graph for all values of a tensor, and one for each value of a number
-    divisor = None if normalizer is None else torch.ones((), dtype=torch.float64, device="cpu") * normalizer
-    return BellmanOptions(float(beta), checks.LEVELS[level], semi_gradient, divisor)
+    divisor = torch.ones((), dtype=torch.float64, device="cpu") * normalizer
+    return BellmanOptions(float(beta), LEVELS[level], semi_gradient, divisor)
 
 
 def _check_values(values: TokenValues) -> None:

@@ -122,7 +122,7 @@ MUTATIONS = [
     ),
     Mutation(
         "linear: logits computed again by another matmul", "gpu/linear.py",
-        "        _forward(hidden, self.weight, self.bias, everything, everything, Transform(), False, logits, None)",
+        "        _forward(head, everything, everything, Transform(), False, logits, None)",
         "        torch.mm(hidden.float(), self.weight.float().T, out=logits)",
         TRITON + "linear.py -k confident_state or test_shapes",
     ),
@@ -177,25 +177,35 @@ MUTATIONS = [
         TESTS + "test_bellman.py -k targets",
     ),
     Mutation(
-        "portable: the first state's value gets no gradient from the residual", "portable.py",
+        "portable: the first state's value gets no gradient from the residual", "bellman.py",
         "    dv[:, :1] += d_residual[:, None]\n", "",
         TESTS + "test_bellman.py",
     ),
     Mutation(
-        "portable: chunks of the weight's gradient replace each other", "portable.py",
+        "portable: chunks of the weight's gradient replace each other", "chunks.py",
         "            self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))",
         "            self.d_weight = torch.mm(dlogits.T, self.hidden[at].to(dlogits.dtype))",
         TESTS + "test_portable.py -k not the_logits_never",
     ),
     Mutation(
-        "portable: a frozen head's sum takes the action in", "portable.py",
-        "            by = (-log_prob.expm1(), zero, -one, zero)", "            by = (zero, zero, -one, zero)",
+        "portable: a frozen head's sum takes the action in", "frozen_head.py",
+        "    return Cotangents(-values.log_prob.expm1(), zero, -one, zero)", "    return Cotangents(zero, zero, -one, zero)",
         TESTS + "test_linear_values.py -k frozen_head_of",
     ),
     Mutation(
-        "portable: softcap's slope is missing at a frozen head's action", "portable.py",
-        "            at_action = at_action * of.slope(", "            at_action = at_action + 0 * of.slope(",
+        "portable: softcap's slope is missing at a frozen head's action", "frozen_head.py",
+        "            at_action = at_action * softcap_slope(", "            at_action = at_action + 0 * softcap_slope(",
         TESTS + "test_linear_values.py -k frozen_head_options",
+    ),
+    Mutation(
+        "checks: an action one past the vocabulary passes", "../checks.py",
+        "    inside = (actions >= 0) & (actions < vocabulary)", "    inside = (actions >= 0) & (actions <= vocabulary)",
+        TESTS + "test_checks.py -k outside",
+    ),
+    Mutation(
+        "checks: cu_seqlens may end early", "../checks.py",
+        " & (cu_seqlens[-1] == tokens)", "",
+        TESTS + "test_checks.py -k cu_seqlens",
     ),
     Mutation(
         "shards: the tops of all slices stay out of the sum", "../sharded.py",

@@ -14,7 +14,6 @@ from torch.library import opcheck
 import reval_kernels
 from reval_kernels import TokenValues, library
 from reval_kernels.backends import portable
-from reval_kernels.checks import LEVELS
 from reval_kernels.contract import (
     BellmanOptions,
     Cotangents,
@@ -30,6 +29,7 @@ from reval_kernels.contract import (
     UnitGradients,
 )
 from reval_kernels.grouped_op import flatten
+from reval_kernels.losses import LEVELS
 
 B, T, V, D = 2, 5, 7, 3
 

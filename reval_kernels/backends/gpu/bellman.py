@@ -11,6 +11,7 @@ Letters: N tokens, B trajectories, H actions of one of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import triton
@@ -362,10 +363,14 @@ def bellman_loss(
         run.length,
         2 / divisor,
         PER_TOKEN=reference.returns is None,
-        LEVEL=int(options.level),
-        SEMI_GRADIENT=options.semi_gradient,
+        **loss_constants(options),
     )
     return LossTerms((squares.sum() / divisor).to(q.dtype), residual, dq, dv, dlog_prob)
+
+
+def loss_constants(options: BellmanOptions) -> dict[str, Any]:
+    """The options that loss_kernel is compiled for."""
+    return {"LEVEL": int(options.level), "SEMI_GRADIENT": options.semi_gradient}
 
 
 def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
