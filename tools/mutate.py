@@ -189,7 +189,8 @@ MUTATIONS = [
     ),
     Mutation(
         "portable: a frozen head's sum takes the action in", "frozen_head.py",
-        "    return Cotangents(-values.log_prob.expm1(), zero, -one, zero)", "    return Cotangents(zero, zero, -one, zero)",
+        "    return Cotangents(-values.log_prob.expm1(), zero, -one, zero)",
+        "    return Cotangents(zero, zero, -one, zero)",
         TESTS + "test_linear_values.py -k frozen_head_of",
     ),
     Mutation(
