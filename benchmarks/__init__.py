@@ -1,1 +1,1 @@
-"""What the fused ops are worth on this machine, beside whatever else computes the same: `python -m benchmarks`."""
+"""Time and memory of the fused ops and of other libraries for the same work: `python -m benchmarks`."""

@@ -1,7 +1,10 @@
 """make bench, or python -m benchmarks [--quick] [--only OP] [--provider NAME]: times every op by every provider.
 
-Ctrl-C keeps what was measured. A full run writes to benchmarks/results; a trial (--quick, --only, --provider,
---seconds, --runs, --no-memory, --no-curves) and what was interrupted to runs/bench.
+Ctrl-C ends the run and writes the measurements made so far. A full run writes to benchmarks/results. A trial (--quick,
+--only, --provider, --seconds, --runs, --no-memory or --no-curves) and an interrupted run write to runs/bench, so they
+never replace a full run.
+
+Letters: B trajectories, T tokens of each, N = B x T, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,23 +36,27 @@ OURS = ("triton", "cpu")
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether torch has fast matmuls in bf16 there. Without, those of the larger head take minutes."""
+    """Whether torch has fast bf16 matmuls on this device. Slow bf16 matmuls of the larger head take minutes."""
     return device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def tables(device: str, quick: bool, patient: bool = False) -> list[Case]:
-    """The cases of the tables. N = B x T; a sixteenth of it where torch's bf16 matmuls are slow, for the larger head in
-    any case, for the smaller one unless one is patient."""
+    """The cases of the tables.
+
+    Where torch's bf16 matmuls are slow, the heads get a sixteenth of the tokens in bf16. `patient` keeps all tokens of
+    the smaller head.
+    """
     if quick:
         rows, head, heads, values = Shape(8, 4, 8192), Shape(8, 4, 4096, 64), [Shape(8, 4, 4096, 64)], Shape(8, 64)
-    elif device == "cpu":  # the shapes of the bars
+    elif device == "cpu":  # the shapes that bars.py names
         rows, head, values = Shape(8, 64, 151_936), Shape(8, 128, 49_152, 576), Shape(64, 1024)
         heads = [head, Shape(8, 128, 151_936, 576)]
     else:
         rows, head, values = Shape(8, 512, 151_936), Shape(8, 512, 151_936, 2048), Shape(256, 4096)
         heads = [head]
     few = (*OURS, "torch eager")
-    frugal = partial(Case, memory=few, others=False)  # a child for each provider of each case would take too long
+    # Memory needs one child process for each provider of each case. To save time, most cases measure few providers.
+    frugal = partial(Case, memory=few, others=False)
     cases = [frugal(ROWS, rows, dtype) for dtype in (F32, BF16)]
     cases += [frugal(BOTH, rows, F32), Case(BOTH, rows, BF16)]
     slow = not quick and not multiplies_bf16(device)
@@ -60,14 +67,17 @@ def tables(device: str, quick: bool, patient: bool = False) -> list[Case]:
 
     cases += [frugal(LINEAR, cut(head, dtype), dtype) for dtype in (F32, BF16)]
     cases += [Case(LOSS, cut(heads[0], dtype), dtype, memory=few) for dtype in (F32, BF16)]
-    # the larger head: ours, and who the bar names
+    # the larger head: only our backends and the peers that bars.py compares with
     named = (*OURS, *FASTEST_OF)
     cases += [frugal(LOSS, cut(h, dtype), dtype, only=named) for h in heads[1:] for dtype in (F32, BF16)]
     return [*cases, Case(BELLMAN, values, F32)]
 
 
 def curves(device: str, quick: bool) -> list[Case]:
-    """Time and memory against N at fixed V, and against V at fixed N: ours, eager, and for heads cut-cross-entropy."""
+    """Time and memory against N at fixed V, and against V at fixed N.
+
+    The providers are our default backend and plain PyTorch; for heads also cut-cross-entropy.
+    """
     ours = next(name for name, info in reval_kernels.backends().items() if {device, "*"} & set(info.default_for))
     who = (ours, "torch eager", "cut-cross-entropy torch_compile" if device == "cpu" else "cut-cross-entropy")
     lengths, vocabularies = [8, 16, 32, 64], [16_384, 32_768, 65_536, 131_072]
@@ -87,7 +97,7 @@ def curves(device: str, quick: bool) -> list[Case]:
 
 
 class Progress:
-    """What is being done, how far along, how long it will take."""
+    """Prints the current step, the share of the work that is done, and an estimate of the time left."""
 
     def __init__(self, weights: list[float]) -> None:
         self.weights, self.done, self.start = weights, 0, time.monotonic()
@@ -101,7 +111,7 @@ class Progress:
 
 
 def weight(case: Case, settings: Settings) -> float:
-    """Roughly the seconds that a case takes, at 100 GFLOP/s and 10 GB/s."""
+    """Rough estimate of a case's seconds, at 100 GFLOP/s and 10 GB/s."""
     op = OPS[case.op]
     once = op.flops(case.shape) / 1e11 + op.bytes(case.shape, case.dtype.itemsize) / 1e10
     members = len(case.only) or len(providers(op.family))
@@ -134,7 +144,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         args.quick or args.only or args.provider or args.seconds or args.runs or not (args.memory and args.curves)
     )
     folder = args.output or (TRIAL if args.trial else FULL)
-    try:  # now, and not when everything has been measured
+    try:  # an unwritable folder must fail now, not after half an hour of measurements
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -172,5 +182,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` keeps what was measured, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` keeps the measurements, as Ctrl-C does
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The bars that the CPU kernels are held to, each measured in the run that prints it."""
+"""The bars: speed and memory targets of the CPU kernels. Each run measures them and prints whether they are met."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FASTEST_OF = (
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of the table."""
+    """One target: one line of the table."""
 
     case: str
     against: str
     bar: str
     measured: str
     met: bool | None
-    """None: this run did not measure it."""
+    """None if this run did not measure the case."""
 
     @property
     def verdict(self) -> str:

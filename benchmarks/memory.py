@@ -1,9 +1,15 @@
-"""Memory beyond inputs and outputs: how far a call pushes the peak of a process of its own.
+"""Memory beyond inputs and outputs: how far one call raises the peak memory of a fresh child process.
 
-The child makes the inputs, lets the provider warm up on a small case (threads, machine code made at run time; compiled
-providers on the whole case), resets the peak that Linux keeps for it (VmHWM), and makes one call. What remains after
-subtracting what was resident before and the outputs' bytes is the provider's. A child whose "provider" only makes the
-outputs shows how exact that is. On a GPU: torch's own peak of allocated memory, in the same kind of child.
+The child works in four steps:
+1. It makes the inputs.
+2. It lets the provider warm up, because the first call starts threads and makes machine code. A small case is enough;
+   a compiled provider warms up on the whole case.
+3. It resets the peak that Linux records for the process (VmHWM).
+4. It makes one call.
+
+The result is the new peak, minus the resident memory before the call, minus the bytes of the outputs. A control child
+only makes the outputs: its result is the error of the method. On a GPU the child reads torch's own peak of allocated
+memory.
 """
 
 from __future__ import annotations
@@ -36,10 +42,13 @@ class NotMeasured(RuntimeError):
 def beyond_inputs_and_outputs(
     op: str, provider: str, shape: Shape, dtype: torch.dtype, device: torch.device, timeout: float = 300
 ) -> int:
-    """Bytes, of one call in a child process. Raises NotMeasured, with the child's message, if that is not possible."""
+    """Bytes that one call needs beyond its inputs and outputs, measured in a child process.
+
+    Raises NotMeasured, with the child's message, if the child fails, and after `timeout` seconds without an answer.
+    """
     if device.type == "cpu" and not os.access(CLEAR, os.W_OK):
         raise NotMeasured(f"needs Linux's {CLEAR}, this is {sys.platform}")
-    # a server that has imported torch and done nothing else: its forks start at once, and share no threads
+    # The fork server has imported torch and done nothing else. Its forks start at once and inherit no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])
     mine, theirs = context.Pipe()
@@ -65,8 +74,11 @@ def beyond_inputs_and_outputs(
 
 @contextlib.contextmanager
 def _exact_malloc() -> Iterator[None]:
-    """For processes started in here, glibc's malloc gives every tensor of 128 KiB and more back when it is freed,
-    whatever the times are taken with. By default that threshold grows to the sizes seen before, and a peak is luck."""
+    """In processes started within this block, glibc's malloc returns every freed tensor of 128 KiB or more to Linux.
+
+    By default this threshold grows to the sizes that were freed before, and then the peak depends on luck. The MALLOC_*
+    variables of the environment, which may be set for the timings, do not reach these processes.
+    """
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MALLOC_")}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
     try:
@@ -79,8 +91,9 @@ def _exact_malloc() -> Iterator[None]:
 def _child(
     answer: Connection, op: str, provider: str, shape: Shape, dtype: torch.dtype, device: torch.device, threads: int
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no workers, whose semaphores a killed child would leave behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # no compile workers: a killed child would leave their semaphores behind
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
         torch.set_num_threads(threads)
         answer.send(_measure(OPS[op], provider, shape, dtype, device))
@@ -108,16 +121,16 @@ def _measure(op: Op, name: str, shape: Shape, dtype: torch.dtype, device: torch.
 
 
 def _outputs_alone(op: Op, x: Tensors):
-    """Makes tensors like the inputs' gradients, and fills them."""
+    """A function that only makes and fills tensors of the shapes of the inputs' gradients."""
     return lambda like: {k: torch.ones_like(like[k]) for k in op.wrt}
 
 
 class _LinuxMeter:
-    """Growth of the peak resident memory since its construction."""
+    """Growth of the process's peak resident memory since the meter was made."""
 
     def __init__(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not look like free room
-        CLEAR.write_text("5")
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would count as resident before the call
+        CLEAR.write_text("5")  # resets VmHWM
         self.before = self._read("VmRSS")
 
     def grown(self) -> int:
@@ -130,6 +143,8 @@ class _LinuxMeter:
 
 
 class _CudaMeter:
+    """Growth of torch's peak of allocated GPU memory since the meter was made."""
+
     def __init__(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,9 +1,11 @@
-"""The ops that are timed: inputs, bytes and FLOPs by formula, the limit of each, and the truth in float64.
+"""The timed ops: inputs, formulas for bytes and FLOPs, the limit of each op, and the true results in float64.
 
-Letters: N tokens = B trajectories x T, V vocabulary, D width, s bytes an entry. A *case* is an op, a shape and a dtype.
+Letters: B trajectories, T tokens of each, N = B x T tokens, V vocabulary, D width, s bytes of an entry. A *case* is an
+op, a shape and a dtype.
 
-FLOPs count a multiplication, an addition, a comparison and an exponential as one each. Bytes are what has to cross the
-memory bus when nothing is kept in a cache, each input read as often as the result demands, each output written once.
+A multiplication, an addition, a comparison and an exponential count as one FLOP each. Bytes count the traffic on the
+memory bus when no cache keeps anything: each input is read as often as the computation needs it, each output is written
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Function = Callable[..., Tensors]
-"""A provider's forward: tensors by name in, tensors by name out."""
+"""A provider's forward: keyword arguments are input tensors, the result maps names to output tensors."""
 
 BETA = 0.5
 
@@ -36,36 +38,36 @@ class Shape(NamedTuple):
         return self.trajectories * self.length
 
     def __str__(self) -> str:
-        parts = [f"N = {self.tokens:,}"] if self.vocabulary else [f"B = {self.trajectories:,}", f"T = {self.length:,}"]
-        parts += [f"D = {self.width:,}"] if self.width else []
-        return ", ".join(parts + ([f"V = {self.vocabulary:,}"] if self.vocabulary else []))
+        sizes = [f"N = {self.tokens:,}"] if self.vocabulary else [f"B = {self.trajectories:,}", f"T = {self.length:,}"]
+        sizes += [f"D = {self.width:,}"] if self.width else []
+        return ", ".join(sizes + ([f"V = {self.vocabulary:,}"] if self.vocabulary else []))
 
 
 @dataclass(frozen=True)
 class Op:
-    """One thing to time."""
+    """One computation to time."""
 
     name: str
     family: str
-    """Which functions of the providers compute it."""
+    """The family of provider functions that compute this op."""
     inputs: Callable[[Shape, torch.dtype, torch.device], Tensors]
     bytes: Callable[[Shape, int], int]
-    """Of (shape, bytes an entry)."""
+    """Memory traffic, from the shape and the bytes of an entry."""
     flops: Callable[[Shape], int]
     formula: str
     """`bytes` and `flops` in words."""
     limit: Callable[[Tensors], Callable[[], object]]
-    """Makes the run that no implementation can do without; its time is the limit."""
+    """From the inputs to a function that does the work no implementation can avoid. Its time is the limit."""
     limit_name: str
     wrt: tuple[str, ...] = ()
-    """The inputs that want a gradient; none: the op is forward only, under no_grad."""
+    """The inputs that get a gradient. If empty, the op is forward only and runs under no_grad."""
     upstream: tuple[str, ...] = ()
-    """The outputs that the gradient comes from, as far as a provider has them."""
+    """The outputs that the backward starts from. A provider may lack some of them."""
     chunk: int = 1 << 30
-    """Rows or trajectories whose truth is computed at a time."""
+    """Rows or trajectories for which `truth` computes float64 results at a time."""
 
     def run(self, function: Function, x: Tensors) -> Tensors:
-        """The outputs of `function`, and as "d <name>" the gradients."""
+        """The outputs of `function`, and the gradients under the names "d <input>"."""
         arguments = {k: t for k, t in x.items() if not k.startswith("d ")}
         if not self.wrt:
             with torch.no_grad():
@@ -78,32 +80,40 @@ class Op:
         return {k: t.detach() for k, t in out.items()} | dict(zip((f"d {k}" for k in leaves), gradients, strict=True))
 
     def truth(self, definition: Function, x: Tensors) -> Tensors:
-        """`run` in float64, some rows or trajectories at a time so that it fits: the last word on every output."""
+        """The true outputs: `run` in float64, `chunk` rows or trajectories at a time so that the results fit in memory.
+
+        Every piece gets the whole weight, and the weight's gradients of all pieces are summed. A loss is a mean over
+        trajectories, so a piece's loss and gradients are divided by the number of pieces.
+        """
         wide = {k: t.double() if t.is_floating_point() else t for k, t in x.items()}
         whole = {"weight"} & wide.keys()
         rows = len(next(t for k, t in wide.items() if k not in whole))
-        parts = -(-rows // self.chunk)
-        if rows % parts:
-            raise ValueError(f"{self.name}: {rows} rows do not divide into {parts} equal parts")
-        pieces = {k: [t] * parts if k in whole else t.chunk(parts) for k, t in wide.items()}
+        count = -(-rows // self.chunk)
+        if rows % count:
+            raise ValueError(f"{self.name}: {rows} rows do not divide into {count} equal pieces")
+        pieces = {k: [t] * count if k in whole else t.chunk(count) for k, t in wide.items()}
         out: dict[str, list[Tensor]] = {}
         total: Tensors = {}
-        for i in range(parts):
+        for i in range(count):
             for k, t in self.run(definition, {k: p[i] for k, p in pieces.items()}).items():
-                mean = t / parts if t.dim() == 0 or (k.startswith("d ") and "loss" in self.upstream) else t
+                mean = t / count if t.dim() == 0 or (k.startswith("d ") and "loss" in self.upstream) else t
                 if t.dim() == 0 or k.removeprefix("d ") in whole:
                     total[k] = total[k] + mean if k in total else mean
                 else:
                     out.setdefault(k, []).append(mean)
-        return total | {k: torch.cat(parts) for k, parts in out.items()}
+        return total | {k: torch.cat(tensors) for k, tensors in out.items()}
 
 
 def error(out: Tensors, truth: Tensors) -> float:
-    """The largest error of any output: of an entry, relative to that output's largest, or of all entries together,
-    relative to their sum (magnitudes in both). Inf for NaN or a wrong shape.
+    """The largest relative error of any output; inf for a NaN, a missing output or a wrong shape.
 
-    The second is for gradients of logits, whose entries at the actions tower over all others: without those others a
-    gradient is off by no more than 1% of its largest entry, and wrong."""
+    The error of one output is the larger of two ratios:
+    - the largest error of an entry, over the largest magnitude of an entry;
+    - the sum of all errors, over the sum of all magnitudes.
+
+    The second ratio is for gradients of logits. Their entries at the actions are far larger than all other entries. A
+    gradient without the other entries is wrong, and its first ratio is still only 1%.
+    """
     if out.keys() != truth.keys():
         return math.inf
     worst = 0.0
@@ -127,7 +137,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def logits_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """logits [N, V] of deviation 2, actions [N], and a random upstream gradient for v and log_prob."""
+    """logits [N, V] with standard deviation 2, actions [N], random upstream gradients of v and log_prob [N]."""
     g = _generator(device)
     logits = torch.empty(shape.tokens, shape.vocabulary, dtype=dtype, device=device).normal_(0, 2, generator=g)
     d_v, d_log_prob = torch.randn(2, shape.tokens, device=device, generator=g)
@@ -136,7 +146,7 @@ def logits_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """hidden [B, T, D], weight [V, D], actions [B, T]; the logits have deviation 2."""
+    """hidden [B, T, D], weight [V, D], actions [B, T]; the logits have standard deviation 2."""
     g = _generator(device)
     deviation = 2 / shape.width**0.5
     hidden = torch.randn(shape.trajectories, shape.length, shape.width, device=device, generator=g).to(dtype)
@@ -146,13 +156,13 @@ def head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def loss_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """`head_inputs`, and returns [B] of a reference near the policy, and rewards [B] of 0 and 1."""
-    value = math.log(shape.vocabulary) + 2  # logsumexp of logits of deviation 2
+    """`head_inputs`, returns [B] of a reference near the policy, and rewards [B] of 0 and 1."""
+    value = math.log(shape.vocabulary) + 2  # logsumexp of logits with standard deviation 2
     return head_inputs(shape, dtype, device) | outcomes(shape, value * (1 - shape.length), device)
 
 
 def values_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """q, v, log_prob [B, T], and returns and rewards [B], in float32 as every backend hands them over."""
+    """q, v, log_prob [B, T], returns [B] and rewards [B]. All are float32, as backends return values."""
     q = torch.randn(shape.trajectories, shape.length, device=device, generator=_generator(device))
     v = 12 + q / 4
     return {"q": q, "v": v, "log_prob": q - v} | outcomes(shape, 12.0 * (1 - shape.length), device)
@@ -169,7 +179,7 @@ def outcomes(shape: Shape, returns: float, device: torch.device) -> Tensors:
 
 
 def read(x: Tensor) -> Callable[[], object]:
-    """One streaming read: torch adds float32, bf16 and fp16 as fast as the memory gives them."""
+    """One streaming read of x: torch sums float32, bf16 and fp16 at the speed of memory."""
     return lambda: x.sum()
 
 
@@ -179,7 +189,10 @@ def read_twice_write_once(x: Tensor) -> Callable[[], object]:
 
 
 def matmuls(x: Tensors, backward: bool) -> Callable[[], object]:
-    """logits = hidden @ weight.T and, backward, dhidden = g @ weight and dweight = g.T @ hidden, into ready memory."""
+    """logits = hidden @ weight.T; with `backward` also dhidden = g @ weight and dweight = g.T @ hidden.
+
+    The outputs are allocated beforehand.
+    """
     hidden, weight = x["hidden"].flatten(0, 1), x["weight"]
     logits = hidden.new_empty(len(hidden), len(weight))
     if not backward:
@@ -202,9 +215,9 @@ OPS = {
             "token_values forward",
             "token_values",
             logits_inputs,
-            # logits once, actions; q, v, log_prob
+            # read the logits once and the actions; write q, v and log_prob
             bytes=lambda n, s: n.tokens * n.vocabulary * s + n.tokens * (8 + 3 * 4),
-            # an entry: compare with the maximum, subtract it, exponentiate, add
+            # for each entry: compare with the maximum, subtract the maximum, exponentiate, add
             flops=lambda n: 4 * n.tokens * n.vocabulary,
             formula="bytes N V s + 20 N; FLOPs 4 N V",
             limit=lambda x: read(x["logits"]),
@@ -215,7 +228,7 @@ OPS = {
             "token_values forward+backward",
             "token_values",
             logits_inputs,
-            # two reads and a write of N V; a token: actions twice, 3 outputs, 2 upstream gradients, 2 statistics
+            # N V entries: two reads and a write. A token: action twice, 3 outputs, 2 upstream gradients, 2 statistics
             bytes=lambda n, s: 3 * n.tokens * n.vocabulary * s + n.tokens * (2 * 8 + 7 * 4),
             # forward 4; backward: subtract, exponentiate, multiply twice
             flops=lambda n: 8 * n.tokens * n.vocabulary,
@@ -231,7 +244,7 @@ OPS = {
             "linear_token_values",
             head_inputs,
             bytes=lambda n, s: (n.tokens + n.vocabulary) * n.width * s + n.tokens * (8 + 3 * 4),
-            # one matmul, and 4 an entry of the logits
+            # one matmul, and 4 for each entry of the logits
             flops=lambda n: 2 * n.tokens * n.vocabulary * n.width + 4 * n.tokens * n.vocabulary,
             formula="bytes (N + V) D s + 20 N; FLOPs 2 N V D + 4 N V",
             limit=lambda x: matmuls(x, backward=False),
@@ -242,9 +255,9 @@ OPS = {
             "linear_reval_loss forward+backward",
             "linear_reval_loss",
             loss_inputs,
-            # hidden and weight read, their gradients written, once each
+            # read hidden and weight once, write their gradients once
             bytes=lambda n, s: 2 * (n.tokens + n.vocabulary) * n.width * s + n.tokens * 8,
-            # three matmuls (an implementation that drops the logits does a fourth), and 8 an entry of the logits
+            # three matmuls, and 8 for each entry of the logits. An implementation that drops the logits does a fourth.
             flops=lambda n: 6 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
             formula="bytes 2 (N + V) D s + 8 N; FLOPs 6 N V D + 8 N V",
             limit=lambda x: matmuls(x, backward=True),
@@ -257,7 +270,7 @@ OPS = {
             "bellman_loss forward+backward",
             "bellman_loss",
             values_inputs,
-            # log_prob read, dlog_prob and dv written; v of the first token alone
+            # read log_prob, write dlog_prob and dv; v is read at first tokens only, which is not counted
             bytes=lambda n, s: 3 * n.tokens * 4,
             flops=lambda n: n.tokens,
             formula="bytes 12 N (always fp32); FLOPs N",

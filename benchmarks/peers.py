@@ -1,6 +1,8 @@
-"""What other libraries offer for the same work, called as their documentation says. None of them returns V.
+"""Functions of other libraries for the same work, called as their documentation says. None of them returns V.
 
-Most compute less than ours; `computes` in each row of the results says what.
+Most of these functions compute less than ours. The column `computes` of the results names the outputs of each.
+
+Letters: N tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from .providers import Provider, wide
 
 
 def needs(module: str, *names: str, device: str = "") -> Callable[[str], str | None]:
-    """A `Provider.missing` for names of a module that only run on `device`."""
+    """A `Provider.missing` function: checks the device type, the module's import and the names in the module."""
 
     def missing(here: str) -> str | None:
         if device and here != device:
             return f"its kernels need a GPU, this is the {here}"
         try:
             found = importlib.import_module(module)
-        except Exception as error:  # a peer may fail to import in any way, and that is the answer
+        except Exception as error:  # an import may fail with any exception, and the exception is the reason
             return f"{module} does not import: {type(error).__name__}: {error}; see pip install reval[bench]"
         absent = [name for name in names if not hasattr(found, name)]
         return f"{module} has no {', '.join(absent)} in this version" if absent else None
@@ -33,7 +35,7 @@ def needs(module: str, *names: str, device: str = "") -> Callable[[str], str | N
 
 
 def by_token(loss: Callable[..., Tensor]) -> Function:
-    """From a cross entropy per token of (hidden [N, D], weight, actions [N]) to log_prob."""
+    """A provider function for log_prob, from a cross entropy per token of (hidden [N, D], weight, actions [N])."""
 
     def run(hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensors:
         return {"log_prob": -loss(hidden.flatten(0, 1), weight, actions.flatten(), reduction="none").view_as(actions)}
@@ -42,7 +44,7 @@ def by_token(loss: Callable[..., Tensor]) -> Function:
 
 
 def mean(loss: Callable[..., Tensor]) -> Function:
-    """The same loss, averaged over the tokens."""
+    """A provider function for the mean cross entropy of the tokens, from the same kind of loss."""
 
     def run(hidden: Tensor, weight: Tensor, actions: Tensor, returns: Tensor, rewards: Tensor) -> Tensors:
         return {"loss": loss(hidden.flatten(0, 1), weight, actions.flatten(), reduction="mean")}
@@ -58,7 +60,7 @@ def torch_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) 
 
 
 def torch_chunked_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
-    """torch picks the chunks and the accumulation by device and dtype."""
+    """With options, torch chooses chunks and accumulation by device and dtype."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, weight, actions, reduction=reduction, options=options)
 
@@ -79,7 +81,7 @@ def liger_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) 
 
 
 def trl_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
-    """As TRL's trainers call it: vocabulary chunks of 32,768 and no optional output."""
+    """TRL's function with its trainers' arguments: vocabulary chunks of 32,768 and no optional output."""
     from trl.kernels import ChunkedLogProbFunction
 
     log_prob = ChunkedLogProbFunction.apply(hidden, weight, None, actions, 1.0, 32768, None, 1.0, ())[0]
@@ -96,7 +98,7 @@ def trl_token_values(logits: Tensor, actions: Tensor) -> Tensors:
 
 
 def log_softmax_token_values(logits: Tensor, actions: Tensor) -> Tensors:
-    """Plain PyTorch written otherwise: faster in eager mode, where "torch eager" is what most people write."""
+    """Plain PyTorch with log_softmax. In eager mode it is faster than "torch eager", the more common code."""
     z, own = wide(logits), actions[..., None]
     q, log_prob = z.gather(-1, own)[..., 0], F.log_softmax(z, -1).gather(-1, own)[..., 0]
     return {"q": q, "v": q - log_prob, "log_prob": log_prob}
@@ -127,7 +129,7 @@ PEERS = [
     *linear("F.linear_cross_entropy", torch_loss, TORCH),
     *linear("F.linear_cross_entropy options", torch_chunked_loss, TORCH),
     *linear("cut-cross-entropy", cce_loss(impl="cce"), CCE_GPU),
-    # by default it drops small gradients
+    # without filter_eps=None, cut-cross-entropy drops small gradients
     *linear("cut-cross-entropy unfiltered", cce_loss(impl="cce", filter_eps=None), CCE_GPU),
     *linear("cut-cross-entropy torch_compile", cce_loss(impl="torch_compile"), CCE, compiled=True),
     *linear("Liger", liger_loss, LIGER),

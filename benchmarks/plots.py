@@ -1,4 +1,4 @@
-"""Two pictures of a run: each case's times over its limit, and time and memory as N and V grow."""
+"""Two plots of a run: the times of each case over its limit; time and memory against tokens N and vocabulary V."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .timing import summary  # noqa: E402
 
 
 def save_bars(path: Path, rows: list[Row]) -> Path:
-    """One panel a case: the median over that of the limit, on a logarithmic axis, with the quartiles."""
+    """One panel for each case: each provider's median over the limit's, with quartiles, on a logarithmic axis."""
     panels: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         if row.status == "timed" and not row.curve:
@@ -52,7 +52,7 @@ def save_bars(path: Path, rows: list[Row]) -> Path:
 
 
 def save_curves(path: Path, rows: list[Row]) -> Path:
-    """Time above, memory below; one column for each op and axis."""
+    """Time in the upper row, memory in the lower row; one column for each op, dtype and axis."""
     columns: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row.status == "timed" and row.curve:

@@ -1,7 +1,7 @@
-"""Who computes an op: plain PyTorch, eager and compiled; our backends and the definition; the peers (peers.py).
+"""The implementations of the ops: our backends, the definition, plain PyTorch (eager and compiled), peers (peers.py).
 
 A provider's function takes the op's inputs by name and returns its outputs by name; `Op.run` adds the backward.
-`computes` says what comes out, and the provider is checked against the float64 definition of just that.
+`computes` names the outputs. The check compares a provider with the float64 definition of these outputs only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FAMILIES = {
     "linear_reval_loss": "ReVal loss",
     "bellman_loss": "Bellman loss",
 }
-"""The families of functions, and what ours computes in each."""
+"""The families of functions, and the key of COMPUTES for our function in each family."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Provider:
     family: str
     computes: str
     load: Callable[[], Function]
-    """Makes the function: imports what it needs, and compiles if it is compiled."""
+    """Returns the function. All imports of the provider, and torch.compile, happen here."""
     missing: Callable[[str], str | None] = lambda device: None
-    """Why it cannot run on this device type; None when it can."""
+    """From a device type to the reason why the provider cannot run there; None if it can."""
     compiled: bool = False
     overwrites: str = ""
-    """The input that it destroys: it is given a copy, made outside the time taken."""
+    """Name of the input that the provider overwrites. The provider gets a copy, made outside the timed part."""
 
 
-# --- plain PyTorch: what one writes by hand; its error is the yardstick ----------------------------------------------
+# --- plain PyTorch, as written by hand; its error is the yardstick ---------------------------------------------------
 
 
 def wide(x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def eager_token_values(logits: Tensor, actions: Tensor) -> Tensors:
 
 
 def eager_linear_token_values(hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensors:
-    """The logits are in the inputs' dtype, as a model's head makes them."""
+    """The logits have the inputs' dtype, as the logits of a model's head do."""
     return eager_token_values(hidden @ weight.T, actions)
 
 
@@ -104,7 +104,7 @@ def no_compiler(device: str) -> str | None:
 
 
 def library_function(library: ModuleType, family: str, **options) -> Function:
-    """The public function of this name in reval_kernels or in reval_kernels.reference."""
+    """The public function named `family` of `library`, which is reval_kernels or reval_kernels.reference."""
 
     def run(**x) -> Tensors:
         if "returns" in x:
@@ -129,8 +129,8 @@ def backend_missing(backend: str, device: str) -> str | None:
 
 
 def providers(family: str) -> list[Provider]:
-    """All of a family, ours first; those that cannot run here included."""
-    from .peers import PEERS  # it needs Provider from here
+    """All providers of a family, ours first. The list includes providers that cannot run on this machine."""
+    from .peers import PEERS  # imported here because peers.py imports Provider from this file
 
     computes, eager = FAMILIES[family], EAGER[family]
     ours = [
@@ -159,7 +159,7 @@ def providers(family: str) -> list[Provider]:
 
 
 def definition(family: str, computes: str) -> tuple[Function, Function]:
-    """What is right when run in float64, and plain PyTorch's way to it, whose error is the yardstick."""
+    """Two functions: the definition (the truth, in float64) and plain PyTorch (the yardstick for errors)."""
     if computes == "cross entropy":
         return eager_cross_entropy, eager_cross_entropy
     truth, plain = library_function(reference, family), EAGER[family]

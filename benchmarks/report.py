@@ -1,4 +1,4 @@
-"""The results as JSON, as a Markdown page and as plots, stamped with where and when they come from."""
+"""Writes the results as JSON, as a Markdown page and as plots, stamped with machine, versions and date."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "tr
 
 
 def stamp(device: torch.device) -> dict[str, object]:
-    """Processor, versions, commit, date: what a number means nothing without."""
+    """The facts that a measurement depends on: processor, threads, load, versions, commit, date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": processor(),
@@ -44,7 +44,7 @@ def stamp(device: torch.device) -> dict[str, object]:
 
 
 def processor() -> str:
-    """The processor's model; the operating system's word for it where Linux does not say."""
+    """The processor's model from /proc/cpuinfo; otherwise Python's `platform` name for it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
@@ -70,20 +70,20 @@ def _version(name: str) -> str | None:
 
 
 def file_name(where: dict[str, object]) -> str:
-    """One name per device: amd-epyc-avx512-2-threads, nvidia-h100-80gb-hbm3."""
+    """One file name for each device, for example amd-epyc-avx512-2-threads or nvidia-h100-80gb-hbm3."""
     words = [where[k] for k in ("processor", "instructions", "threads")] if where["device"] == "cpu" else ()
     name = " ".join(map(str, words)) + " threads" if words else str(where["device"])
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write(folder: Path, where: dict[str, object], rows: list[Row], interrupted: bool) -> list[Path]:
-    """<device>.json, <device>.md and its plots; returns their paths."""
+    """Write <device>.json, <device>.md and the plots. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     name = file_name(where)
     held = bars(rows) if where["device"] == "cpu" else []
     data, page = folder / f"{name}.json", folder / f"{name}.md"
-    parts = {"stamp": [where], "bars": [asdict(bar) for bar in held], "rows": [row.as_json() for row in rows]}
-    data.write_text(_json(parts | {"interrupted": [interrupted]}))
+    sections = {"stamp": [where], "bars": [asdict(bar) for bar in held], "rows": [row.as_json() for row in rows]}
+    data.write_text(_json(sections | {"interrupted": [interrupted]}))
     images = []
     if any(r.status == "timed" and not r.curve for r in rows):
         images.append(save_bars(folder / f"{name}-times.png", rows))
@@ -93,9 +93,9 @@ def write(folder: Path, where: dict[str, object], rows: list[Row], interrupted: 
     return [data, page, *images]
 
 
-def _json(parts: dict[str, list]) -> str:
-    """An object of lists, one entry a line, which is what git shows differences of."""
-    lists = (f'"{k}": [\n' + ",\n".join(json.dumps(entry) for entry in v) + "\n]" for k, v in parts.items())
+def _json(sections: dict[str, list]) -> str:
+    """An object of lists with one entry on each line, so that git shows differences entry by entry."""
+    lists = (f'"{k}": [\n' + ",\n".join(json.dumps(entry) for entry in v) + "\n]" for k, v in sections.items())
     return "{" + ",\n".join(lists) + "}\n"
 
 
@@ -139,7 +139,7 @@ def bar_table(held: list[Bar]) -> Iterator[str]:
 
 
 def case_table(rows: list[Row]) -> Iterator[str]:
-    """What was timed, fastest first; then what was not, and why."""
+    """The timed providers, fastest first; then the other providers, each with the reason."""
     timed = [r for r in rows if r.status == "timed"]
     timed.sort(key=lambda r: (r.provider != LIMIT, summary(r.seconds)["median"]))
     if timed:

@@ -1,4 +1,4 @@
-"""Which cases are run, and how one is: check against float64, take times in turns, measure memory."""
+"""How a case runs: check every provider against float64, take times in turns, measure memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .providers import COMPUTES, FAMILIES, Provider, definition, providers
 from .timing import clock_for, interleave, summary, turns
 
 SLACK = 10.0
-"""A provider's error may be this many times plain PyTorch's in the same dtype, plus one unit in the last place of its
-coarsest output. Wide enough for another order of sums, and far below what a wrong formula does."""
+"""Factor of the error bound: SLACK times plain PyTorch's error in the same dtype, plus one unit in the last place of
+the coarsest output. Another order of summation stays within the bound; a wrong formula is far above it."""
 LIMIT = "limit"
-"""The name under which the limit of a case stands among its rows."""
+"""The provider name of a case's limit in the rows."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Case:
     shape: Shape
     dtype: torch.dtype
     curve: str = ""
-    """The axis of the scaling curve that it is a point of: "N" or "V"; "" in the tables."""
+    """The axis of a scaling curve if the case is a point of one: "N" (tokens) or "V" (vocabulary). "" for a table."""
     only: tuple[str, ...] = ()
-    """The providers that are timed; none named: all."""
+    """The providers to time. Empty: all providers."""
     memory: tuple[str, ...] = ()
-    """The providers whose memory is measured however long it takes."""
+    """The providers whose memory is always measured."""
     others: bool = True
-    """Whether that of the others is measured too, of those whose calls do not try one's patience."""
+    """Whether to measure the memory of the other providers too, if a call takes at most `Settings.patience` seconds."""
 
     def __str__(self) -> str:
         return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {self.shape}"
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What is known about a provider in a case."""
+    """The results of one provider in one case."""
 
     op: str
     dtype: str
@@ -54,9 +54,9 @@ class Row:
     """Either "timed" or why not: missing, wrong, failed, too slow, not timed, not measured (interrupted)."""
     reason: str = ""
     error: float | None = None
-    """That of `ops.error`."""
+    """`ops.error` of the provider's first call."""
     torch_error: float | None = None
-    """Plain PyTorch's error at the same thing in the same dtype."""
+    """`ops.error` of plain PyTorch for the same outputs in the same dtype."""
     seconds: list[float] = field(default_factory=list)
     memory: int | None = None
     """Bytes beyond inputs and outputs."""
@@ -70,30 +70,33 @@ class Row:
 
 @dataclass
 class Settings:
-    """How long things may take, in seconds."""
+    """The device and the limits on time. Times are in seconds."""
 
     device: torch.device
     budget: float = 3.0
-    """For the calls of one provider in one case; a fifth of it at a point of a curve."""
+    """For all calls of one provider in one case. A point of a curve gets a fifth of the budget."""
     least: int = 5
+    """The smallest number of timed calls."""
     most: int = 25
+    """The largest number of timed calls."""
     patience: float = 8.0
     """A call longer than this is timed once."""
     give_up: float = 30.0
-    """A peer's call expected to be longer than this is not made."""
+    """A peer's call is not made if it is expected to take longer than this."""
     memory: bool = True
+    """Whether to measure memory."""
 
 
 @dataclass
 class Runner:
-    """A provider that was right, ready to be timed."""
+    """A provider with correct results, ready to be timed."""
 
     name: str
     call: Callable[[], object]
     first: float
-    """Seconds of a call before the clock counts."""
+    """Seconds of a call made before the timed calls."""
     prepare: Callable[[], object] | None = None
-    """What comes before every call, outside its time."""
+    """Runs before every call, outside the timed part."""
 
 
 class Suite:
@@ -104,10 +107,10 @@ class Suite:
         self.clock = clock_for(settings.device)
         self.rows: list[Row] = []
         self.took: dict[tuple[str, str, str], tuple[float, Case]] = {}
-        """(op, dtype, provider) -> median and case, of those that were right and timed in this run."""
+        """(op, dtype, provider) -> median seconds and case, for every provider timed in this run."""
 
     def run(self, case: Case, chosen: Iterable[Provider] | None = None) -> list[Row]:
-        """Time every provider of the case, or the chosen ones. Its rows are in `self.rows` even after Ctrl-C."""
+        """Time every provider of the case, or the chosen providers. After Ctrl-C too, the rows are in `self.rows`."""
         op = OPS[case.op]
         chosen = providers(op.family) if chosen is None else chosen
         chosen = [p for p in chosen if not case.curve or p.name in case.only]
@@ -119,7 +122,7 @@ class Suite:
         try:
             if able:
                 self._run(case, op, able, rows)
-        except Exception as failure:  # of the inputs, the truth or the limit: no memory, say. The next case may fit
+        except Exception as failure:  # inputs, truth or limit failed, for example for memory; the next case may fit
             for row in rows.values():
                 if row.status == "not measured":
                     row.status, row.reason = "failed", brief(failure)
@@ -128,7 +131,7 @@ class Suite:
 
     def _run(self, case: Case, op: Op, able: list[Provider], rows: dict[str, Row]) -> None:
         if not case.curve:
-            torch.compiler.reset()  # or earlier cases would use up what torch.compile keeps of a function
+            torch.compiler.reset()  # earlier cases count against torch.compile's limit of versions of a function
         x = op.inputs(case.shape, case.dtype, self.settings.device)
         runners = self._first_calls(case, op, able, x, rows)
         self._time([self._limit(op, x), *runners], rows, self.settings.budget / (5 if case.curve else 1))
@@ -137,9 +140,12 @@ class Suite:
                 self.took[case.op, row.dtype, row.provider] = (summary(row.seconds)["median"], case)
 
     def measure_memory(self, case: Case, rows: list[Row]) -> None:
-        """Of every row that was timed; the limit's row gets what making the outputs alone shows, the method's error."""
+        """Measure the memory of every timed row.
+
+        The limit's row gets the result of the control child, which only makes the outputs: the error of the method.
+        """
         if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()  # the children need what this process keeps for later
+            torch.cuda.empty_cache()  # the children need the memory that this process caches
         for row in [row for row in rows if row.status == "timed" and self.settings.memory]:
             name = memory.CONTROL if row.provider == LIMIT else row.provider
             try:
@@ -167,7 +173,10 @@ class Suite:
         )
 
     def _able(self, case: Case, provider: Provider, row: Row) -> bool:
-        """Whether it can run here, peers in reasonable time; if not, its row says why."""
+        """Whether to run the provider in this case. If not, its row gets the reason.
+
+        A peer must be expected to finish a call within `Settings.give_up`; our providers always run.
+        """
         known = self.took.get((case.op, row.dtype, provider.name))
         if reason := provider.missing(self.settings.device.type):
             row.status, row.reason = "missing", reason
@@ -184,9 +193,10 @@ class Suite:
         return row.status == "not measured"
 
     def _first_calls(self, case: Case, op: Op, able: list[Provider], x: Tensors, rows: dict[str, Row]) -> list[Runner]:
-        """Call every provider once and compare with float64.
+        """Call every provider once and compare its outputs with float64.
 
-        Points of a curve were compared in their table, and peers in the table of a smaller shape: the truth takes long.
+        The truth takes long, so two comparisons are skipped: a point of a curve (the table of the op has compared the
+        provider), and peers that were all timed in this run at another shape.
         """
         runners = []
         for computes in dict.fromkeys(p.computes for p in able):
@@ -202,7 +212,7 @@ class Suite:
                 row, made = rows[provider.name], eager if provider.name == "torch eager" else None
                 try:
                     runner = self._first_call(op, provider, x, row, truth, yardstick, made)
-                except Exception as failure:  # a peer may fail in any way, and the others go on
+                except Exception as failure:  # a peer may raise any exception; the other providers continue
                     row.status, row.reason = "failed", brief(failure)
                 else:
                     runners += [runner] if row.status != "wrong" else []
@@ -219,7 +229,10 @@ class Suite:
         yardstick: float,
         made: tuple[float, Tensors] | None,
     ) -> Runner:
-        """`made`: the seconds and the outputs of this call where the yardstick was it."""
+        """Call the provider, judge the outputs, and time another call if the first was not representative.
+
+        `made` holds seconds and outputs of the first call if the yardstick has made the call already ("torch eager").
+        """
         function, own, prepare = provider.load(), x, None
         if name := provider.overwrites:
             own = x | {name: x[name].clone()}
@@ -232,7 +245,7 @@ class Suite:
         if truth is not None:
             judge(row, out, truth, yardstick)
         del out
-        if row.status != "wrong" and (provider.compiled or seconds < 1):  # the first call compiled, or loaded something
+        if row.status != "wrong" and (provider.compiled or seconds < 1):  # the first call compiled or loaded code
             if prepare:
                 prepare()
             seconds = min(seconds, self.clock.seconds(call)[0])
@@ -249,7 +262,7 @@ class Suite:
         s = self.settings
         times = turns({r.name: r.first for r in runners}, budget, s.least, s.most)
         for r in runners:
-            if r.first > s.patience:  # that call was the one
+            if r.first > s.patience:  # a slow call is not repeated
                 rows[r.name].seconds.append(r.first)
                 times[r.name] = 0
         try:
@@ -264,7 +277,7 @@ class Suite:
                 reason = f"after {len(rows[name].seconds)} timed calls: {brief(failure)}"
                 rows[name].status, rows[name].reason = "failed", reason
                 rows[name].seconds.clear()
-        finally:  # after Ctrl-C too
+        finally:  # also after Ctrl-C
             for row in rows.values():
                 row.status = "timed" if row.seconds else row.status
 
@@ -274,7 +287,7 @@ def brief(failure: Exception) -> str:
 
 
 def judge(row: Row, out: Tensors, truth: Tensors, yardstick: float) -> None:
-    """Mark the row as wrong if the error is more than `SLACK` allows."""
+    """Record the errors in the row, and mark the row as wrong if the error exceeds the bound that SLACK describes."""
     coarsest = max(torch.finfo(t.dtype).eps for t in out.values())
     bound = SLACK * yardstick + coarsest
     row.error, row.torch_error = error(out, truth), yardstick

@@ -1,9 +1,9 @@
-"""One op by one provider at a time, under pytest-benchmark: for comparing commits while working on a kernel.
+"""Times one op of one provider at a time under pytest-benchmark, to compare commits during work on a kernel.
 
     python -m pytest benchmarks/test_single_ops.py -k "cpu and bellman"
     python -m pytest benchmarks/test_single_ops.py --benchmark-autosave, and later --benchmark-compare
 
-`make bench` is what results come from: its providers take turns, here they follow one another.
+Published results come from `make bench`. There the providers take turns; here one provider runs after another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_single_op(benchmark, case: Case, provider: Provider):
     if reason := provider.missing(DEVICE.type):
         pytest.skip(reason)
     op = OPS[case.op]
-    small = op.inputs(case.shape._replace(length=2), case.dtype, DEVICE)  # what is wrong is not timed
+    small = op.inputs(case.shape._replace(length=2), case.dtype, DEVICE)  # check before timing
     right, plain = definition(op.family, provider.computes)
     truth, function = op.truth(right, small), provider.load()
     row = Row(case.op, str(case.dtype), {}, "", provider.name, provider.computes)

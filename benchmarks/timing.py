@@ -1,5 +1,7 @@
-"""Times taken in turns: the calls of each provider are spread evenly over the rounds, in an order that changes, so that
-all see the same machine."""
+"""Times taken in turns: each provider's calls are spread evenly over the rounds, and the order changes every round.
+
+So every provider meets the same state of the machine.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ Call = Callable[[], object]
 
 
 class CpuClock:
-    """Wall time of a call on the CPU. Its result is freed after the clock has stopped."""
+    """Wall time of a call on the CPU. The call's result is freed after the clock has stopped."""
 
     def seconds(self, call: Callable[[], T]) -> tuple[float, T]:
         start = time.perf_counter()
@@ -25,7 +27,10 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events on the GPU, with an L2 cache that holds nothing of the inputs."""
+    """Time between two events on the GPU.
+
+    Before the first event, a write of twice the L2 cache's size removes the inputs from the cache.
+    """
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -46,9 +51,10 @@ def clock_for(device: torch.device) -> CpuClock | CudaClock:
 
 
 def turns(first: dict[str, float], budget: float, least: int, most: int) -> dict[str, int]:
-    """How often each is timed: `budget` seconds' worth, but at least `least` and at most `most` times.
+    """The number of timed calls for each name: as many as fit in `budget` seconds, but from `least` to `most`.
 
-    `first` holds the seconds of a first call of each.
+    `first` holds the seconds of the first call for each name. Example: with budget 5, least 3 and most 25, a call of
+    0.5 s gets 10 turns and a call of 9 s gets 3.
     """
     return {name: max(least, min(most, int(budget / max(seconds, 1e-9)))) for name, seconds in first.items()}
 
@@ -61,10 +67,10 @@ def interleave(
     prepare: dict[str, Call] | None = None,
     seed: int = 0,
 ) -> dict[str, Exception]:
-    """Call each `turns[name]` times, spread evenly over the rounds, and append its seconds to `samples[name]`.
+    """Call each function `turns[name]` times, spread evenly over the rounds; append the seconds to `samples[name]`.
 
-    `prepare` runs before a call and outside its time. Returns the exceptions of those that raised one, whose turns end
-    with it. What was measured before Ctrl-C stays in `samples`.
+    `prepare[name]` runs before each call of `name`, outside the timed part. A call that raises ends the turns of its
+    name. Returns these exceptions by name. After Ctrl-C, `samples` keeps the measurements made so far.
     """
     order, failures = random.Random(seed), {}
     rounds = max(turns.values(), default=0)
@@ -76,15 +82,15 @@ def interleave(
                 if prepare and name in prepare:
                     prepare[name]()
                 seconds, out = clock.seconds(calls[name])
-            except Exception as failure:  # a peer may fail in any way at any time, and the others go on
+            except Exception as failure:  # a peer may raise any exception; the other providers continue
                 failures[name] = failure
                 continue
-            del out  # before the next one asks for memory
+            del out  # free the result before the next call allocates
             samples[name].append(seconds)
     return failures
 
 
 def summary(seconds: list[float]) -> dict[str, float | int]:
-    """Median, quartiles and number of samples; of a single sample, itself thrice."""
+    """Median, quartiles and number of samples. A single sample is its own median and quartiles."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median": middle, "q1": low, "q3": high, "runs": len(seconds)}
