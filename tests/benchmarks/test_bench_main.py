@@ -1,4 +1,4 @@
-"""The command, on the smallest shapes and with the providers that need no compiling."""
+"""The command `python -m benchmarks`, on the smallest shapes and with providers that need no compilation."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_a_quick_run_writes_data_page_and_plots(tmp_path, capsys):
     rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
     assert {r["provider"] for r in rows if r["status"] == "timed"} == {"limit", "portable", "torch eager"}
     assert len({r["op"] for r in rows}) == 5 and {r["curve"] for r in rows} == {"", "N", "V"}
-    assert "not measured" in capsys.readouterr().out  # the bars want other shapes
+    assert "not measured" in capsys.readouterr().out  # the bars need larger shapes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Memory beyond inputs and outputs, in children that run one call each."""
+"""Memory beyond inputs and outputs, measured in child processes that make one call each."""
 
 import os
 
@@ -20,16 +20,16 @@ def beyond(provider, shape=SHAPE):
 
 
 def test_outputs_alone_are_nothing_and_eager_keeps_copies_of_the_logits():
-    """Eager exponentiates into a new tensor of the logits' size, if not into two; 1 MiB is what Linux may be off by."""
+    """Eager PyTorch stores exp(logits) in one or two new tensors of their size. Linux's count may be 1 MiB off."""
     assert abs(beyond(CONTROL)) < 1 << 20
     assert beyond("torch eager") > LOGITS - (1 << 20)
 
 
 def test_a_peak_holds_nothing_that_was_freed(monkeypatch):
-    """The portable backend's pieces take 15 MiB. With what glibc keeps of freed ones it came to 41 to 111."""
+    """The portable backend's chunks take 15 MiB. When glibc kept freed chunks, the peak was 41 to 111 MiB."""
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     assert beyond("portable", Shape(8, 16, 151_936)) < 24 << 20
-    assert os.environ["MALLOC_MMAP_MAX_"] == "0"  # as it was
+    assert os.environ["MALLOC_MMAP_MAX_"] == "0"  # the environment is restored
 
 
 def test_a_child_that_fails_says_why():

@@ -1,4 +1,7 @@
-"""Formulas and truths of the benchmarked ops, at shapes small enough to count by hand."""
+"""Formulas and true results of the benchmarked ops, at shapes small enough to count by hand.
+
+Letters: B trajectories, T tokens of each, N = B x T, V vocabulary, D width.
+"""
 
 import math
 
@@ -30,7 +33,7 @@ def test_formulas_by_hand():
     ("name", "expected"), [("linear_token_values forward", 2), ("linear_reval_loss forward+backward", 6)]
 )
 def test_the_limit_of_a_head_is_its_matmuls(name, expected):
-    """torch counts 2 N V D a matmul: one forward, three with the backward."""
+    """torch counts 2 N V D FLOPs for a matmul. The forward has one matmul, forward and backward have three."""
     op = OPS[name]
     run = op.limit(op.inputs(SHAPE, torch.float32, CPU))
     with FlopCounterMode(display=False) as counter:
@@ -45,13 +48,13 @@ def test_the_limit_of_rows_reads_every_entry(dtype):
 
 @pytest.mark.parametrize("name", OPS)
 def test_truth_in_parts_is_truth_at_once(name):
-    """The truth is computed some rows or trajectories at a time; in one piece it is the same."""
+    """`truth` works on some rows or trajectories at a time. The result equals one run over all of them."""
     op = OPS[name]
-    x = op.inputs(Shape(128, 2, 10, 4), torch.float32, CPU)  # rows come in chunks of 64, heads by trajectory
+    x = op.inputs(Shape(128, 2, 10, 4), torch.float32, CPU)  # chunks of 64 rows; heads one trajectory at a time
     right, _ = definition(op.family, "token values" if "token" in op.family else "")
     wide = {k: t.double() if t.is_floating_point() else t for k, t in x.items()}
-    whole, parts = op.run(right, wide), op.truth(right, x)
-    assert whole.keys() == parts.keys() and error(parts, whole) < 1e-12
+    whole, chunked = op.run(right, wide), op.truth(right, x)
+    assert whole.keys() == chunked.keys() and error(chunked, whole) < 1e-12
     assert {f"d {k}" for k in op.wrt} <= whole.keys()
 
 
@@ -66,7 +69,7 @@ def test_plain_pytorch_is_right_in_every_family():
 def test_error_is_relative_to_the_largest_entry_or_to_all_and_never_hides_a_hole():
     truth = {"q": torch.tensor([1.0, -4.0], dtype=torch.float64)}
     assert error({"q": torch.tensor([2.0, -4.0])}, truth) == 0.25
-    assert error({"q": torch.tensor([2.0, -4.5])}, truth) == 0.3  # 1 of 4; 1.5 of 5
+    assert error({"q": torch.tensor([2.0, -4.5])}, truth) == 0.3  # entry: 1 of 4; sums: 1.5 of 5
     assert error({"q": torch.tensor([math.nan, -4.0])}, truth) == math.inf
     assert error({"q": torch.tensor([1.0])}, truth) == math.inf
     assert error({"v": torch.tensor([1.0, -4.0])}, truth) == math.inf

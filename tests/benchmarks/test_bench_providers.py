@@ -1,4 +1,4 @@
-"""Who is there: names, families and reasons."""
+"""The list of providers: names, families, and reasons why a provider cannot run."""
 
 from benchmarks.peers import needs
 from benchmarks.providers import COMPUTES, FAMILIES, backend_missing, providers

@@ -1,4 +1,4 @@
-"""The page, the data and the bars, from rows made by hand."""
+"""The Markdown page, the JSON data and the bars, from rows written by hand."""
 
 import json
 
@@ -28,7 +28,7 @@ def rows():
         row(loss, "cpu", [13.0], HEAD, memory=3),
         row(loss, "torch eager", [20.0], HEAD, memory=200),
         row(loss, "F.linear_cross_entropy", [12.5], HEAD),
-        row(loss, "TRL fused head", [1.0], HEAD),  # not one of those that the bar names
+        row(loss, "TRL fused head", [1.0], HEAD),  # the bar does not name this provider
     ]
 
 

@@ -1,4 +1,4 @@
-"""How a case is run: who is timed, who is refused, and who is listed with a reason."""
+"""How a case runs: which providers are timed, which are refused, and which are listed with a reason."""
 
 import pytest
 import torch
@@ -50,7 +50,11 @@ def test_a_wrong_gradient_is_noticed(suite):
 
 
 def test_a_gradient_without_its_softmax_is_noticed(suite):
-    """In bf16 at a large vocabulary that part is far below the error allowed of the largest entry, the action's."""
+    """The ratio of sums in `ops.error` must find it.
+
+    The largest entry of the gradient is the action's. In bf16 and at a large vocabulary, the softmax part of the
+    gradient is far below the error that is allowed for this entry.
+    """
 
     def of_the_action_alone(logits, actions):
         z = logits.clone()
@@ -135,7 +139,7 @@ def test_a_call_that_would_take_too_long_is_not_made(suite):
         suite.took[CASE.op, "float32", name] = (20.0, CASE)  # half the size
     peer = Provider("slow", "token_values", "log_prob", lambda: eager_token_values)
     rows = run(suite, peer, provider("ours", eager_token_values), case=case)
-    assert rows["ours"].status == "timed"  # whatever it takes
+    assert rows["ours"].status == "timed"  # our providers are always timed
     assert rows["slow"].status == "too slow" and "20.0 s at N = 4, V = 50, so about 40 s" in rows["slow"].reason
 
 
@@ -173,7 +177,7 @@ def test_memory_is_measured_of_whom_the_case_names_and_of_others_who_are_fast(su
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_provider_that_can_run_here_is_right(suite, op, dtype):
-    """Those that compile take too long for a test."""
+    """Compiled providers are left out: compilation takes too long for a test."""
     chosen = [p for p in providers(OPS[op].family) if not p.compiled]
     rows = run(suite, *chosen, case=Case(op, Shape(4, 2, 512, 32), dtype))
     assert set(FAMILIES) >= {p.family for p in chosen}

@@ -1,4 +1,4 @@
-"""Turns, rounds and statistics, with a clock that does not depend on the machine."""
+"""Turns, rounds and statistics, with a simulated clock, so that the tests do not depend on the machine's speed."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks.timing import interleave, summary, turns
 
 
 class CountingClock:
-    """Every call takes as many seconds as calls were made so far."""
+    """The n-th call takes n seconds."""
 
     def __init__(self):
         self.calls = 0
@@ -31,7 +31,7 @@ def test_everyone_gets_their_turns_spread_over_the_rounds():
     interleave({n: lambda n=n: order.append(n) for n in names}, names, CountingClock(), samples)
     assert {n: len(s) for n, s in samples.items()} == names
     gaps = [order[: i + 1].count("a") for i, n in enumerate(order) if n == "b"]
-    assert all(abs(b - a - 3) <= 1 for a, b in zip(gaps, gaps[1:], strict=False)), order  # one b in three a
+    assert all(abs(b - a - 3) <= 1 for a, b in zip(gaps, gaps[1:], strict=False)), order  # one b after every three a
 
 
 def test_the_order_within_a_round_changes():
