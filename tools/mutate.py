@@ -1,9 +1,10 @@
-"""Do the tests notice? Breaks the kernels of every backend one line at a time, in a copy, and runs the nearest tests.
+"""Mutation testing of the kernels: breaks one line at a time, in a copy of the project, and runs the nearest tests.
 
     python tools/mutate.py [name ...] [--list]
 
-Prints, for each deliberate breakage, the test that went red. Fails if one survives, if the tests are red without any
-breakage, or if a line to break is no longer there. To add one, append to MUTATIONS.
+For each mutation, the program prints the test that went red. The program fails in three cases: no test notices a
+mutation, the tests are red without a mutation, or the line to break is no longer in the file. To add a mutation, append
+to MUTATIONS.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("reval_kernels", "tests/reval_kernels", "pyproject.toml", "setup.py", "CMakeLists.txt")
 CONFTEST = """
 from hypothesis import Phase, settings
-# that a test went red is enough: no search for the smallest example
+# One red test is enough, so hypothesis does not search for the smallest failing example.
 settings.register_profile("mutate", deadline=None, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("mutate")
 """
@@ -34,14 +35,16 @@ TRITON = TESTS + "gpu/test_triton_"
 
 @dataclass(frozen=True)
 class Mutation:
+    """One deliberate error in one source file."""
+
     name: str
     file: str
-    """Below reval_kernels/backends/."""
+    """Path below reval_kernels/backends/."""
     old: str
-    """Occurs exactly once in the file."""
+    """Source text to replace. The text occurs exactly once in the file."""
     new: str
     tests: str
-    """What to run: files and -k expressions, as pytest takes them."""
+    """The tests to run: files, then optionally -k and an expression, as pytest takes them."""
 
 
 MUTATIONS = [
@@ -384,7 +387,7 @@ def backend_of(mutation: Mutation) -> str:
 
 
 def build(copy: Path) -> None:
-    """The C++ kernels of the copy; only what changed since the last time is compiled."""
+    """Compile the C++ kernels of the copy. CMake compiles only files that changed since the last build."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     torch = importlib.util.find_spec("torch")
     assert torch and torch.origin, "torch is not installed"
@@ -396,7 +399,7 @@ def build(copy: Path) -> None:
 
 
 def run(copy: Path, mutation: Mutation) -> tuple[int, str]:
-    """pytest's exit status and output."""
+    """Run the mutation's tests. Returns pytest's exit status and output."""
     if backend_of(mutation) == "cpu":
         build(copy)
     files, _, expression = mutation.tests.partition(" -k ")
@@ -414,7 +417,7 @@ def red_test(output: str) -> str:
 
 
 def check(mutation: Mutation, copy: Path) -> str | None:
-    """Break, run, repair. What is wrong with this mutation, or None if a test went red."""
+    """Break the file, run the tests, restore the file. Returns the problem, or None if a test went red."""
     path = copy / "reval_kernels" / "backends" / mutation.file
     whole = path.read_text()
     if whole.count(mutation.old) != 1:
@@ -426,14 +429,14 @@ def check(mutation: Mutation, copy: Path) -> str | None:
         path.write_text(whole)
     if status == 0:
         return "SURVIVED: no test went red"
-    if status != 1:  # 1 means that tests ran and failed; anything else that they never ran
+    if status != 1:  # 1: tests ran and failed; any other status: the tests did not run
         return f"pytest ended with {status}: {output[-500:]}"
     print(f"red    {mutation.name}\n         {red_test(output)}", flush=True)
     return None
 
 
 class Progress:
-    """How far, how fast, and how long still."""
+    """Prints the number of finished steps, the seconds for each step, and the time left."""
 
     def __init__(self, total: int):
         self.total, self.done, self.start = total, 0, time.monotonic()
