@@ -45,7 +45,7 @@ HELD_OUT = 20
 PROMPTS, RESPONSES = 32, 8  # prompts of an iteration, and responses to each prompt
 BUFFER = 512  # responses: two iterations
 BETA = 1.0  # for normalised rewards and 3 tokens; long responses need a smaller beta (docs/method.md)
-RESET_EVERY = 5  # iterations after which the reference becomes the policy
+RESET_EVERY = 5  # iterations until the reference becomes the policy; at this beta a fixed one holds the policy back
 LEARNING_RATE, MAX_GRAD_NORM = 3e-3, 1.0
 
 
@@ -68,8 +68,6 @@ def make_policy() -> LlamaForCausalLM:
             num_hidden_layers=1,
             num_attention_heads=4,
             max_position_embeddings=P + H,
-            bos_token_id=None,
-            eos_token_id=EOS,
         )
     )
 
@@ -177,7 +175,7 @@ def train(seed: int, iterations: int, updates: int) -> tuple[float, float]:
         returns_B = reference_returns(reference, tokens_BT, mask_BH)
         fresh = list(map(Trajectory, tokens_BT, mask_BH, normalize(rewards_B), returns_B))
         buffer.extend(fresh)
-        # Learn: once from the fresh responses, then from random stored responses. Generation costs most in real runs.
+        # Learn: once from the fresh responses, then from stored ones, because generation costs most in real runs.
         loss, residual = update(policy, optimizer, fresh)
         for _ in range(updates - 1):
             update(policy, optimizer, rng.sample(list(buffer), len(fresh)))
@@ -195,6 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--updates", type=int, default=4, help="updates an iteration: 1 fresh batch, the rest replayed")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # more threads make operations this small slower
     start = time.perf_counter()
     before, after = train(options.seed, options.iterations, options.updates)
     print(f"accuracy on held-out prompts: {before:.3f} before, {after:.3f} after; {time.perf_counter() - start:.0f} s")

@@ -137,24 +137,25 @@ def bellman_arguments(
 
 def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int) -> None:
     """Every unmasked action lies in [0, vocabulary), and every unmasked temperature is positive."""
-    actions, mask = tokens
-    inside = (actions >= 0) & (actions < vocabulary)
-    good = inside if transform.temperatures is None else inside & (transform.temperatures > 0)
-    if mask is not None:
-        good = good | ~mask
+    (actions, mask), temperatures = tokens, transform.temperatures
+    if not actions.numel():
+        return
+    seen = actions if mask is None else actions * mask  # a masked-out action counts as 0, which every vocabulary has
+    (low, high), coldest = seen.aminmax(), None
+    if temperatures is not None:
+        coldest = (temperatures if mask is None else torch.where(mask, temperatures, 1)).min()
     if actions.device.type == "cuda":
-        torch._assert_async(good.all(), f"actions must lie in [0, {vocabulary}), temperatures be positive")
-        return
-    if good.all():
-        return
-    outside = (~inside if mask is None else ~inside & mask).nonzero()
-    if not len(outside):
+        good = (low >= 0) & (high < vocabulary)
+        good = good if coldest is None else good & (coldest > 0)
+        torch._assert_async(good, f"actions must lie in [0, {vocabulary}), temperatures be positive")
+    elif not (int(low) >= 0 and int(high) < vocabulary):
+        place = ((seen < 0) | (seen >= vocabulary)).nonzero()[0].tolist()
+        raise ValueError(
+            f"actions must lie in [0, {vocabulary}) where they are not masked out; got {int(actions[tuple(place)])} at "
+            f"{place}"
+        )
+    elif coldest is not None and not coldest > 0:
         raise ValueError("temperature must be positive at every unmasked token")
-    place = outside[0].tolist()
-    raise ValueError(
-        f"actions must lie in [0, {vocabulary}) where they are not masked out; got {int(actions[tuple(place)])} at "
-        f"{place}"
-    )
 
 
 def check_cu_seqlens(layout: Layout, like: Tensor) -> None:

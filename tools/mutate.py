@@ -203,7 +203,8 @@ MUTATIONS = [
     ),
     Mutation(
         "checks: an action one past the vocabulary passes", "../checks.py",
-        "    inside = (actions >= 0) & (actions < vocabulary)", "    inside = (actions >= 0) & (actions <= vocabulary)",
+        "    elif not (int(low) >= 0 and int(high) < vocabulary):",
+        "    elif not (int(low) >= 0 and int(high) <= vocabulary):",
         TESTS + "test_checks.py -k outside",
     ),
     Mutation(
