@@ -30,10 +30,12 @@ class GroupedOp(Generic[P, R]):
     def __init__(self, name: str, function: Callable[P, R], mutates: Sequence[str]):
         kinds = get_type_hints(function)
         self._returned = kinds.pop("return")
-        self._groups = [kind if _is_group(kind) else None for kind in kinds.values()]
+        self._groups: list[tuple[Any, Any]] = []  # (group, its slice of the flat arguments), or (None, the place)
         flat: dict[str, Any] = {}
         for parameter, kind in kinds.items():
+            start = len(flat)
             flat |= get_type_hints(kind) if _is_group(kind) else {parameter: kind}
+            self._groups.append((kind, slice(start, len(flat))) if _is_group(kind) else (None, start))
         self._inputs = len(flat)
 
         takes_groups: Callable[..., R] = function
@@ -72,12 +74,7 @@ class GroupedOp(Generic[P, R]):
 
     def _grouped(self, inputs: Sequence[Any]) -> list[Any]:
         """The arguments of the function, from the flat arguments of the op."""
-        out, start = [], 0
-        for group in self._groups:
-            size = len(group._fields) if group else 1
-            out.append(group(*inputs[start : start + size]) if group else inputs[start])
-            start += size
-        return out
+        return [group._make(inputs[place]) if group else inputs[place] for group, place in self._groups]
 
 
 def flatten(groups: Sequence[Any]) -> list[Any]:

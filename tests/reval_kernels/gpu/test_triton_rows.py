@@ -25,7 +25,7 @@ def small_blocks(request, monkeypatch):
     def layout(vocabulary):
         return 16, 1, request.param, triton.cdiv(triton.cdiv(vocabulary, 16), request.param)
 
-    monkeypatch.setattr(rows, "layout", layout)
+    monkeypatch.setattr(rows, "row_blocks", layout)
 
 
 OPTIONS = [{}, {"softcap": 5.0, "temperature": 0.7}, {"temperature": torch.tensor([0.5, 1, 2])}]
