@@ -108,7 +108,7 @@ def _evaluate(arguments: list[str]) -> int:
     config = load_config([*[path for path in own if path.is_file()][:1], *files[1:]], overrides)
     if "--dry-run" in flags:
         return _print_config(config)
-    from reval.evaluate import main as evaluate
+    from reval.evaluation.answering import main as evaluate
 
     evaluate(config, checkpoint)
     return 0

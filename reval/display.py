@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .config import Config
 from .data import Prompt
-from .evaluate import Evaluation
+from .evaluation.answering import Evaluation
 
 SHOWN = {
     "reward": "reward {:.2f}",

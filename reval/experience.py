@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import Config
 from .data import Problem, ProblemSampler
 from .distributed import World
-from .evaluate import decode, score
+from .evaluation.answering import decode, score
 from .parts import Parts
 from .replay import Trajectory
 from .rewards import RewardError, reward_metrics, shape_rewards

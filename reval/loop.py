@@ -13,7 +13,7 @@ from .checkpoint import find_checkpoint, save_trajectories
 from .config import Config, ConfigError
 from .engine import NonFiniteError
 from .errors import RunError
-from .evaluate import Evaluation, evaluate
+from .evaluation.answering import Evaluation, evaluate
 from .evaluation.endogenous import endogenous_scorer
 from .experience import scored
 from .interrupt import Interruptible

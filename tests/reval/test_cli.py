@@ -22,9 +22,9 @@ TINY = str(ROOT / "configs" / "tiny.yaml")
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
-    """A list of the arguments of each call of reval.loop.train and reval.evaluate.main."""
+    """A list of the arguments of each call of reval.loop.train and reval.evaluation.answering.main."""
     made: list[tuple] = []
-    for module, function in (("reval.loop", "train"), ("reval.evaluate", "main")):
+    for module, function in (("reval.loop", "train"), ("reval.evaluation.answering", "main")):
         fake = ModuleType(module)
         setattr(fake, function, lambda *arguments: made.append(arguments))
         monkeypatch.setitem(sys.modules, module, fake)

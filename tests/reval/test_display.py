@@ -9,7 +9,7 @@ import pytest
 from reval import display
 from reval.config import Config, RunConfig
 from reval.display import Display
-from reval.evaluate import Answered, Evaluation
+from reval.evaluation.answering import Answered, Evaluation
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from reval.config import ConfigError, load_config
 from reval.data import Problem
 from reval.distributed import World
-from reval.evaluate import Answered, Evaluation, decode, evaluate, main, score
+from reval.evaluation.answering import Answered, Evaluation, decode, evaluate, main, score
 from reval.rewards import RewardPool, Scores
 from reval.rollout import Response
 
@@ -135,7 +135,7 @@ def test_benchmarks_have_metrics_and_a_reward_function_of_their_own(setting, mon
             assert set(prompts) <= {"p1", "p2", "p3", "p4"}
             return super().score(prompts, completions, completion_ids, columns)
 
-    monkeypatch.setattr("reval.evaluate.RewardPool", Math)
+    monkeypatch.setattr("reval.evaluation.answering.RewardPool", Math)
     metrics = evaluate(rollout, problems, pool, tokenizer, config).metrics()
     assert made == [("math", config.reward.workers, config.reward.timeout), "closed"]
     assert metrics["eval/accuracy"] == pytest.approx(2 / 4)

@@ -12,14 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .config import Config, ConfigError
-from .data import Problem, Prompt
-from .distributed import World
-from .evaluation.endogenous import Scorer, endogenous_scorer
-from .evaluation.estimators import best, majority, mean, over_blocks, pass_at_k
-from .rewards import RewardPool, Scores
-from .rewards.answers import Extractor, extractor_of
-from .rollout import Response, RolloutEngine
+from ..config import Config, ConfigError
+from ..data import Problem, Prompt
+from ..distributed import World
+from ..rewards import RewardPool, Scores
+from ..rewards.answers import Extractor, extractor_of
+from ..rollout import Response, RolloutEngine
+from .endogenous import Scorer, endogenous_scorer
+from .estimators import best, majority, mean, over_blocks, pass_at_k
 
 ALONE = World()
 
@@ -248,7 +248,7 @@ def score(problems: list[Problem], texts: list[str], token_ids: list[list[int]],
 def main(config: Config, checkpoint: Path) -> int:
     """`reval evaluate CHECKPOINT`: answer the held-out problems and benchmarks with a checkpoint, and save the answers
     beside it."""
-    from .parts import build
+    from ..parts import build
 
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint
     config = replace(config, model=replace(config.model, name=str(folder)))
