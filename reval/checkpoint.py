@@ -1,191 +1,150 @@
-"""The run folder: what it may hold before a run, and the checkpoints in it.
+"""All that changes while a run trains, saved and loaded so that it goes on as if it had never stopped.
 
-A checkpoint is a folder that from_pretrained loads, with all that a run needs to go on in `training/`
-(training_run.py). It is written under another name and renamed when whole.
+    training/state.json          iteration, counters, random state, rollouts generated ahead, what trackers need
+    training/replay.safetensors  the buffer: trajectories, rewards, the reference's view of each and its version
+    training/rng.safetensors     every process's torch generators
+    training/optimizer/          torch.distributed.checkpoint: loads for any number of processes
+    training/reference/          the reference, from_pretrained's files; one hard-linked copy while it stays the same
+    adapters.safetensors         with lora.rank: the policy's adapters and the reference's
+
+Nothing in it is a pickle, DCP's own `.metadata` apart.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
-import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+import torch.distributed.checkpoint as dcp
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, load_config
 from .distributed import World
-from .models import whole_weights
-from .replay import Trajectory
+from .lora import save_adapters
+from .model_card import model_card
+from .run_folder import STATE, finish_checkpoint, read_state, save_model, start_checkpoint
 
-WRITTEN = (
-    "config.yaml",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "evaluations",
-    "tensorboard",
-    "curves.png",
-    "checkpoint",
-    "best",
-    "checkpoints",
-    "reward_errors.txt",
-    "nonfinite.jsonl",
-)
-"""What a run writes. Overwriting removes these and leaves the rest of the folder alone."""
-STATE = "training/state.json"
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
-"""What only sampling uses, in a generation config."""
+if TYPE_CHECKING:  # training_run imports this module
+    from .training_run import TrainingRun
+
+FORMAT = 1
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that run.resume asks to go on from; None: start anew. Raises ConfigError where there is none."""
-    if config.run.resume == "false":
-        return None
-    folder = Path(config.run.dir if config.run.resume == "auto" else config.run.resume)
-    if (folder / STATE).is_file():
-        return folder.resolve()
-    whole = [path for path in checkpoints_in(folder) if (path / STATE).is_file()]
-    if whole:
-        return whole[-1].resolve()
-    if config.run.resume == "auto":
-        return None
-    raise ConfigError(
-        f"run.resume must be auto, false, or the folder of a checkpoint or of a run that has one; got {str(folder)!r}"
-    )
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. All that have their names are whole."""
-    return sorted((folder / "checkpoints").glob("iteration-*"))
-
-
-def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path:
-    """The run's folder, with the resolved settings in it.
-
-    Where the run goes on from a checkpoint of its own (`resumed`, after `iteration`), later ones are renamed to left-*:
-    they belong to a branch that is left. Raises ConfigError where another run's results lie and may not be overwritten.
-    """
-    folder = Path(config.run.dir)
-    found = [name for name in WRITTEN if os.path.lexists(folder / name)]
-    if resumed is not None and resumed.is_relative_to(folder.resolve()):
-        found = []
-        for path in checkpoints_in(folder):
-            if path.name > _name(iteration):
-                _leave(path)
-        _link(folder / "checkpoint", folder / resumed.relative_to(folder.resolve()))
-    elif found and not (config.run.overwrite or config.run.resume == "auto"):
-        raise ConfigError(
-            f"run.dir {str(folder)!r} already has results ({', '.join(found)}); give another run.dir, set "
-            "run.overwrite=true to replace them, or go on from its checkpoint with --resume auto"
-        )
-    for name in found:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    return folder
-
-
-def start_checkpoint(folder: Path, world: World) -> Path:
-    """A new folder in which to write a checkpoint, the same on every process."""
-    unfinished = ""
+def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -> None:
+    """Save the run as it is after `run.iteration`. Every process has to call this. Either it is whole or not there."""
+    world, model = run.world, run.engine.model
+    unfinished = start_checkpoint(folder, world)
+    save_model(model, unfinished, world.main)
+    save_adapters(model, unfinished, world.main)
+    with _alone(world):
+        dcp.save(run.engine.state(), checkpoint_id=unfinished / "training" / "optimizer")
+    _save_reference(run.previous, unfinished, run)
+    generators = world.gather(_generators())
+    ahead = run.generation.state()
     if world.main:
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        for pattern in (".unfinished-*", ".old-*"):
-            for left in (folder / "checkpoints").glob(pattern):
-                shutil.rmtree(left)  # by a run that was killed while it saved
-        unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=folder / "checkpoints")
-        os.chmod(unfinished, 0o755)
-    return Path(world.broadcast(unfinished))
-
-
-def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Config) -> Path:
-    """Give a whole checkpoint its name, point the link `checkpoint` to it, and remove what need not be kept."""
-    target = folder / "checkpoints" / _name(iteration)
-    if target.exists():
-        _hide(target)
-    unfinished.rename(target)
-    _link(folder / "checkpoint", target)
-    best = _best(folder, config.run.best_metric)
-    if best is not None:
-        _link(folder / "best", best)
-    for old in checkpoints_in(folder)[: -config.run.save_total_limit]:
-        if old != best:
-            _hide(old)
-    for left in (folder / "checkpoints").glob(".old-*"):
-        shutil.rmtree(left)
-    return target
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's numbers. Raises ConfigError for a folder that is not one of ours."""
-    try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{checkpoint} is not a checkpoint that a run can go on from: {error}") from None
-
-
-def save_model(model: PreTrainedModel, folder: Path, write: bool) -> None:
-    """Save whole weights, adapters merged, so that from_pretrained loads them. Every process has to call this."""
-    weights = {name: tensor.cpu() for name, tensor in whole_weights(model) if write}
-    if write:
-        with torch.device("meta"):
-            shell = type(model)(model.config)
-        generation = shell.generation_config = copy.deepcopy(model.generation_config)
-        # transformers would refuse to save, say, a temperature without sampling, though it loads it
-        unused = [getattr(generation, name, None) not in (None, default) for name, default in SAMPLING.items()]
-        generation.do_sample = generation.do_sample or any(unused)
-        shell.save_pretrained(folder, state_dict=weights)
-
-
-def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
-    """Write trajectories for inspection, one JSON object each."""
-    rows = (
-        {
-            "token_ids": t.token_ids.tolist(),
-            "action_mask": t.action_mask.tolist(),
-            "reward": t.reward,
-            "score": t.score,
-            "iteration": t.iteration,
-            "uses": t.uses,
-            "reference": {k: v for k, v in t.reference.items() if k != "values"},
+        training = unfinished / "training"
+        run.tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(model_card(run.config, run.iteration, metrics), encoding="utf-8")
+        (unfinished / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
+        save_file(run.buffer.state(), training / "replay.safetensors")
+        named = {f"{rank}/{device}": state for rank, of in enumerate(generators) for device, state in of.items()}
+        save_tensors(named, training / "rng.safetensors")
+        state = {
+            "format": FORMAT,
+            "iteration": run.iteration,
+            "metrics": metrics,
+            "updates": run.engine.updates,
+            "reference_version": run.reference.version,
+            "problems_drawn": run.problems.drawn,
+            "rng": run.rng.getstate(),
+            "ahead": ahead,
+            "tracker": run.tracker.state(),
         }
-        for t in trajectories
-    )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+        (unfinished / STATE).write_text(json.dumps(state), encoding="utf-8")
+    world.barrier()
+    finished = finish_checkpoint(folder, unfinished, run.iteration, run.config) if world.main else None
+    run.previous = world.broadcast(finished)
 
 
-def _best(folder: Path, metric: str | None) -> Path | None:
-    """The checkpoint with the largest value of the metric, the newest of equals; None where none has it."""
-    values = [(read_state(path)["metrics"].get(metric), path) for path in checkpoints_in(folder)]
-    return max(((v, path) for v, path in values if v is not None), default=(None, None))[1]
+def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
+    """Bring all of the run but the weights, which are loaded with the model, to where the checkpoint was made."""
+    state, training = read_state(checkpoint), checkpoint / "training"
+    if state["format"] != FORMAT:
+        raise ConfigError(f"{checkpoint} has format {state['format']}; this version of reval reads {FORMAT}")
+    _check_settings(run.config, checkpoint, bool(state["ahead"]["requests"]))
+    run.iteration = state["iteration"]
+    run.reference.version = state["reference_version"]
+    run.problems.drawn = state["problems_drawn"]
+    version, inner, gauss = state["rng"]
+    run.rng.setstate((version, tuple(inner), gauss))
+    run.buffer.load_state(load_file(training / "replay.safetensors"))
+    optimizer = run.engine.state()
+    with _alone(run.world):
+        dcp.load(optimizer, checkpoint_id=training / "optimizer")
+    run.engine.load_state(optimizer, state["updates"])
+    run.generation.load_state(state["ahead"])
+    _set_generators(load_tensors(training / "rng.safetensors"), run.world.rank)
 
 
-def _hide(checkpoint: Path) -> None:
-    """Take a checkpoint's name away before it is deleted, or a run killed meanwhile would leave half of it."""
-    checkpoint.rename(checkpoint.with_name(f".old-{checkpoint.name}"))
+def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
+    """Settings that decide the shape of what is saved must not change. Raises ConfigError with the first that did."""
+    saved, now = load_config([checkpoint / "config.yaml"]).to_dict(), config.to_dict()
+    fixed = ["model.dtype", "lora.rank", "lora.targets"]
+    fixed += ["rollout.prompts", "rollout.responses"] if ahead else []  # of what was generated ahead
+    for name in fixed:
+        section, key = name.split(".")
+        if saved[section][key] != now[section][key]:
+            raise ConfigError(
+                f"{name} must stay {saved[section][key]!r} to go on from {checkpoint}; got {now[section][key]!r}"
+            )
 
 
-def _leave(checkpoint: Path) -> None:
-    """Take a checkpoint out of the run without deleting it."""
-    target = checkpoint.with_name(f"left-{checkpoint.name}")
-    if target.exists():
-        shutil.rmtree(target)
-    checkpoint.rename(target)
+def _save_reference(previous: Path | None, unfinished: Path, run: TrainingRun) -> None:
+    """The reference's weights: written once for each version, linked where the checkpoint before has them."""
+    if run.reference.model is None:
+        return
+    target, same = unfinished / "training" / "reference", False
+    if run.world.main and previous is not None and previous.is_dir():
+        source = previous / "training" / "reference"
+        same = source.is_dir() and read_state(previous)["reference_version"] == run.reference.version
+    if not run.world.broadcast(same):
+        save_model(run.reference.model, target, run.world.main)
+        if run.world.main:
+            run.tokenizer.save_pretrained(target)
+    elif run.world.main:
+        target.mkdir(parents=True)
+        for file in source.iterdir():
+            try:
+                os.link(file, target / file.name)
+            except OSError:  # a file system without hard links
+                shutil.copy2(file, target / file.name)
 
 
-def _name(iteration: int) -> str:
-    return f"iteration-{iteration:06d}"
+@contextmanager
+def _alone(world: World) -> Iterator[None]:
+    """One process without torch.distributed is what we mean, so no warning about it."""
+    with warnings.catch_warnings():
+        if world.size == 1:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
-def _link(link: Path, target: Path) -> None:
-    """Make or move a symbolic link, which at no time dangles or is missing."""
-    new = link.with_name(f".{link.name}-next")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target.relative_to(link.parent))
-    new.replace(link)
+def _generators() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_generators(saved: dict[str, Any], rank: int) -> None:
+    if f"{rank}/cpu" in saved:
+        torch.set_rng_state(saved[f"{rank}/cpu"])
+    if f"{rank}/cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved[f"{rank}/cuda"])

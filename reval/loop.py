@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .checkpoint import find_checkpoint, save_trajectories
+from .checkpoint import save_checkpoint
 from .config import Config, ConfigError
 from .engine import NonFiniteError
 from .errors import RunError
@@ -22,8 +22,9 @@ from .parts import Parts, build
 from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, mismatch, worst
+from .run_folder import find_checkpoint, save_trajectories
 from .tracking import check_installed
-from .training_run import TrainingRun, save_checkpoint
+from .training_run import TrainingRun
 
 
 def train(config: Config) -> dict[str, float]:

@@ -1,48 +1,22 @@
-"""All that changes while a run trains, saved and loaded so that it goes on as if it had never stopped.
-
-    training/state.json          iteration, counters, random state, rollouts generated ahead, what trackers need
-    training/replay.safetensors  the buffer: trajectories, rewards, the reference's view of each and its version
-    training/rng.safetensors     every process's torch generators
-    training/optimizer/          torch.distributed.checkpoint: loads for any number of processes
-    training/reference/          the reference, from_pretrained's files; one hard-linked copy while it stays the same
-    adapters.safetensors         with lora.rank: the policy's adapters and the reference's
-
-Nothing in it is a pickle, DCP's own `.metadata` apart.
-"""
+"""The state of a training run: all that changes while it trains."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save_file as save_tensors
-
-from .checkpoint import STATE, finish_checkpoint, prepare_folder, read_state, save_model, start_checkpoint
-from .config import Config, ConfigError, load_config
+from .checkpoint import load_checkpoint
+from .config import Config
 from .data import ProblemSampler
 from .display import Display
-from .distributed import World
 from .engine import Engine
 from .experience import Generation
-from .lora import save_adapters
-from .model_card import model_card
 from .parts import Parts
 from .reference_policy import ReferencePolicy
 from .replay import ReplayBuffer, load_rollouts
+from .run_folder import prepare_folder, read_state
 from .tracking import Tracker
-
-FORMAT = 1
 
 
 class TrainingRun:
@@ -60,7 +34,7 @@ class TrainingRun:
         self.generation = Generation(parts.rollout, self.problems, config, parts.world)
         stack.callback(self.generation.close)
         if checkpoint is not None:
-            _load_checkpoint(checkpoint, self)
+            load_checkpoint(checkpoint, self)
         main = parts.world.main
         self.folder = prepare_folder(config, checkpoint, self.iteration) if main else Path(config.run.dir)
         self.previous = checkpoint
@@ -69,114 +43,3 @@ class TrainingRun:
         tracked = read_state(checkpoint)["tracker"] if checkpoint is not None else None
         self.tracker = stack.enter_context(Tracker(self.folder, config, self.iteration, tracked, main))
         self.display = stack.enter_context(Display(config, self.iteration, quiet=not main))
-
-
-def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -> None:
-    """Save the run as it is after `run.iteration`. Every process has to call this. Either it is whole or not there."""
-    world, model = run.world, run.engine.model
-    unfinished = start_checkpoint(folder, world)
-    save_model(model, unfinished, world.main)
-    save_adapters(model, unfinished, world.main)
-    with _alone(world):
-        dcp.save(run.engine.state(), checkpoint_id=unfinished / "training" / "optimizer")
-    _save_reference(run.previous, unfinished, run)
-    generators = world.gather(_generators())
-    ahead = run.generation.state()
-    if world.main:
-        training = unfinished / "training"
-        run.tokenizer.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(model_card(run.config, run.iteration, metrics), encoding="utf-8")
-        (unfinished / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
-        save_file(run.buffer.state(), training / "replay.safetensors")
-        named = {f"{rank}/{device}": state for rank, of in enumerate(generators) for device, state in of.items()}
-        save_tensors(named, training / "rng.safetensors")
-        state = {
-            "format": FORMAT,
-            "iteration": run.iteration,
-            "metrics": metrics,
-            "updates": run.engine.updates,
-            "reference_version": run.reference.version,
-            "problems_drawn": run.problems.drawn,
-            "rng": run.rng.getstate(),
-            "ahead": ahead,
-            "tracker": run.tracker.state(),
-        }
-        (unfinished / STATE).write_text(json.dumps(state), encoding="utf-8")
-    world.barrier()
-    finished = finish_checkpoint(folder, unfinished, run.iteration, run.config) if world.main else None
-    run.previous = world.broadcast(finished)
-
-
-def _load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
-    """Bring all of the run but the weights, which are loaded with the model, to where the checkpoint was made."""
-    state, training = read_state(checkpoint), checkpoint / "training"
-    if state["format"] != FORMAT:
-        raise ConfigError(f"{checkpoint} has format {state['format']}; this version of reval reads {FORMAT}")
-    _check_settings(run.config, checkpoint, bool(state["ahead"]["requests"]))
-    run.iteration = state["iteration"]
-    run.reference.version = state["reference_version"]
-    run.problems.drawn = state["problems_drawn"]
-    version, inner, gauss = state["rng"]
-    run.rng.setstate((version, tuple(inner), gauss))
-    run.buffer.load_state(load_file(training / "replay.safetensors"))
-    optimizer = run.engine.state()
-    with _alone(run.world):
-        dcp.load(optimizer, checkpoint_id=training / "optimizer")
-    run.engine.load_state(optimizer, state["updates"])
-    run.generation.load_state(state["ahead"])
-    _set_generators(load_tensors(training / "rng.safetensors"), run.world.rank)
-
-
-def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
-    """Settings that decide the shape of what is saved must not change. Raises ConfigError with the first that did."""
-    saved, now = load_config([checkpoint / "config.yaml"]).to_dict(), config.to_dict()
-    fixed = ["model.dtype", "lora.rank", "lora.targets"]
-    fixed += ["rollout.prompts", "rollout.responses"] if ahead else []  # of what was generated ahead
-    for name in fixed:
-        section, key = name.split(".")
-        if saved[section][key] != now[section][key]:
-            raise ConfigError(
-                f"{name} must stay {saved[section][key]!r} to go on from {checkpoint}; got {now[section][key]!r}"
-            )
-
-
-def _save_reference(previous: Path | None, unfinished: Path, run: TrainingRun) -> None:
-    """The reference's weights: written once for each version, linked where the checkpoint before has them."""
-    if run.reference.model is None:
-        return
-    target, same = unfinished / "training" / "reference", False
-    if run.world.main and previous is not None and previous.is_dir():
-        source = previous / "training" / "reference"
-        same = source.is_dir() and read_state(previous)["reference_version"] == run.reference.version
-    if not run.world.broadcast(same):
-        save_model(run.reference.model, target, run.world.main)
-        if run.world.main:
-            run.tokenizer.save_pretrained(target)
-    elif run.world.main:
-        target.mkdir(parents=True)
-        for file in source.iterdir():
-            try:
-                os.link(file, target / file.name)
-            except OSError:  # a file system without hard links
-                shutil.copy2(file, target / file.name)
-
-
-@contextmanager
-def _alone(world: World) -> Iterator[None]:
-    """One process without torch.distributed is what we mean, so no warning about it."""
-    with warnings.catch_warnings():
-        if world.size == 1:
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
-
-
-def _generators() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_generators(saved: dict[str, Any], rank: int) -> None:
-    if f"{rank}/cpu" in saved:
-        torch.set_rng_state(saved[f"{rank}/cpu"])
-    if f"{rank}/cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved[f"{rank}/cuda"])

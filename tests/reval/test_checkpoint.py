@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import reval.checkpoint
 import reval.loop
-from reval.checkpoint import save_model
+import reval.run_folder
 from reval.config import ConfigError, load_config
 from reval.errors import RunError
 from reval.loop import train
+from reval.run_folder import save_model
 
 SMALL = ["run.iterations=7", "run.save_every=2", "data.held_out=4", "evaluation.every=3", "reference.reset_every=3"]
 
@@ -268,6 +268,6 @@ def test_what_is_deleted_has_lost_its_name(tmp_path, monkeypatch):
         deleted.append(Path(path).name)
         rmtree(path, *args, **kwargs)
 
-    monkeypatch.setattr(reval.checkpoint.shutil, "rmtree", note)
+    monkeypatch.setattr(reval.run_folder.shutil, "rmtree", note)
     train(configured(tmp_path, "run.iterations=4", "run.save_every=1"))
     assert [name for name in deleted if "iteration-" in name] == [f".old-iteration-00000{i}" for i in (1, 2, 3)]
