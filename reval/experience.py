@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .components import Components
 from .config import Config
 from .data import Problem, ProblemSampler
 from .distributed import World
 from .evaluation.answering import decode, score
-from .parts import Parts
 from .replay import Trajectory
 from .rewards import RewardError, reward_metrics, shape_rewards
 from .rollout import Response, RolloutEngine
@@ -105,16 +105,16 @@ class Generation:
 
 
 def scored(
-    config: Config, parts: Parts, rollouts: Rollouts, iteration: int, tracker: Tracker
+    config: Config, components: Components, rollouts: Rollouts, iteration: int, tracker: Tracker
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Trajectories of all responses that could be scored, rewards shaped, and the metrics of the whole."""
-    world = parts.world
+    world = components.world
     own = [(p, r) for p, rs in zip(world.share(rollouts.problems), rollouts.own, strict=True) for r in rs]
-    texts = decode([r for _, r in own], parts.tokenizer)
+    texts = decode([r for _, r in own], components.tokenizer)
     failure, timeouts, errors, first_error = "", 0, 0, None
     rewards: list[float | None] = [None] * len(own)
     try:
-        scores = score([p for p, _ in own], texts, [r.token_ids for _, r in own], parts.pool)
+        scores = score([p for p, _ in own], texts, [r.token_ids for _, r in own], components.reward_pool)
         rewards, timeouts, errors, first_error = scores.rewards, scores.timeouts, scores.errors, scores.first_error
     except RewardError as error:
         failure = str(error)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .checkpoint import save_checkpoint
+from .components import Components, build
 from .config import Config, ConfigError
 from .engine import NonFiniteError
 from .errors import RunError
@@ -18,7 +19,6 @@ from .evaluation.endogenous import endogenous_scorer
 from .experience import scored
 from .interrupt import Interruptible
 from .models import log_probs, whole_weights, with_dtypes
-from .parts import Parts, build
 from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, mismatch, worst
@@ -40,19 +40,19 @@ def train(config: Config) -> dict[str, float]:
     check_installed(config)
     config = with_dtypes(config)
     checkpoint = find_checkpoint(config)
-    with build(config, checkpoint) as parts, ExitStack() as stack:
+    with build(config, checkpoint) as components, ExitStack() as stack:
         try:
-            run = TrainingRun(config, parts, checkpoint, stack)
+            run = TrainingRun(config, components, checkpoint, stack)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         try:
-            return _train(run, parts)
+            return _train(run, components)
         except RewardError as error:
             where = f"the newest checkpoint is {run.previous}" if run.previous else "nothing was saved yet"
             raise RunError(f"iteration {run.iteration + 1}: {error}\n{where}") from error
         except NonFiniteError as error:
             path = run.folder / "nonfinite.jsonl"
-            if parts.world.main:
+            if components.world.main:
                 save_trajectories(path, error.trajectories)
             raise RunError(
                 f"iteration {run.iteration + 1}: {error}. The weights are as they were and the batch is in {path}. A "
@@ -62,9 +62,9 @@ def train(config: Config) -> dict[str, float]:
             run.tracker.plot()
 
 
-def _train(run: TrainingRun, parts: Parts) -> dict[str, float]:
+def _train(run: TrainingRun, components: Components) -> dict[str, float]:
     config, display, tracker = run.config, run.display, run.tracker
-    before, after = _evaluate_first(run, parts), None
+    before, after = _evaluate_first(run, components), None
     metrics: dict[str, float] = {}
     if run.iteration >= config.run.iterations:
         display.note(f"nothing to do: the checkpoint is after {run.iteration} of {config.run.iterations} iterations")
@@ -74,7 +74,7 @@ def _train(run: TrainingRun, parts: Parts) -> dict[str, float]:
             with clock("rollout"):
                 rollouts = run.generation.next(iteration)
             with clock("reward"):
-                fresh, metrics = scored(config, parts, rollouts, iteration, tracker)
+                fresh, metrics = scored(config, components, rollouts, iteration, tracker)
             run.buffer.add(fresh)
             for k in range(config.replay.updates_per_iteration):
                 batch = fresh if k == 0 else run.buffer.sample(config.replay_batch_size, run.rng)
@@ -87,16 +87,16 @@ def _train(run: TrainingRun, parts: Parts) -> dict[str, float]:
             if _due(config.reference.reset_every, iteration):
                 run.reference.reset()
             run.iteration = iteration
-            stopping = any(parts.world.gather(stop.asked))
+            stopping = any(components.world.gather(stop.asked))
             last = iteration == config.run.iterations
             evaluating, saving = _due(config.evaluation.every, iteration) or last, last or stopping
             saving |= _due(config.run.save_every, iteration)
             if evaluating or saving or _due(config.rollout.sync_every, iteration):
                 with clock("sync"):
-                    metrics |= _sync(run, parts, fresh)
+                    metrics |= _sync(run, components, fresh)
             metrics |= run.buffer.metrics(iteration) | {"reference/version": run.reference.version} | clock.metrics()
             if evaluating:
-                after = _evaluate(run, parts)
+                after = _evaluate(run, components)
                 metrics |= tracker.evaluated(iteration, after)
             metrics = tracker.log(iteration, metrics)
             display.iteration(iteration, metrics)
@@ -113,10 +113,10 @@ def _due(every: int, iteration: int) -> bool:
     return bool(every) and iteration % every == 0
 
 
-def _sync(run: TrainingRun, parts: Parts, fresh: list[Trajectory]) -> dict[str, float]:
+def _sync(run: TrainingRun, components: Components, fresh: list[Trajectory]) -> dict[str, float]:
     """Give the rollout engine the policy's weights, and measure whether it then computes what the policy does."""
-    run.generation.sync(whole_weights(parts.model), run.iteration)
-    if parts.rollout.shares_weights or not run.config.rollout.probe_tokens:
+    run.generation.sync(whole_weights(components.model), run.iteration)
+    if components.rollout_engine.shares_weights or not run.config.rollout.probe_tokens:
         return {}
     chosen = choose(
         [t.token_ids.tolist() for t in fresh],
@@ -125,31 +125,39 @@ def _sync(run: TrainingRun, parts: Parts, fresh: list[Trajectory]) -> dict[str, 
     )
     if not chosen[0]:
         return {}
-    found = mismatch(parts.rollout, log_probs(parts.model, *chosen, run.config.model), *chosen)
-    return worst(parts.world.gather(found))
+    found = mismatch(components.rollout_engine, log_probs(components.model, *chosen, run.config.model), *chosen)
+    return worst(components.world.gather(found))
 
 
-def _evaluate_first(run: TrainingRun, parts: Parts) -> Evaluation | None:
+def _evaluate_first(run: TrainingRun, components: Components) -> Evaluation | None:
     """The model's answers before training; a resumed run reads what it answered then."""
     saved = run.folder / "evaluations" / "iteration-000000.jsonl"
     if run.iteration and saved.exists():
         return Evaluation.load(saved)
     if run.iteration:
         return None
-    evaluation = _evaluate(run, parts)
+    evaluation = _evaluate(run, components)
     run.tracker.evaluated(0, evaluation)
     return evaluation
 
 
-def _evaluate(run: TrainingRun, parts: Parts) -> Evaluation | None:
-    if not parts.held_out:
+def _evaluate(run: TrainingRun, components: Components) -> Evaluation | None:
+    if not components.evaluation_problems:
         return None
-    scorer = endogenous_scorer(parts.model, run.config, parts.world) if run.config.evaluation.best_of_n else None
+    scorer = (
+        endogenous_scorer(components.model, run.config, components.world) if run.config.evaluation.best_of_n else None
+    )
     with run.display.busy("answering the held-out problems"):
         result = evaluate(
-            parts.rollout, parts.held_out, parts.pool, parts.tokenizer, run.config, world=parts.world, scorer=scorer
+            components.rollout_engine,
+            components.evaluation_problems,
+            components.reward_pool,
+            components.tokenizer,
+            run.config,
+            world=components.world,
+            scorer=scorer,
         )
-    if parts.world.main:
+    if components.world.main:
         result.save(run.folder / "evaluations" / f"iteration-{run.iteration:06d}.jsonl")
     return result
 

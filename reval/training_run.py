@@ -7,12 +7,12 @@ from pathlib import Path
 from random import Random
 
 from .checkpoint import load_checkpoint
+from .components import Components
 from .config import Config
 from .data import ProblemSampler
 from .display import Display
 from .engine import Engine
 from .experience import Generation
-from .parts import Parts
 from .reference_policy import ReferencePolicy
 from .replay import ReplayBuffer, load_rollouts
 from .run_folder import prepare_folder, read_state
@@ -22,24 +22,24 @@ from .tracking import Tracker
 class TrainingRun:
     """All that changes while a run trains."""
 
-    def __init__(self, config: Config, parts: Parts, checkpoint: Path | None, stack: ExitStack):
-        self.config, self.world, self.tokenizer = config, parts.world, parts.tokenizer
+    def __init__(self, config: Config, components: Components, checkpoint: Path | None, stack: ExitStack):
+        self.config, self.world, self.tokenizer = config, components.world, components.tokenizer
         self.iteration, self.rng = 0, Random(config.run.seed)
-        self.problems = ProblemSampler(parts.training, config.run.seed)
+        self.problems = ProblemSampler(components.training_problems, config.run.seed)
         self.buffer = ReplayBuffer(config.replay.capacity)
         if config.replay.preload and checkpoint is None:
-            self.buffer.add(load_rollouts(config.replay.preload, parts.model.config.get_text_config().vocab_size))
-        self.reference = ReferencePolicy(parts.model, config, parts.world, checkpoint)
-        self.engine = Engine(parts.model, config, parts.world)
-        self.generation = Generation(parts.rollout, self.problems, config, parts.world)
+            self.buffer.add(load_rollouts(config.replay.preload, components.model.config.get_text_config().vocab_size))
+        self.reference = ReferencePolicy(components.model, config, components.world, checkpoint)
+        self.engine = Engine(components.model, config, components.world)
+        self.generation = Generation(components.rollout_engine, self.problems, config, components.world)
         stack.callback(self.generation.close)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self)
-        main = parts.world.main
+        main = components.world.main
         self.folder = prepare_folder(config, checkpoint, self.iteration) if main else Path(config.run.dir)
         self.previous = checkpoint
         """The checkpoint that this run last loaded or saved."""
-        parts.world.barrier()
+        components.world.barrier()
         tracked = read_state(checkpoint)["tracker"] if checkpoint is not None else None
         self.tracker = stack.enter_context(Tracker(self.folder, config, self.iteration, tracked, main))
         self.display = stack.enter_context(Display(config, self.iteration, quiet=not main))

@@ -248,18 +248,24 @@ def score(problems: list[Problem], texts: list[str], token_ids: list[list[int]],
 def main(config: Config, checkpoint: Path) -> int:
     """`reval evaluate CHECKPOINT`: answer the held-out problems and benchmarks with a checkpoint, and save the answers
     beside it."""
-    from ..parts import build
+    from ..components import build
 
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint
     config = replace(config, model=replace(config.model, name=str(folder)))
-    with build(config) as parts:
-        if not parts.held_out:
+    with build(config) as components:
+        if not components.evaluation_problems:
             raise ConfigError("there is nothing to answer: data.held_out is 0 and evaluation.benchmarks is empty")
-        scorer = endogenous_scorer(parts.model, config, parts.world) if config.evaluation.best_of_n else None
+        scorer = endogenous_scorer(components.model, config, components.world) if config.evaluation.best_of_n else None
         result = evaluate(
-            parts.rollout, parts.held_out, parts.pool, parts.tokenizer, config, world=parts.world, scorer=scorer
+            components.rollout_engine,
+            components.evaluation_problems,
+            components.reward_pool,
+            components.tokenizer,
+            config,
+            world=components.world,
+            scorer=scorer,
         )
-        if parts.world.main:
+        if components.world.main:
             path = folder / "evaluation.jsonl"
             result.save(path)
             print(json.dumps(result.metrics() | {"problems": len(result.answers), "answers": str(path)}))

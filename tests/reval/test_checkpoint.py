@@ -47,10 +47,10 @@ def same_run(one: Path, other: Path) -> None:
 def die_in(monkeypatch, iteration: int) -> None:
     scored = reval.loop.scored
 
-    def dies(config, parts, rollouts, now, tracker):
+    def dies(config, components, rollouts, now, tracker):
         if now == iteration:
             raise RuntimeError("the machine is gone")
-        return scored(config, parts, rollouts, now, tracker)
+        return scored(config, components, rollouts, now, tracker)
 
     monkeypatch.setattr(reval.loop, "scored", dies)
 
