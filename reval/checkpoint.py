@@ -41,12 +41,12 @@ FORMAT = 1
 
 def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -> None:
     """Save the run as it is after `run.iteration`. Every process has to call this. Either it is whole or not there."""
-    world, model = run.world, run.engine.model
+    world, model = run.world, run.learner.model
     unfinished = start_checkpoint(folder, world)
     save_model(model, unfinished, world.main)
     save_adapters(model, unfinished, world.main)
     with _alone(world):
-        dcp.save(run.engine.state(), checkpoint_id=unfinished / "training" / "optimizer")
+        dcp.save(run.learner.state(), checkpoint_id=unfinished / "training" / "optimizer")
     _save_reference(run.previous, unfinished, run)
     generators = world.gather(_generators())
     ahead = run.generation.state()
@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
             "format": FORMAT,
             "iteration": run.iteration,
             "metrics": metrics,
-            "updates": run.engine.updates,
+            "updates": run.learner.updates,
             "reference_version": run.reference.version,
             "problems_drawn": run.problems.drawn,
             "rng": run.rng.getstate(),
@@ -87,10 +87,10 @@ def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     version, inner, gauss = state["rng"]
     run.rng.setstate((version, tuple(inner), gauss))
     run.buffer.load_state(load_file(training / "replay.safetensors"))
-    optimizer = run.engine.state()
+    optimizer = run.learner.state()
     with _alone(run.world):
         dcp.load(optimizer, checkpoint_id=training / "optimizer")
-    run.engine.load_state(optimizer, state["updates"])
+    run.learner.load_state(optimizer, state["updates"])
     run.generation.load_state(state["ahead"])
     _set_generators(load_tensors(training / "rng.safetensors"), run.world.rank)
 

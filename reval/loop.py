@@ -12,12 +12,12 @@ import torch
 from .checkpoint import save_checkpoint
 from .components import Components, build
 from .config import Config, ConfigError
-from .engine import NonFiniteError
 from .errors import RunError
 from .evaluation.answering import Evaluation, evaluate
 from .evaluation.endogenous import endogenous_scorer
 from .experience import scored
 from .interrupt import Interruptible
+from .learner import NonFiniteError
 from .models import log_probs, whole_weights, with_dtypes
 from .replay import Trajectory
 from .rewards import RewardError
@@ -83,7 +83,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
                 with clock("reference"):
                     run.reference.annotate(batch)
                 with clock("update"):
-                    tracker.update("reval" if k == 0 else "reval/replay", run.engine.update(batch))
+                    tracker.update("reval" if k == 0 else "reval/replay", run.learner.update(batch))
             if _due(config.reference.reset_every, iteration):
                 run.reference.reset()
             run.iteration = iteration

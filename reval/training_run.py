@@ -11,8 +11,8 @@ from .components import Components
 from .config import Config
 from .data import ProblemSampler
 from .display import Display
-from .engine import Engine
 from .experience import Generation
+from .learner import Learner
 from .reference_policy import ReferencePolicy
 from .replay import ReplayBuffer, load_rollouts
 from .run_folder import prepare_folder, read_state
@@ -30,7 +30,7 @@ class TrainingRun:
         if config.replay.preload and checkpoint is None:
             self.buffer.add(load_rollouts(config.replay.preload, components.model.config.get_text_config().vocab_size))
         self.reference = ReferencePolicy(components.model, config, components.world, checkpoint)
-        self.engine = Engine(components.model, config, components.world)
+        self.learner = Learner(components.model, config, components.world)
         self.generation = Generation(components.rollout_engine, self.problems, config, components.world)
         stack.callback(self.generation.close)
         if checkpoint is not None:

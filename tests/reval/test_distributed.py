@@ -15,7 +15,7 @@ from two_processes import CASES, batch_for, updates
 
 from reval.config import load_config
 from reval.distributed import World
-from reval.engine import Engine
+from reval.learner import Learner
 from reval.models import load_model
 from reval.reference_policy import ReferencePolicy
 
@@ -78,14 +78,14 @@ def test_mixed_precision_keeps_float32_masters_and_stays_near_float32(results):
 def test_one_process_goes_on_from_what_two_saved(results):
     config, case = load_config(["configs/tiny.yaml"]), "plain"
     model, _ = load_model(config.model, 0)
-    engine = Engine(model, config)
-    state = {"optimizer": engine.state(), "weights": model.state_dict()}
+    learner = Learner(model, config)
+    state = {"optimizer": learner.state(), "weights": model.state_dict()}
     dcp.load(state, checkpoint_id=results / f"{case}.dcp")
     model.load_state_dict(state["weights"])
-    engine.load_state(state["optimizer"], updates=2)
+    learner.load_state(state["optimizer"], updates=2)
     trajectories = batch_for(case)
     ReferencePolicy(model, config).annotate(trajectories)  # the reference was reset to the policy just then
-    out = engine.update(trajectories)
+    out = learner.update(trajectories)
     loss, norm, _ = load(results, case)["updates"][2]
     assert [out["loss"], out["grad_norm"]] == pytest.approx([loss, norm], rel=1e-5)
     expected = load(results, case)["weights"]

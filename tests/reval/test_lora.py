@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reval.config import LoraConfig, OptimConfig
-from reval.engine import Engine
+from reval.learner import Learner
 from reval.lora import load_adapters, save_adapters
 from reval.models import load_model, whole_weights
 from reval.reference_policy import ReferencePolicy
@@ -21,12 +21,12 @@ def config(tiny_config):
 
 def trained(config, trajectories):
     model, _ = load_model(config.model, 0, config.lora)
-    reference, engine = ReferencePolicy(model, config), Engine(model, config)
+    reference, learner = ReferencePolicy(model, config), Learner(model, config)
     members = trajectories(6)
     reference.annotate(members)
-    engine.update(members)
-    engine.update(members)
-    return model, reference, engine, members
+    learner.update(members)
+    learner.update(members)
+    return model, reference, learner, members
 
 
 def known(members):
@@ -47,14 +47,14 @@ def test_the_reference_is_the_model_without_adapters(config, tiny_config, trajec
 
 
 def test_a_reset_copies_the_adapters(config, trajectories):
-    model, reference, engine, members = trained(config, trajectories)
+    model, reference, learner, members = trained(config, trajectories)
     reference.reset()
     reference.annotate(members)
     before = known(members)
     for t in members:
         t.reward = 0.0
-    assert engine.update(members)["loss"] < 1e-6, "the policy is its reference"
-    engine.update(members)
+    assert learner.update(members)["loss"] < 1e-6, "the policy is its reference"
+    learner.update(members)
     for t in members:
         t.reference = {}
     reference.annotate(members)

@@ -70,14 +70,14 @@ def test_the_reference_takes_no_gradient(tiny, tiny_config):
 @pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
 def test_calibrated_start_has_loss_and_gradient_zero(tiny, tiny_config, trajectories, level):
     """r = 0 and policy = reference. Exactly 0 at token level; cached sums leave their rounding at trajectory level."""
-    from reval.engine import Engine
+    from reval.learner import Learner
 
     config = replace(tiny_config, objective=ObjectiveConfig(level=level, beta=0.1))
     members = trajectories(6, turns=2)
     for t in members:
         t.reward = 0.0
     ReferencePolicy(tiny[0], config).annotate(members)
-    update = Engine(tiny[0], config).update(members)
+    update = Learner(tiny[0], config).update(members)
     if level == "trajectory":
         assert update["loss"] < 1e-9
     else:
@@ -85,10 +85,10 @@ def test_calibrated_start_has_loss_and_gradient_zero(tiny, tiny_config, trajecto
 
 
 def test_right_after_a_reset_the_loss_is_the_rewards_alone(tiny, tiny_config, trajectories):
-    from reval.engine import Engine
+    from reval.learner import Learner
 
     members = trajectories(6)
     ReferencePolicy(tiny[0], tiny_config).annotate(members)
-    update = Engine(tiny[0], tiny_config).update(members)
+    update = Learner(tiny[0], tiny_config).update(members)
     beta = tiny_config.objective.beta
     assert update["loss"] == pytest.approx(np.mean([(t.reward / beta) ** 2 for t in members]), rel=1e-5)

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from reval.config import Config, load_config
 from reval.distributed import World, world
-from reval.engine import Engine
+from reval.learner import Learner
 from reval.models import load_model, log_probs, whole_weights
 from reval.reference_policy import ReferencePolicy
 from reval.replay import Trajectory
@@ -48,20 +48,20 @@ def batch_for(case: str) -> list[Trajectory]:
 def updates(config: Config, processes: World, case: str, folder: Path | None = None) -> dict[str, Any]:
     """Three updates with a reset in between; the optimizer's state after two of them goes into `folder`."""
     model, _ = load_model(config.model, 0, config.lora, processes)
-    reference, engine = ReferencePolicy(model, config, processes), Engine(model, config, processes)
+    reference, learner = ReferencePolicy(model, config, processes), Learner(model, config, processes)
     trajectories, done, gradients = batch_for(case), [], {}
-    step_now = engine.optimizer.step
+    step_now = learner.optimizer.step
 
     def step_and_note() -> None:
         gradients.update({n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None})
         step_now()
 
-    engine.optimizer.step = step_and_note
+    learner.optimizer.step = step_and_note
     for step in range(3):
         if step == 2 and folder is not None:
-            dcp.save({"optimizer": engine.state(), "weights": model.state_dict()}, checkpoint_id=folder)
+            dcp.save({"optimizer": learner.state(), "weights": model.state_dict()}, checkpoint_id=folder)
         reference.annotate(trajectories)
-        out = engine.update(trajectories)
+        out = learner.update(trajectories)
         done.append((out["loss"], out["grad_norm"], out["parts"]["residual"].sort().values))
         if step == 1:
             reference.reset()

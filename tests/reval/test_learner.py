@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reval.config import Config, ObjectiveConfig, OptimConfig
-from reval.engine import Engine, NonFiniteError
+from reval.learner import Learner, NonFiniteError
 from reval.models import load_model
 from reval.reference_policy import ReferencePolicy
 
@@ -26,10 +26,10 @@ def configured(config: Config, **optim) -> Config:
 def gradient_of(config, members):
     """The gradient that the optimizer sees (no clipping)."""
     model, _ = load_model(config.model, seed=0)
-    engine = Engine(model, config)
+    learner = Learner(model, config)
     seen = {}
-    engine.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    return engine.update(members), seen
+    learner.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    return learner.update(members), seen
 
 
 @pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
@@ -57,31 +57,31 @@ def test_an_update_moves_the_residual_towards_zero(tiny_config, trajectories):
     model, _ = load_model(tiny_config.model, seed=0)
     config = configured(tiny_config, lr=1e-3)
     members = annotated(config, trajectories, turns=1)
-    engine = Engine(model, config)
-    losses = [engine.update(members)["loss"] for _ in range(12)]
+    learner = Learner(model, config)
+    losses = [learner.update(members)["loss"] for _ in range(12)]
     assert losses[-1] < 0.5 * losses[0]
-    assert all(t.uses == 12 for t in members) and engine.updates == 12
+    assert all(t.uses == 12 for t in members) and learner.updates == 12
 
 
 def test_warmup_rises_to_the_learning_rate(tiny_config, trajectories):
     model, _ = load_model(tiny_config.model, seed=0)
-    engine = Engine(model, configured(tiny_config, lr=4e-4, warmup=4))
+    learner = Learner(model, configured(tiny_config, lr=4e-4, warmup=4))
     members = annotated(tiny_config, trajectories, count=2)
-    assert [engine.update(members)["lr"] for _ in range(6)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
+    assert [learner.update(members)["lr"] for _ in range(6)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
 
 
 def test_a_linear_schedule_falls_to_0_over_the_run(tiny_config, trajectories):
     """The tiny run has 3 iterations of 2 updates."""
     model, _ = load_model(tiny_config.model, seed=0)
-    engine = Engine(model, configured(tiny_config, lr=4e-4, warmup=2, schedule="linear"))
+    learner = Learner(model, configured(tiny_config, lr=4e-4, warmup=2, schedule="linear"))
     members = annotated(tiny_config, trajectories, count=2)
-    assert [engine.update(members)["lr"] for _ in range(7)] == pytest.approx([2e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4, 0.0])
+    assert [learner.update(members)["lr"] for _ in range(7)] == pytest.approx([2e-4, 4e-4, 4e-4, 3e-4, 2e-4, 1e-4, 0.0])
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_update_leaves_the_weights_alone(tiny_config, trajectories, where):
     model, _ = load_model(tiny_config.model, seed=0)
-    engine = Engine(model, tiny_config)
+    learner = Learner(model, tiny_config)
     members = annotated(tiny_config, trajectories)
     if where == "loss":
         members[5].reference["v"] = float("inf")
@@ -89,10 +89,10 @@ def test_a_non_finite_update_leaves_the_weights_alone(tiny_config, trajectories,
         model.model.layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(NonFiniteError) as caught:
-        engine.update(members)
+        learner.update(members)
     assert caught.value.trajectories is members
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert engine.updates == 0 and all(t.uses == 0 for t in members)
+    assert learner.updates == 0 and all(t.uses == 0 for t in members)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -122,21 +122,21 @@ def test_checkpointing_recomputes_every_layer_and_stays_on_after_generating(tiny
     for checkpointing, times in ((False, 1), (True, 2)):
         config = replace(tiny_config, model=replace(tiny_config.model, gradient_checkpointing=checkpointing))
         model, _ = load_model(config.model, seed=0)
-        engine, passes = Engine(model, config), []
+        learner, passes = Learner(model, config), []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         for _ in range(2):
             passes.clear()
-            engine.update(members)
+            learner.update(members)
             assert len(passes) == times
             model.eval()
 
 
 def test_a_resumed_optimizer_takes_the_settings_as_they_are_now(tiny_config, trajectories):
-    engine = Engine(load_model(tiny_config.model, seed=0)[0], configured(tiny_config, weight_decay=0.1))
-    engine.update(annotated(tiny_config, trajectories))
+    learner = Learner(load_model(tiny_config.model, seed=0)[0], configured(tiny_config, weight_decay=0.1))
+    learner.update(annotated(tiny_config, trajectories))
     now = configured(tiny_config, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-5)
-    other = Engine(load_model(tiny_config.model, seed=0)[0], now)
-    other.load_state(engine.state(), updates=1)
+    other = Learner(load_model(tiny_config.model, seed=0)[0], now)
+    other.load_state(learner.state(), updates=1)
     [group] = other.optimizer.param_groups
     assert (group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.3, (0.5, 0.6), 1e-5)
     assert other.updates == 1 and other.optimizer.state[next(other.model.parameters())]["step"] == 1

@@ -27,7 +27,7 @@ class NonFiniteError(RuntimeError):
         self.trajectories = trajectories
 
 
-class Engine:
+class Learner:
     """Owns the optimizer of `model`."""
 
     def __init__(self, model: PreTrainedModel, config: Config, world: World | None = None):
