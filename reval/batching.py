@@ -1,7 +1,8 @@
 """Trajectories as padded tensors, in micro-batches that fit a budget of tokens.
 
 The responses to one prompt share its tokens: a batch holds each distinct prompt once, and the transformer computes it
-once (`models.last_hidden`). Each process gets its part of the batch; all of them take the same number of steps.
+once (`hidden_states` in model/forward.py). Each process gets its part of the batch; all of them take the same number of
+steps.
 """
 
 from __future__ import annotations

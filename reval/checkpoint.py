@@ -29,9 +29,10 @@ from safetensors.torch import save_file as save_tensors
 
 from .config import Config, ConfigError, load_config
 from .distributed import World
-from .lora import save_adapters
+from .model.lora import save_adapters
+from .model.saving import save_model
 from .model_card import model_card
-from .run_folder import STATE, finish_checkpoint, read_state, save_model, start_checkpoint
+from .run_folder import STATE, finish_checkpoint, read_state, start_checkpoint
 
 if TYPE_CHECKING:  # training_run imports this module
     from .training_run import TrainingRun

@@ -14,10 +14,12 @@ from transformers.utils import logging as transformers_logging
 from .config import Config, ConfigError
 from .data import Problem, load_problems
 from .distributed import World, world
-from .models import load_model, rollout_dtype, whole_weights
+from .model.dtypes import rollout_dtype
+from .model.loading import load_model
+from .model.saving import whole_weights
+from .model.sharding import unsharded
 from .rewards import RewardPool
 from .rollout import RolloutEngine, make_rollout
-from .sharding import unsharded
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from .batching import MicroBatch, plan
 from .config import Config
 from .distributed import World
-from .models import Head, with_hidden
+from .model.forward import with_hidden
+from .model.head import OutputHead
+from .model.sharding import layers_of, whole
 from .objectives import OBJECTIVES, residual_parts
 from .reference_policy import reference_of
 from .replay import Trajectory
-from .sharding import layers_of, whole
 
 
 class NonFiniteError(RuntimeError):
@@ -94,7 +95,7 @@ class Learner:
         objective, batch = self._config.objective, micro.batch
         reference = reference_of(micro.trajectories, batch)
 
-        def losses(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        def losses(hidden: Tensor, head: OutputHead) -> tuple[Tensor, dict[str, Tensor]]:
             out = OBJECTIVES[objective.name](hidden, head, batch, reference, objective, count)
             return out.loss, residual_parts(hidden.detach(), head, batch, reference, objective, out.residual)
 

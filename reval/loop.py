@@ -18,10 +18,11 @@ from .evaluation.endogenous import endogenous_scorer
 from .experience import scored
 from .interrupt import Interruptible
 from .learner import NonFiniteError
-from .models import log_probs, whole_weights, with_dtypes
+from .model.dtypes import with_dtypes
+from .model.saving import whole_weights
 from .replay import Trajectory
 from .rewards import RewardError
-from .rollout.probe import choose, mismatch, worst
+from .rollout.probe import choose, log_probs, mismatch, worst
 from .run_folder import find_checkpoint, save_trajectories
 from .tracking import check_installed
 from .training_run import TrainingRun

@@ -16,7 +16,7 @@ from reval_kernels import BellmanLoss, TokenValues, linear_reval_loss, linear_to
 
 from .batching import Batch
 from .config import ObjectiveConfig
-from .models import Head
+from .model.head import OutputHead
 
 
 class Reference(NamedTuple):
@@ -35,7 +35,7 @@ class Reference(NamedTuple):
 
 
 def reval(
-    hidden: Tensor, head: Head, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
 ) -> BellmanLoss:
     """(V(s_1) - V_ref(s_1) + D - r / beta)^2, or its parts (arXiv 2603.23355, Eq. 2)."""
     known = reference.returns() if config.level == "trajectory" else reference.values
@@ -56,7 +56,7 @@ def reval(
 
 
 def tbrm(
-    hidden: Tensor, head: Head, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
 ) -> BellmanLoss:
     """(V(s_1) + D - r / beta)^2: ReVal with V_ref := 0 (arXiv 2505.15311)."""
     return linear_reval_loss(
@@ -73,7 +73,7 @@ def tbrm(
 
 
 def regression(
-    hidden: Tensor, head: Head, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
 ) -> BellmanLoss:
     """(D - (r - mean_G r) / beta)^2, without any V (Kimi k1.5, arXiv 2501.12599); the rewards come centred."""
     values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
@@ -82,7 +82,7 @@ def regression(
 
 
 def grpo(
-    hidden: Tensor, head: Head, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
 ) -> BellmanLoss:
     """-A / H sum_h log pi(a_h|s_h), A the shaped reward: GRPO (arXiv 2402.03300, Eq. 3) at its first update, where the
     importance ratio is 1, without a KL term. The residual is D - r / beta, for the metrics alone."""
@@ -92,13 +92,13 @@ def grpo(
     return BellmanLoss(loss, (log_prob - reference.log_prob - batch.rewards / config.beta).detach())
 
 
-Objective = Callable[[Tensor, Head, Batch, Reference, ObjectiveConfig, int], BellmanLoss]
+Objective = Callable[[Tensor, OutputHead, Batch, Reference, ObjectiveConfig, int], BellmanLoss]
 OBJECTIVES: dict[str, Objective] = {"reval": reval, "tbrm": tbrm, "regression": regression, "grpo": grpo}
 
 
 @torch.no_grad()
 def residual_parts(
-    hidden: Tensor, head: Head, batch: Batch, reference: Reference, config: ObjectiveConfig, residual: Tensor
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, residual: Tensor
 ) -> dict[str, Tensor]:
     """What the residuals [B] are made of, for the metrics: V(s_1), V_ref(s_1), D and the residual, each [B].
 

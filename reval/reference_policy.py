@@ -24,11 +24,14 @@ from reval_kernels import TokenValues, linear_token_values
 from .batching import Batch, MicroBatch, plan
 from .config import Config
 from .distributed import World
-from .lora import reference_adapters, reset_reference_adapters
-from .models import Head, compute_dtype, load_model, with_hidden
+from .model.dtypes import compute_dtype
+from .model.forward import with_hidden
+from .model.head import OutputHead
+from .model.loading import load_model
+from .model.lora import reference_adapters, reset_reference_adapters
+from .model.sharding import copy_weights, empty, shard
 from .objectives import Reference
 from .replay import Trajectory
-from .sharding import copy_weights, empty, shard
 
 
 class ReferencePolicy:
@@ -104,7 +107,7 @@ class ReferencePolicy:
         """What each trajectory keeps."""
         batch = micro.batch
 
-        def values(hidden: Tensor, head: Head) -> TokenValues:
+        def values(hidden: Tensor, head: OutputHead) -> TokenValues:
             return linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
 
         out = with_hidden(model, batch, self._config.model, values)

@@ -6,7 +6,6 @@ A checkpoint is a folder that from_pretrained loads, with all that a run needs t
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -14,12 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
 from .config import Config, ConfigError
 from .distributed import World
-from .models import whole_weights
 from .replay import Trajectory
 
 WRITTEN = (
@@ -37,8 +32,6 @@ WRITTEN = (
 )
 """What a run writes. Overwriting removes these and leaves the rest of the folder alone."""
 STATE = "training/state.json"
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
-"""What only sampling uses, in a generation config."""
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -127,19 +120,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{checkpoint} is not a checkpoint that a run can go on from: {error}") from None
-
-
-def save_model(model: PreTrainedModel, folder: Path, write: bool) -> None:
-    """Save whole weights, adapters merged, so that from_pretrained loads them. Every process has to call this."""
-    weights = {name: tensor.cpu() for name, tensor in whole_weights(model) if write}
-    if write:
-        with torch.device("meta"):
-            shell = type(model)(model.config)
-        generation = shell.generation_config = copy.deepcopy(model.generation_config)
-        # transformers would refuse to save, say, a temperature without sampling, though it loads it
-        unused = [getattr(generation, name, None) not in (None, default) for name, default in SAMPLING.items()]
-        generation.do_sample = generation.do_sample or any(unused)
-        shell.save_pretrained(folder, state_dict=weights)
 
 
 def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:

@@ -19,7 +19,8 @@ from reval_kernels import linear_token_values
 from ..batching import plan
 from ..config import Config
 from ..distributed import World
-from ..models import Head, with_hidden
+from ..model.forward import with_hidden
+from ..model.head import OutputHead
 from ..replay import Trajectory
 
 Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
@@ -38,7 +39,7 @@ def endogenous_scorer(model: PreTrainedModel, config: Config, world: World | Non
         for micro in plan(trajectories, world, model.device, config) if trajectories else ():
             batch = micro.batch
 
-            def sums(hidden: Tensor, head: Head, batch=batch) -> Tensor:
+            def sums(hidden: Tensor, head: OutputHead, batch=batch) -> Tensor:
                 values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
                 return values.v[:, 0] + values.log_prob.sum(1)
 

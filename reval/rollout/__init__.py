@@ -77,7 +77,7 @@ def make_rollout(
 
     A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.
     """
-    from ..models import rollout_dtype
+    from ..model.dtypes import rollout_dtype
 
     settings, dtype = config.rollout, rollout_dtype(config)
     if settings.engine == "hf":

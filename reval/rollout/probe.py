@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from reval_kernels import linear_token_values
+
+from ..batching import collate
+from ..config import ModelConfig
+from ..model.forward import with_hidden
+from ..model.head import OutputHead
+from ..replay import Trajectory
 from . import RolloutEngine
 
 LogProbs = Callable[[list[list[int]], list[int]], list[list[float]]]
@@ -27,6 +37,25 @@ def choose(
             out.append((ids[: start + count], start))
             tokens -= count
     return [ids for ids, _ in out], [start for _, start in out]
+
+
+@torch.no_grad()
+def log_probs(
+    model: PreTrainedModel, sequences: list[list[int]], starts: list[int], config: ModelConfig
+) -> list[list[float]]:
+    """log pi of each sequence's tokens from its start on, given what precedes them, at temperature 1."""
+    masks = [np.arange(len(ids)) >= start for ids, start in zip(sequences, starts, strict=True)]
+    known = [
+        Trajectory(token_ids=np.array(ids), action_mask=mask, reward=0.0, score=0.0, iteration=0)
+        for ids, mask in zip(sequences, masks, strict=True)
+    ]
+    batch = collate(known, model.device, share=False)
+
+    def values(hidden: Tensor, head: OutputHead) -> Tensor:
+        return linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options()).log_prob
+
+    found = with_hidden(model, batch, config, values)
+    return [row[mask].tolist() for row, mask in zip(found.cpu(), batch.mask.cpu(), strict=True)]
 
 
 def mismatch(

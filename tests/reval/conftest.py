@@ -7,7 +7,7 @@ import torch
 from made import random_trajectories
 
 from reval.config import Config, load_config
-from reval.models import load_model
+from reval.model.loading import load_model
 
 
 @pytest.fixture(scope="session")

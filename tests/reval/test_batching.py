@@ -12,7 +12,8 @@ from made import random_trajectories
 from reval.batching import collate, micro_batches, plan
 from reval.config import ModelConfig, OptimConfig
 from reval.distributed import World
-from reval.models import last_hidden, load_model
+from reval.model.forward import hidden_states
+from reval.model.loading import load_model
 from reval.replay import Trajectory
 
 CPU = torch.device("cpu")
@@ -71,14 +72,14 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(tiny):
     )
     batch = collate(members, CPU)
     weights = torch.randn(*batch.mask.shape, 64)
-    together = last_hidden(model, batch, ModelConfig())
+    together = hidden_states(model, batch, ModelConfig())
     hook.remove()
     assert counted == [batch.prefixes.numel(), batch.states.numel()] and len(batch.prefixes) == 3
     (together * weights * batch.mask[..., None]).sum().backward()
     shared = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     for row, t in enumerate(members):
-        alone = last_hidden(model, collate([t], CPU), ModelConfig())[0]
+        alone = hidden_states(model, collate([t], CPU), ModelConfig())[0]
         n = alone.shape[0]
         torch.testing.assert_close(together[row, :n], alone, rtol=1e-4, atol=1e-5)
         (alone * weights[row, :n] * batch.mask[row, :n, None]).sum().backward()
@@ -101,7 +102,7 @@ def test_packed_is_padded_without_the_padding(tiny_config, attention):
     )
     for batch in (padded, packed):
         model.zero_grad()
-        out = last_hidden(model, batch, ModelConfig())
+        out = hidden_states(model, batch, ModelConfig())
         (out * weights).sum().backward()
         hidden.append(out.detach() * padded.state_mask[..., None])
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})

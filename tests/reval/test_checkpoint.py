@@ -23,7 +23,7 @@ import reval.run_folder
 from reval.config import ConfigError, load_config
 from reval.errors import RunError
 from reval.loop import train
-from reval.run_folder import save_model
+from reval.model.saving import save_model
 
 SMALL = ["run.iterations=7", "run.save_every=2", "data.held_out=4", "evaluation.every=3", "reference.reset_every=3"]
 

@@ -16,7 +16,7 @@ from two_processes import CASES, batch_for, updates
 from reval.config import load_config
 from reval.distributed import World
 from reval.learner import Learner
-from reval.models import load_model
+from reval.model.loading import load_model
 from reval.reference_policy import ReferencePolicy
 
 pytestmark = pytest.mark.distributed

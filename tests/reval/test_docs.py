@@ -68,7 +68,7 @@ def test_code_in_the_method_runs():
 def test_the_loss_in_extending_is_one(tiny, tiny_config, trajectories):
     from reval import objectives
     from reval.batching import collate
-    from reval.models import with_hidden
+    from reval.model.forward import with_hidden
     from reval.reference_policy import ReferencePolicy, reference_of
 
     names = {**vars(objectives), "bellman_loss": __import__("reval_kernels").bellman_loss}

@@ -9,7 +9,7 @@ import torch
 
 from reval.config import Config, ObjectiveConfig, OptimConfig
 from reval.learner import Learner, NonFiniteError
-from reval.models import load_model
+from reval.model.loading import load_model
 from reval.reference_policy import ReferencePolicy
 
 

@@ -96,7 +96,7 @@ def test_the_checkpoint_loads_and_has_moved(finished):
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
     assert tokenizer.chat_template and tokenizer.eos_token_id == 1
     from reval.config import ModelConfig
-    from reval.models import load_model
+    from reval.model.loading import load_model
 
     initial, _ = load_model(ModelConfig(name="tiny"), seed=0)
     assert not torch.equal(model.lm_head.weight, initial.lm_head.weight)

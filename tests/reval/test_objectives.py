@@ -7,7 +7,9 @@ import torch
 
 from reval.batching import collate
 from reval.config import ObjectiveConfig
-from reval.models import head_of, last_hidden, load_model
+from reval.model.forward import hidden_states
+from reval.model.head import head_of
+from reval.model.loading import load_model
 from reval.objectives import OBJECTIVES, residual_parts
 from reval.reference_policy import ReferencePolicy, reference_of
 
@@ -81,7 +83,7 @@ def expected(name, level, case):
 def test_loss_is_the_formula(case, tiny_config, name, level):
     model, _, batch, reference, _ = case
     config = ObjectiveConfig(name=name, level=level, beta=BETA)
-    hidden = last_hidden(model, batch, tiny_config.model)
+    hidden = hidden_states(model, batch, tiny_config.model)
     out = OBJECTIVES[name](hidden, head_of(model), batch, reference, config, 7)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(expected(name, level, case), rel=1e-5)
@@ -93,7 +95,7 @@ def test_loss_is_the_formula(case, tiny_config, name, level):
 def test_residual_parts_add_up(case, tiny_config, name):
     model, reference_model, batch, reference, members = case
     config = ObjectiveConfig(name=name, beta=BETA)
-    hidden = last_hidden(model, batch, tiny_config.model)
+    hidden = hidden_states(model, batch, tiny_config.model)
     residual = OBJECTIVES[name](hidden, head_of(model), batch, reference, config, 7).residual
     parts = residual_parts(hidden, head_of(model), batch, reference, config, residual)
     for row, t in enumerate(members):

@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reval.config import load_config
-from reval.models import load_model
+from reval.model.loading import load_model
 from reval.rollout import RolloutError, make_rollout
 from reval.rollout.hf import HFRollout
 from reval.rollout.probe import mismatch

@@ -15,10 +15,12 @@ import torch.distributed.checkpoint as dcp
 from reval.config import Config, load_config
 from reval.distributed import World, world
 from reval.learner import Learner
-from reval.models import load_model, log_probs, whole_weights
+from reval.model.loading import load_model
+from reval.model.saving import whole_weights
+from reval.model.sharding import whole
 from reval.reference_policy import ReferencePolicy
 from reval.replay import Trajectory
-from reval.sharding import whole
+from reval.rollout.probe import log_probs
 
 CASES = {
     "plain": [],

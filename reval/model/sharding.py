@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .distributed import World
+from ..distributed import World
 
 Result = TypeVar("Result")
 

@@ -7,8 +7,9 @@ import torch
 
 from reval.config import LoraConfig, OptimConfig
 from reval.learner import Learner
-from reval.lora import load_adapters, save_adapters
-from reval.models import load_model, whole_weights
+from reval.model.loading import load_model
+from reval.model.lora import load_adapters, save_adapters
+from reval.model.saving import whole_weights
 from reval.reference_policy import ReferencePolicy
 
 IDS = torch.arange(6, 30)[None]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import LoraConfig
+from ..config import LoraConfig
 from .sharding import local, whole
 
 POLICY, REFERENCE = "policy", "reference"

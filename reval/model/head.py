@@ -1,0 +1,64 @@
+"""The head of a language model: all that turns its last hidden states into logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class OutputHead(NamedTuple):
+    """What a model does to its last hidden states: logits = softcap(hidden @ weight.T + bias) / temperature."""
+
+    weight: Tensor
+    """[V, D]"""
+    bias: Tensor | None
+    """[V]"""
+    softcap: float | None
+    temperature: float
+    """The model's own, of its logit scale; nothing to do with sampling."""
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for the functions of reval_kernels that take hidden states."""
+        return {"bias": self.bias, "softcap": self.softcap, "temperature": self.temperature}
+
+
+def head_of(model: PreTrainedModel) -> OutputHead:
+    """The model's head. Softcap and logit scales are applied exactly; what is not known is refused by name."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings; ReVal needs a causal language model")
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            f"the head of {type(model).__name__} is adapted by LoRA ({type(layer).__name__}); the losses read the "
+            "head's weight, so leave the head ('lm_head') out of the adapter's target_modules"
+        )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1 multiplies
+    if softcap and scale != 1.0:
+        raise ValueError(f"{type(model).__name__} has both final_logit_softcapping and a logit scale; in which order?")
+    return OutputHead(layer.weight, layer.bias, softcap or None, 1.0 / scale)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose own logits are not those of `head_of`: its values would be wrong in silence."""
+    head = head_of(model)
+    ids = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    logits = hidden @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = logits / head.temperature
+    error = (own - logits).abs().max() / own.abs().max()
+    if not error < (1e-3 if head.weight.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"the head of {type(model).__name__} does more to its logits than bias, final_logit_softcapping, "
+            f"logit_scale, logits_scaling and lm_head_multiplier (its logits differ by {error:.1%} from ours); values "
+            "depend on them exactly, so this model cannot be trained"
+        )

