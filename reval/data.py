@@ -72,29 +72,6 @@ def load_problems(
     return _encoded(training, tokenizer, longest_prompt), answered
 
 
-class ProblemSampler:
-    """An endless walk over the problems in shuffled epochs; every problem comes once an epoch."""
-
-    def __init__(self, problems: list[Problem], seed: int):
-        self.problems, self.seed = problems, seed
-        self.drawn = 0
-
-    def draw(self, count: int) -> list[Problem]:
-        """The next `count` problems."""
-        out: list[Problem] = []
-        while len(out) < count:
-            epoch, place = divmod(self.drawn, len(self.problems))
-            taken = self._order(epoch)[place : place + count - len(out)]
-            out += [self.problems[i] for i in taken]
-            self.drawn += len(taken)
-        return out
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.problems)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
-
-
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt: through the chat template for messages, as they are for text."""
     if isinstance(prompt, str):

@@ -15,7 +15,6 @@ from .config import Config, ConfigError
 from .errors import RunError
 from .evaluation.answering import Evaluation, evaluate
 from .evaluation.endogenous import endogenous_scorer
-from .experience import scored
 from .interrupt import Interruptible
 from .learner import NonFiniteError
 from .model.dtypes import with_dtypes
@@ -24,6 +23,7 @@ from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, log_probs, mismatch, worst
 from .run_folder import find_checkpoint, save_trajectories
+from .scoring import scored
 from .tracking import check_installed
 from .training_run import TrainingRun
 

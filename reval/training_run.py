@@ -9,12 +9,11 @@ from random import Random
 from .checkpoint import load_checkpoint
 from .components import Components
 from .config import Config
-from .data import ProblemSampler
 from .display import Display
-from .experience import Generation
 from .learner import Learner
 from .reference_policy import ReferencePolicy
 from .replay import ReplayBuffer, load_rollouts
+from .rollout.generation import Generation, ProblemSampler
 from .run_folder import prepare_folder, read_state
 from .tracking import Tracker
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from ..config import Config, ConfigError
 from ..data import Problem, Prompt
 from ..distributed import World
-from ..rewards import RewardPool, Scores
+from ..rewards import RewardPool
 from ..rewards.answers import Extractor, extractor_of
 from ..rollout import Response, RolloutEngine
+from ..scoring import decode, score
 from .endogenous import Scorer, endogenous_scorer
 from .estimators import best, majority, mean, over_blocks, pass_at_k
 
@@ -230,19 +231,6 @@ def _endogenous(
 
 def _extracted(extractor: Extractor | None, texts: list[str]) -> list[str | None] | None:
     return None if extractor is None else [extractor(text) for text in texts]
-
-
-def decode(responses: list[Response], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the reward function and people read; training uses the token ids."""
-    ids = [r.token_ids for r in responses]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # it makes one text of no ids
-
-
-def score(problems: list[Problem], texts: list[str], token_ids: list[list[int]], pool: RewardPool) -> Scores:
-    """Scores of one completion for each of the problems (a problem may come several times)."""
-    names = sorted({name for p in problems for name in p.columns})
-    columns = {name: [p.columns.get(name) for p in problems] for name in names}
-    return pool.score([p.prompt for p in problems], texts, token_ids, columns)
 
 
 def main(config: Config, checkpoint: Path) -> int:

@@ -1,11 +1,10 @@
-"""Rewards: functions that score completions, the worker processes that run them, and the shaping of their scores.
+"""Rewards: functions that score completions, and the worker processes that run them.
 
 This package does not import torch, transformers or numpy. Every worker process imports this package, and a new
 worker must replace a killed one in a fraction of a second.
 """
 
 from reval.rewards.pool import RewardPool, Scores
-from reval.rewards.shaping import reward_metrics, shape_rewards
 from reval.rewards.verifiers import VERIFIERS, RewardError, resolve
 
-__all__ = ["VERIFIERS", "RewardError", "RewardPool", "Scores", "resolve", "reward_metrics", "shape_rewards"]
+__all__ = ["VERIFIERS", "RewardError", "RewardPool", "Scores", "resolve"]

@@ -4,13 +4,12 @@ problems are refused with a message."""
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from reval.config import DataConfig, EvaluationConfig
-from reval.data import Problem, ProblemSampler, encode, load_problems
+from reval.data import encode, load_problems
 
 ADDITIONS = {
     "min_terms": 2,
@@ -145,13 +144,3 @@ def test_a_sub_sample_is_fixed_and_nothing_of_the_set_is_trained_on(tiny, tmp_pa
     assert questions(load_problems(config, tiny[1], 400, replace(evaluation, samples=9))[1]) == chosen
     assert questions(load_problems(replace(config, seed=1), tiny[1], 400, evaluation)[1]) != chosen
     assert len(load_problems(config, tiny[1], 400, replace(evaluation, problems=99))[1]) == 20
-
-
-def test_every_problem_comes_once_an_epoch_and_epochs_differ():
-    problems = [Problem(str(i), [i], {}) for i in range(7)]
-    sampler = ProblemSampler(problems, seed=3)
-    drawn = [p.prompt for _ in range(7) for p in sampler.draw(3)]
-    for epoch in range(3):
-        assert Counter(drawn[7 * epoch : 7 * epoch + 7]) == Counter(str(i) for i in range(7))
-    assert drawn[:7] != drawn[7:14]
-    assert drawn == [p.prompt for p in ProblemSampler(problems, seed=3).draw(21)]

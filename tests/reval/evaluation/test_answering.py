@@ -14,8 +14,8 @@ import pytest
 from reval.config import ConfigError, load_config
 from reval.data import Problem
 from reval.distributed import World
-from reval.evaluation.answering import Answered, Evaluation, decode, evaluate, main, score
-from reval.rewards import RewardPool, Scores
+from reval.evaluation.answering import Answered, Evaluation, evaluate, main
+from reval.rewards import Scores
 from reval.rollout import Response
 
 
@@ -241,10 +241,3 @@ def test_two_processes_find_what_one_finds(checkpoint):
     for one, two in zip(alone, rows_of(folder), strict=True):
         assert one.pop("endogenous") == pytest.approx(two.pop("endogenous"), abs=1e-4)
         assert one == two
-
-
-def test_a_process_without_a_share_decodes_and_scores_nothing(tiny):
-    """As one of two processes with rollout.prompts=1; the tokenizer would make one empty text of no responses."""
-    assert decode([], tiny[1]) == []
-    with RewardPool("number", workers=1, timeout=5.0) as pool:
-        assert score([], [], [], pool).rewards == []

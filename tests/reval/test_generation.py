@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import pytest
 
 from reval.config import load_config
-from reval.data import Problem, ProblemSampler
+from reval.data import Problem
 from reval.distributed import World
-from reval.experience import Generation
 from reval.rollout import Response, RolloutError
+from reval.rollout.generation import Generation, ProblemSampler
 
 
 class Engine:
@@ -101,3 +102,13 @@ def test_an_engine_that_dies_in_the_thread_ends_the_run():
     with pytest.raises(RolloutError, match="the engine is gone"):
         generation.next(2)
     generation.close()
+
+
+def test_every_problem_comes_once_an_epoch_and_epochs_differ():
+    problems = [Problem(str(i), [i], {}) for i in range(7)]
+    sampler = ProblemSampler(problems, seed=3)
+    drawn = [p.prompt for _ in range(7) for p in sampler.draw(3)]
+    for epoch in range(3):
+        assert Counter(drawn[7 * epoch : 7 * epoch + 7]) == Counter(str(i) for i in range(7))
+    assert drawn[:7] != drawn[7:14]
+    assert drawn == [p.prompt for p in ProblemSampler(problems, seed=3).draw(21)]

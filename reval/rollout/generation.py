@@ -1,27 +1,22 @@
-"""From problems to scored trajectories: asking for responses, perhaps some iterations ahead, and scoring them.
+"""Asking the rollout engine for responses, perhaps some iterations ahead of training.
 
-Each process generates and scores for its share of the problems; then all of them hold all trajectories.
+Each process generates for its share of the problems.
 """
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from .components import Components
-from .config import Config
-from .data import Problem, ProblemSampler
-from .distributed import World
-from .evaluation.answering import decode, score
-from .replay import Trajectory
-from .rewards import RewardError, reward_metrics, shape_rewards
-from .rollout import Response, RolloutEngine
-from .tracking import Tracker
+from ..config import Config
+from ..data import Problem
+from ..distributed import World
+from . import Response, RolloutEngine
 
 
 class Rollouts(NamedTuple):
@@ -40,6 +35,29 @@ class _Request(NamedTuple):
     answers: Future[list[list[Response]]]
     synced: int
     """The iteration after which the engine got the weights that answer."""
+
+
+class ProblemSampler:
+    """An endless walk over the problems in shuffled epochs; every problem comes once an epoch."""
+
+    def __init__(self, problems: list[Problem], seed: int):
+        self.problems, self.seed = problems, seed
+        self.drawn = 0
+
+    def draw(self, count: int) -> list[Problem]:
+        """The next `count` problems."""
+        out: list[Problem] = []
+        while len(out) < count:
+            epoch, place = divmod(self.drawn, len(self.problems))
+            taken = self._order(epoch)[place : place + count - len(out)]
+            out += [self.problems[i] for i in taken]
+            self.drawn += len(taken)
+        return out
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.problems)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
 
 
 class Generation:
@@ -102,70 +120,3 @@ class Generation:
             answers: Future[list[list[Response]]] = Future()
             answers.set_result([[Response(ids, done) for ids, done in group] for group in self._world.share(groups)])
             self._pending.append(_Request(self._problems.draw(count), answers, synced))
-
-
-def scored(
-    config: Config, components: Components, rollouts: Rollouts, iteration: int, tracker: Tracker
-) -> tuple[list[Trajectory], dict[str, float]]:
-    """Trajectories of all responses that could be scored, rewards shaped, and the metrics of the whole."""
-    world = components.world
-    own = [(p, r) for p, rs in zip(world.share(rollouts.problems), rollouts.own, strict=True) for r in rs]
-    texts = decode([r for _, r in own], components.tokenizer)
-    failure, timeouts, errors, first_error = "", 0, 0, None
-    rewards: list[float | None] = [None] * len(own)
-    try:
-        scores = score([p for p, _ in own], texts, [r.token_ids for _, r in own], components.reward_pool)
-        rewards, timeouts, errors, first_error = scores.rewards, scores.timeouts, scores.errors, scores.first_error
-    except RewardError as error:
-        failure = str(error)
-    reports = world.gather((failure, timeouts, errors, first_error))
-    for message, *_ in reports:
-        if message:
-            raise RewardError(message)
-    n = config.rollout.responses
-    rows = [(r, text, reward) for (_, r), text, reward in zip(own, texts, rewards, strict=True)]
-    groups = world.join([rows[i : i + n] for i in range(0, len(rows), n)])
-    flat = [(g, p, *row) for g, (p, group) in enumerate(zip(rollouts.problems, groups, strict=True)) for row in group]
-    tracker.samples(iteration, [(p.prompt, text, reward) for _, p, _, text, reward in flat])
-    for *_, exception in reports:
-        if exception:
-            tracker.reward_error(iteration, exception)
-    return _trajectories(config, flat, iteration), _metrics(flat, rollouts.lag) | {
-        "reward_timeouts": sum(r[1] for r in reports),
-        "reward_errors": sum(r[2] for r in reports),
-    }
-
-
-Row = tuple[int, Problem, Response, str, float | None]
-"""The number of a response's prompt, the problem, the response, its text and its raw reward."""
-
-
-def _trajectories(config: Config, rows: list[Row], iteration: int) -> list[Trajectory]:
-    raw = [row[4] for row in rows]
-    try:
-        shaped = shape_rewards(raw, [row[0] for row in rows], config.reward.shaping)
-    except ValueError as error:
-        raise RewardError(f"reward.shaping={config.reward.shaping}: {error}") from error
-    return [
-        Trajectory(
-            token_ids=np.array(p.token_ids + r.token_ids),
-            action_mask=np.arange(len(p.token_ids) + len(r.token_ids)) >= len(p.token_ids),
-            reward=reward,
-            score=unshaped,
-            iteration=iteration,
-            finished=r.finished,
-        )
-        for (_, p, r, _, unshaped), reward in zip(rows, shaped, strict=True)
-        if reward is not None and unshaped is not None
-    ]
-
-
-def _metrics(rows: list[Row], lag: int) -> dict[str, float]:
-    lengths = [len(row[2].token_ids) for row in rows]
-    return reward_metrics([row[4] for row in rows], [row[0] for row in rows]) | {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": sum(not row[2].finished for row in rows) / len(rows),
-        "num_tokens": sum(lengths),
-        "rollout/lag": lag,
-    }
