@@ -100,7 +100,7 @@ def _points(run: Path, metric: str, per_iteration: int) -> dict[int, float]:
     points = {row["iteration"] * per_iteration: float(row[metric]) for row in rows if metric in row}
     before = run / "evaluations" / "iteration-000000.jsonl"
     if metric.startswith("eval/") and before.is_file():
-        from .evaluation.answering import Evaluation
+        from .evaluation.answers import Evaluation
 
         first = Evaluation.load(before).metrics()
         points |= {0: first[metric]} if metric in first else {}

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .config import Config
 from .data import Prompt
-from .evaluation.answering import Evaluation
+from .evaluation.answers import Evaluation
 
 SHOWN = {
     "reward": "reward {:.2f}",

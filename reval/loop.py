@@ -13,7 +13,8 @@ from .checkpoint import save_checkpoint
 from .components import Components, build
 from .config import Config, ConfigError
 from .errors import RunError
-from .evaluation.answering import Evaluation, evaluate
+from .evaluation.answering import evaluate
+from .evaluation.answers import Evaluation
 from .evaluation.endogenous import endogenous_scorer
 from .interrupt import Interruptible
 from .learner import NonFiniteError

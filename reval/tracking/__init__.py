@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 
 from ..config import Config
-from ..evaluation.answering import Evaluation
+from ..evaluation.answers import Evaluation
 from .services import Service, check_installed, start
 
 __all__ = ["Tracker", "check_installed"]

@@ -9,7 +9,7 @@ import pytest
 from reval import display
 from reval.config import Config, RunConfig
 from reval.display import Display
-from reval.evaluation.answering import Answered, Evaluation
+from reval.evaluation.answers import Answered, Evaluation
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from reval.config import Config, ConfigError, TrackingConfig
-from reval.evaluation.answering import Evaluation
+from reval.evaluation.answers import Evaluation
 from reval.tracking import Tracker
 from reval.tracking.services import COLUMNS
 

@@ -14,7 +14,8 @@ import pytest
 from reval.config import ConfigError, load_config
 from reval.data import Problem
 from reval.distributed import World
-from reval.evaluation.answering import Answered, Evaluation, evaluate, main
+from reval.evaluation.answering import evaluate, main
+from reval.evaluation.answers import Answered, Evaluation
 from reval.rewards import Scores
 from reval.rollout import Response
 

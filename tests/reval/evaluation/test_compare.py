@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reval.errors import RunError
-from reval.evaluation.answering import Answered, Evaluation
+from reval.evaluation.answers import Answered, Evaluation
 from reval.evaluation.compare import compare, find, paired, read
 
 
