@@ -1,4 +1,7 @@
-"""The policy's weights and their update: micro-batches, backward, clipping, AdamW."""
+"""The learner: one update of the policy from a batch of trajectories.
+
+An update runs forward and backward passes over micro-batches, clips the gradient and takes one AdamW step.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .batching import MicroBatch, plan
 from .config import Config
 from .distributed import World
-from .model.forward import with_hidden
-from .model.head import OutputHead
-from .model.sharding import layers_of, whole
-from .objectives import OBJECTIVES, residual_parts
+from .model.forward import token_values, with_hidden
+from .model.sharding import layers_of
+from .objectives import FROM_VALUES, FUSED
 from .reference_policy import reference_of
 from .replay import Trajectory
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite; the weights have not moved. `trajectories` is the batch that did it."""
+    """The loss or the gradient of a batch is not finite. The weights have not moved."""
 
     def __init__(self, message: str, trajectories: list[Trajectory]):
         super().__init__(message)
         self.trajectories = trajectories
+        """The batch."""
 
 
 class Learner:
-    """Owns the optimizer of `model`."""
+    """Trains `model`: owns the optimizer and counts the updates."""
 
     def __init__(self, model: PreTrainedModel, config: Config, world: World | None = None):
-        self.model, self._config, self._world, self.updates = model, config, world or World(), 0
+        self.model, self._config, self._world = model, config, world or World()
+        self.updates = 0
+        """Updates taken so far."""
+        self._total_updates = config.updates
+        self._layers = layers_of(model)
         if config.model.compile:
-            for layer in layers_of(model):
+            for layer in self._layers:
                 layer.compile(dynamic=True)
         optim = config.optim
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            self._trained,
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
@@ -46,69 +55,96 @@ class Learner:
             fused=model.device.type in ("cpu", "cuda"),  # one pass over the weights instead of eight
         )
 
+    def update(self, trajectories: list[Trajectory]) -> dict[str, Any]:
+        """Take one step on a batch of annotated trajectories, which is the same on every process.
+
+        The number of micro-batches and the number of processes change the result by rounding only.
+
+        Returns `loss`, `grad_norm` before clipping, `lr`, and `residual_terms`: tensors [B] by name, with the residual
+        of each trajectory and its terms. The order of the trajectories in these tensors is not that of the batch.
+
+        Raises NonFiniteError before the weights move.
+        """
+        for layer in self._layers:
+            # transformers checkpoints activations only in layers in training mode. Their children stay in evaluation
+            # mode, so there is no dropout. Generating sets the mode back, so the mode is set before every update.
+            layer.training = self._config.model.gradient_checkpointing
+        own_losses: list[float] = []
+        own_terms: list[dict[str, Tensor]] = []
+        for micro in plan(trajectories, self._world, self.model.device, self._config):
+            loss, terms = self._backward(micro, len(trajectories))
+            if micro.indices:
+                own_losses.append(loss)
+                own_terms.append(terms)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._config.optim.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # FSDP: each process knows the norm of its slices
+        reports = self._world.gather((own_losses, own_terms))
+        loss = sum(x for losses, _ in reports for x in losses)
+        grad_norm = norm.item()
+        if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"the loss is {loss} and the gradient norm {grad_norm}", trajectories)
+        lr = self._config.optim.lr * self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        # Free the gradients now and not before the next backward pass: generating needs the memory.
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        for t in trajectories:
+            t.uses += 1
+        pieces = [piece for _, terms in reports for piece in terms]
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "residual_terms": joined}
+
+    def _backward(self, micro: MicroBatch, count: int) -> tuple[float, dict[str, Tensor]]:
+        """Add the gradient of one micro-batch to the gradient of the batch, which has `count` trajectories.
+
+        Returns the loss of the micro-batch and its residual terms, on the CPU.
+        """
+        objective, batch = self._config.objective, micro.batch
+        reference = reference_of(micro.trajectories, batch)
+        if objective.name in FUSED:
+            fused = FUSED[objective.name]
+            out = with_hidden(
+                self.model,
+                batch,
+                self._config.model,
+                lambda hidden, head: fused(hidden, head, batch, reference, objective, count),
+            )
+        else:
+            values = token_values(self.model, batch, self._config.model)
+            out = FROM_VALUES[objective.name](values, batch, reference, objective, count)
+        # A padding micro-batch must take part in the backward pass, in which FSDP communicates, but adds no gradient.
+        (out.loss if micro.indices else 0 * out.loss).backward()
+        terms = {
+            "residual": out.residual,
+            "v_policy": out.v,
+            "v_reference": reference.v,
+            "log_ratio": out.log_ratio,
+        }
+        return out.loss.item(), {name: x.detach().float().cpu() for name, x in terms.items()}
+
     def _schedule(self) -> float:
-        """The share of optim.lr that the next update takes."""
-        optim, total = self._config.optim, self._config.updates
+        """The factor on optim.lr for the next update."""
+        optim, total = self._config.optim, self._total_updates
         if self.updates < optim.warmup:
             return (self.updates + 1) / optim.warmup
         if optim.schedule == "constant":
             return 1.0
         return max(0.0, (total - self.updates) / max(total - optim.warmup, 1))
 
-    def update(self, trajectories: list[Trajectory]) -> dict[str, Any]:
-        """One step on annotated trajectories, the same on every process; the result depends neither on the
-        micro-batches nor on the number of processes, but for rounding.
-
-        Returns the loss, the gradient norm before clipping, and `parts`: tensors [B] of what the residuals are made of.
-        Raises NonFiniteError before the weights move.
-        """
-        for layer in layers_of(self.model):
-            # transformers checkpoints layers in training mode only; what lies in them stays without dropout
-            layer.training = self._config.model.gradient_checkpointing
-        own_losses: list[float] = []
-        own_parts: list[dict[str, Tensor]] = []
-        for micro in plan(trajectories, self._world, self.model.device, self._config):
-            loss, parts = self._backward(micro, len(trajectories))
-            if micro.indices:
-                own_losses.append(loss)
-                own_parts.append(parts)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self._config.optim.max_grad_norm)).item()
-        everyones = self._world.gather((own_losses, own_parts))
-        loss = sum(x for losses, _ in everyones for x in losses)
-        if not (torch.isfinite(torch.tensor([loss, norm])).all()):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the loss is {loss} and the gradient norm {norm}", trajectories)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._config.optim.lr * self._schedule()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # now: the memory is wanted for generating
-        self.updates += 1
-        for t in trajectories:
-            t.uses += 1
-        pieces = [piece for _, parts in everyones for piece in parts]
-        joined = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
-        return {"loss": loss, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"], "parts": joined}
-
-    def _backward(self, micro: MicroBatch, count: int) -> tuple[float, dict[str, Tensor]]:
-        """Add the micro-batch's gradient of the sum over it / `count`; its loss and parts."""
-        objective, batch = self._config.objective, micro.batch
-        reference = reference_of(micro.trajectories, batch)
-
-        def losses(hidden: Tensor, head: OutputHead) -> tuple[Tensor, dict[str, Tensor]]:
-            out = OBJECTIVES[objective.name](hidden, head, batch, reference, objective, count)
-            return out.loss, residual_parts(hidden.detach(), head, batch, reference, objective, out.residual)
-
-        loss, parts = with_hidden(self.model, batch, self._config.model, losses)
-        (loss if micro.indices else 0 * loss).backward()
-        return loss.item(), {key: x.float().cpu() for key, x in parts.items()}
-
     def state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter name, for torch.distributed.checkpoint."""
+        """The optimizer's state by parameter name, as torch.distributed.checkpoint saves it."""
         return get_optimizer_state_dict(self.model, self.optimizer)
 
     def load_state(self, state: dict[str, Any], updates: int) -> None:
-        """Go on from what `state` returned after that many updates, with the settings as they are now."""
+        """Continue from `state`, which `state()` returned after `updates` updates.
+
+        The state contains AdamW's settings too. They are overwritten with the current ones, because a resumed run may
+        change them.
+        """
         set_optimizer_state_dict(self.model, self.optimizer, state)
         optim = self._config.optim
         for group in self.optimizer.param_groups:

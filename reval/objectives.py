@@ -1,7 +1,10 @@
-"""ReVal and its family: each objective is a function from hidden states and what is known of the trajectories to a
-loss, and knows what of the reference policy it needs.
+"""ReVal and its family of losses. Each objective is a function from one micro-batch to a loss.
 
-All sum over trajectories and divide by `normalizer`, the number in the whole batch, so micro-batches add up.
+Letters: B trajectories, T actions of each. D = sum_h (log pi - log pi_ref)(a_h|s_h), over the actions of a trajectory.
+r is the shaped reward and beta its temperature. Values are in units of reward / beta.
+
+Every objective sums over its trajectories and divides by `normalizer`, the number of trajectories in the whole batch on
+all processes. The losses of the micro-batches then add up to the loss of the batch.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reval_kernels import BellmanLoss, TokenValues, linear_reval_loss, linear_token_values
+from reval_kernels import TokenValues, linear_reval_loss, linear_token_values
 
 from .batching import Batch
 from .config import ObjectiveConfig
@@ -20,96 +23,105 @@ from .model.head import OutputHead
 
 
 class Reference(NamedTuple):
-    """What the reference policy says about a batch."""
+    """The reference policy's values of a batch; constants."""
 
     v: Tensor
-    """[B], V_ref(s_1)"""
+    """float32 [B], V_ref(s_1)"""
     log_prob: Tensor
-    """[B], sum_h log pi_ref(a_h|s_h)"""
+    """float32 [B], sum_h log pi_ref(a_h|s_h)"""
     values: TokenValues | None = None
-    """[B, T], for objectives that look at single tokens."""
+    """float32 [B, T]; only for objective.level=token and subtrajectory, which need the values of single tokens."""
 
-    def returns(self) -> Tensor:
-        """[B], V_ref(s_1) + sum_h log pi_ref: all that a trajectory's residual needs."""
-        return self.v + self.log_prob
+
+class ObjectiveOutput(NamedTuple):
+    """The loss of a micro-batch, and for the metrics its residuals and the terms of each residual."""
+
+    loss: Tensor
+    """float32 scalar, differentiable."""
+    residual: Tensor
+    """float32 [B]"""
+    v: Tensor
+    """float32 [B], V(s_1)"""
+    log_ratio: Tensor
+    """float32 [B], D"""
 
 
 def reval(
     hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
-) -> BellmanLoss:
-    """(V(s_1) - V_ref(s_1) + D - r / beta)^2, or its parts (arXiv 2603.23355, Eq. 2)."""
-    known = reference.returns() if config.level == "trajectory" else reference.values
-    assert known is not None, "reference_policy keeps token values where the level needs them"
-    return linear_reval_loss(
+) -> ObjectiveOutput:
+    """(V(s_1) - V_ref(s_1) + D - r / beta)^2 (arXiv 2603.23355, Eq. 2), or the level's squared parts of that sum."""
+    known = reference.v + reference.log_prob if config.level == "trajectory" else reference.values
+    assert known is not None, "reference_policy.py keeps token values for the levels that need them"
+    loss, residual = linear_reval_loss(
         hidden,
-        head.weight,
-        batch.actions,
-        known,
-        batch.rewards,
+        actions=batch.actions,
+        reference=known,
+        rewards=batch.rewards,
         mask=batch.mask,
         beta=config.beta,
         level=config.level,
         semi_gradient=config.semi_gradient,
         normalizer=normalizer,
-        **head.options(),
+        **head._asdict(),
     )
+    v = _first_v(hidden, head, batch)
+    return ObjectiveOutput(loss, residual, v, residual - (v - reference.v) + batch.rewards / config.beta)
 
 
 def tbrm(
     hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
-) -> BellmanLoss:
+) -> ObjectiveOutput:
     """(V(s_1) + D - r / beta)^2: ReVal with V_ref := 0 (arXiv 2505.15311)."""
-    return linear_reval_loss(
+    loss, residual = linear_reval_loss(
         hidden,
-        head.weight,
-        batch.actions,
-        reference.log_prob,
-        batch.rewards,
+        actions=batch.actions,
+        reference=reference.log_prob,
+        rewards=batch.rewards,
         mask=batch.mask,
         beta=config.beta,
         normalizer=normalizer,
-        **head.options(),
+        **head._asdict(),
     )
-
-
-def regression(
-    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
-) -> BellmanLoss:
-    """(D - (r - mean_G r) / beta)^2, without any V (Kimi k1.5, arXiv 2501.12599); the rewards come centred."""
-    values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
-    residual = values.log_prob.sum(1) - reference.log_prob - batch.rewards / config.beta
-    return BellmanLoss(residual.square().sum() / normalizer, residual.detach())
-
-
-def grpo(
-    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
-) -> BellmanLoss:
-    """-A / H sum_h log pi(a_h|s_h), A the shaped reward: GRPO (arXiv 2402.03300, Eq. 3) at its first update, where the
-    importance ratio is 1, without a KL term. The residual is D - r / beta, for the metrics alone."""
-    values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
-    log_prob = values.log_prob.sum(1)
-    loss = -(batch.rewards * log_prob / batch.mask.sum(1)).sum() / normalizer
-    return BellmanLoss(loss, (log_prob - reference.log_prob - batch.rewards / config.beta).detach())
-
-
-Objective = Callable[[Tensor, OutputHead, Batch, Reference, ObjectiveConfig, int], BellmanLoss]
-OBJECTIVES: dict[str, Objective] = {"reval": reval, "tbrm": tbrm, "regression": regression, "grpo": grpo}
+    v = _first_v(hidden, head, batch)
+    return ObjectiveOutput(loss, residual, v, residual - v + batch.rewards / config.beta)
 
 
 @torch.no_grad()
-def residual_parts(
-    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, residual: Tensor
-) -> dict[str, Tensor]:
-    """What the residuals [B] are made of, for the metrics: V(s_1), V_ref(s_1), D and the residual, each [B].
+def _first_v(hidden: Tensor, head: OutputHead, batch: Batch) -> Tensor:
+    """V(s_1) [B]. The fused loss returns no token values, and one state per trajectory costs little."""
+    return linear_token_values(hidden[:, 0], actions=batch.actions[:, 0], **head._asdict()).v
 
-    The fused loss returns no token values. V(s_1) is one state a trajectory, so it is computed apart, and D follows
-    from the residual.
+
+def regression(
+    values: TokenValues, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+) -> ObjectiveOutput:
+    """(D - (r - mean_G r) / beta)^2, without any V (Kimi k1.5, arXiv 2501.12599).
+
+    mean_G is the mean over the responses to one prompt. reward.shaping=centered has already subtracted it from r.
     """
-    v = linear_token_values(hidden[:, 0], head.weight, batch.actions[:, 0], **head.options()).v
-    baseline = {"reval": v - reference.v, "tbrm": v}.get(config.name, torch.zeros_like(v))
-    return {
-        "residual": residual,
-        "v_policy": v,
-        "v_reference": reference.v,
-        "log_ratio": residual - baseline + batch.rewards / config.beta,
-    }
+    residual = values.log_prob.sum(1) - reference.log_prob - batch.rewards / config.beta
+    loss = residual.square().sum() / normalizer
+    return ObjectiveOutput(loss, residual, values.v[:, 0], residual + batch.rewards / config.beta)
+
+
+def grpo(
+    values: TokenValues, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+) -> ObjectiveOutput:
+    """-A / H sum_h log pi(a_h|s_h), with the advantage A = r and H actions (GRPO, arXiv 2402.03300, Eq. 3).
+
+    This is GRPO at its first update, where the importance ratio is 1, and without a KL term. The loss uses no residual.
+    The metrics get the residual D - r / beta, as for the other objectives.
+    """
+    log_prob = values.log_prob.sum(1)
+    loss = -(batch.rewards * log_prob / batch.mask.sum(1)).sum() / normalizer
+    residual = log_prob - reference.log_prob - batch.rewards / config.beta
+    return ObjectiveOutput(loss, residual, values.v[:, 0], residual + batch.rewards / config.beta)
+
+
+FusedObjective = Callable[[Tensor, OutputHead, Batch, Reference, ObjectiveConfig, int], ObjectiveOutput]
+FUSED: dict[str, FusedObjective] = {"reval": reval, "tbrm": tbrm}
+"""Objectives that need hidden states and the head: their kernel computes loss and gradient in one pass."""
+
+ValueObjective = Callable[[TokenValues, Batch, Reference, ObjectiveConfig, int], ObjectiveOutput]
+FROM_VALUES: dict[str, ValueObjective] = {"regression": regression, "grpo": grpo}
+"""Objectives that are arithmetic on token values."""

@@ -16,17 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from reval_kernels import TokenValues, linear_token_values
+from reval_kernels import TokenValues
 
 from .batching import Batch, MicroBatch, plan
 from .config import Config
 from .distributed import World
 from .model.dtypes import compute_dtype
-from .model.forward import with_hidden
-from .model.head import OutputHead
+from .model.forward import token_values
 from .model.loading import load_model
 from .model.lora import reference_adapters, reset_reference_adapters
 from .model.sharding import copy_weights, empty, shard
@@ -106,11 +104,7 @@ class ReferencePolicy:
     def _views(self, model: PreTrainedModel, micro: MicroBatch) -> list[dict[str, Any]]:
         """What each trajectory keeps."""
         batch = micro.batch
-
-        def values(hidden: Tensor, head: OutputHead) -> TokenValues:
-            return linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
-
-        out = with_hidden(model, batch, self._config.model, values)
+        out = token_values(model, batch, self._config.model)
         v, log_prob = out.v[:, 0].tolist(), out.log_prob.sum(1).tolist()
         views = [{"version": self.version, "v": a, "log_prob": b} for a, b in zip(v, log_prob, strict=True)]
         if self._config.objective.level != "trajectory":

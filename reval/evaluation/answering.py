@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import Config, ConfigError
 from ..data import Problem
 from ..distributed import World
+from ..model.dtypes import with_dtypes
 from ..rewards import RewardPool
 from ..rewards.answers import Extractor, extractor_of
 from ..rollout import Response, RolloutEngine
@@ -150,7 +151,7 @@ def main(config: Config, checkpoint: Path) -> int:
     from ..components import build
 
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint
-    config = replace(config, model=replace(config.model, name=str(folder)))
+    config = with_dtypes(replace(config, model=replace(config.model, name=str(folder))))
     with build(config) as components:
         if not components.evaluation_problems:
             raise ConfigError("there is nothing to answer: data.held_out is 0 and evaluation.benchmarks is empty")

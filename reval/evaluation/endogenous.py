@@ -11,16 +11,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-
-from reval_kernels import linear_token_values
 
 from ..batching import plan
 from ..config import Config
 from ..distributed import World
-from ..model.forward import with_hidden
-from ..model.head import OutputHead
+from ..model.forward import token_values
 from ..replay import Trajectory
 
 Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
@@ -37,13 +33,9 @@ def endogenous_scorer(model: PreTrainedModel, config: Config, world: World | Non
         trajectories = [_trajectory(*pair) for pair in pairs]
         found: dict[int, float] = {}
         for micro in plan(trajectories, world, model.device, config) if trajectories else ():
-            batch = micro.batch
-
-            def sums(hidden: Tensor, head: OutputHead, batch=batch) -> Tensor:
-                values = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
-                return values.v[:, 0] + values.log_prob.sum(1)
-
-            found.update(zip(micro.indices, with_hidden(model, batch, config.model, sums).tolist(), strict=False))
+            values = token_values(model, micro.batch, config.model)
+            sums = (values.v[:, 0] + values.log_prob.sum(1)).tolist()
+            found.update(zip(micro.indices, sums, strict=False))  # a padding micro-batch has no indices
         everyone = {i: value for own in world.gather(found) for i, value in own.items()}
         return [everyone[i] for i in range(len(pairs))]
 

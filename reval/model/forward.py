@@ -1,4 +1,7 @@
-"""The forward pass: from a batch of trajectories to hidden states, where the head is whole."""
+"""The forward pass: from a batch of trajectories to hidden states and token values.
+
+Letters in shapes: B trajectories, T states of each, D the width of the hidden states, S tokens of a prompt prefix.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,54 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
+
+from reval_kernels import TokenValues, linear_token_values
 
 from ..batching import Batch
 from ..config import ModelConfig
-from .dtypes import compute_dtype
 from .head import OutputHead, head_of
-from .sharding import inside, reshard
 
 Result = TypeVar("Result")
+
+
+def token_values(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> TokenValues:
+    """q, v and log_prob of every action of the batch: float32 [B, T], 0 where batch.mask is false, differentiable."""
+
+    def values(hidden: Tensor, head: OutputHead) -> TokenValues:
+        return linear_token_values(hidden, actions=batch.actions, mask=batch.mask, **head._asdict())
+
+    return with_hidden(model, batch, config, values)
 
 
 def with_hidden(
     model: PreTrainedModel, batch: Batch, config: ModelConfig, function: Callable[[Tensor, OutputHead], Result]
 ) -> Result:
-    """function(hidden [B, T, D], head) of the batch's states, where the head's weight is whole."""
-    out = inside(model, lambda: function(hidden_states(model, batch, config), head_of(model)))
-    if not torch.is_grad_enabled():
-        reshard(model)  # no backward will do it
+    """Run the forward pass and return function(hidden states [B, T, D], head).
+
+    Several processes shard the model with FSDP, and then `head.weight` is whole only while `function` runs. A function
+    that needs token values alone is `token_values`.
+    """
+
+    def forward() -> Result:
+        return function(hidden_states(model, batch, config), head_of(model))
+
+    run_gathered: Any = getattr(model, "run_gathered", None)  # model/sharding.py adds this method to a sharded model
+    out = forward() if run_gathered is None else run_gathered(forward)
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        model.reshard()  # FSDP frees the head's weight in the backward pass, and without gradient there is none
     return out
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
-    """Hidden states [B, T, D] of the batch's states, in the type the transformer computes in.
+    """The last hidden states [B, T, D] of the batch, in the type that the transformer computes in.
 
-    Where batch.share says so, a prompt that several trajectories share is computed once: its keys and values are
-    repeated for them, and gradients flow back through them.
+    If batch.share is set, a prompt that several trajectories share is computed once. Its keys and values are repeated
+    for each trajectory, and gradients flow back through them.
     """
-    bf16 = compute_dtype(config) == torch.bfloat16 and config.dtype != "bfloat16"
+    assert config.compute_dtype != "auto", "with_dtypes replaces auto when a run starts"
+    bf16 = config.compute_dtype == "bfloat16" and config.dtype == "float32"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     body: Any = model.base_model
     prefixes, prefix_mask, of = batch.prefixes, batch.prefix_mask, batch.prefix_of
@@ -44,6 +67,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
     with cast:
         if batch.packed:
             return _packed_hidden(body, whole, attention.bool())[:, prefixes.shape[1] :]
+        # Position 0 is the first token that is not padding. Padding on the left would have position -1.
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         if batch.share:
             cache = body(
@@ -52,7 +76,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
                 use_cache=True,
                 position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
             ).past_key_values
-            if type(cache) is DynamicCache:
+            if type(cache) is DynamicCache:  # other kinds of cache cannot be repeated
                 cache.batch_select_indices(of)
                 return body(
                     input_ids=batch.states,
@@ -66,9 +90,9 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
 
 
 def _packed_hidden(body: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, S, D] computed on the true tokens alone, joined to one sequence; 0 elsewhere.
+    """Hidden states [B, S + T, D] from one sequence that holds the true tokens alone; 0 at padding.
 
-    transformers tells the trajectories apart by their positions, which start anew at 0.
+    transformers finds the start of each trajectory in the packed sequence by its position 0.
     """
     positions = (mask.cumsum(1) - 1)[mask]
     packed = body(input_ids=ids[mask][None], position_ids=positions[None], use_cache=False).last_hidden_state[0]

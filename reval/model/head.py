@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 
 
 class OutputHead(NamedTuple):
-    """What a model does to its last hidden states: logits = softcap(hidden @ weight.T + bias) / temperature."""
+    """logits = softcap(hidden @ weight.T + bias) / temperature. V is the size of the vocabulary, D the model's width.
+
+    The fields are keyword arguments of the kernels: linear_token_values(hidden, actions=actions, **head._asdict()).
+    """
 
     weight: Tensor
     """[V, D]"""
@@ -19,10 +22,6 @@ class OutputHead(NamedTuple):
     softcap: float | None
     temperature: float
     """The model's own, of its logit scale; nothing to do with sampling."""
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for the functions of reval_kernels that take hidden states."""
-        return {"bias": self.bias, "softcap": self.softcap, "temperature": self.temperature}
 
 
 def head_of(model: PreTrainedModel) -> OutputHead:

@@ -1,15 +1,16 @@
 """A model spread over the processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its weights whole again.
 
 Every process keeps a slice of every parameter; a layer's parameters are put together when the layer computes. The
-losses read the head's weight outside of any layer, so whatever does runs in `inside`.
+losses read the head's weight, which belongs to no layer. `shard` therefore gives the model a method
+`run_gathered(function)`: it runs `function` as a forward pass of the whole model, in which the parameters outside the
+layers are whole.
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distributed import World
-
-Result = TypeVar("Result")
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -70,8 +69,8 @@ def shard(
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    setattr(model, "inside", types.MethodType(lambda self, function: function(), model))  # noqa: B010
-    register_fsdp_forward_method(model, "inside")
+    setattr(model, "run_gathered", types.MethodType(lambda self, function: function(), model))  # noqa: B010
+    register_fsdp_forward_method(model, "run_gathered")
     for name, parameter in model.named_parameters() if fill else ():
         _take(parameter, whole.pop(name, None))
     for buffer in model.buffers():
@@ -86,12 +85,6 @@ def _take(parameter: nn.Parameter, whole: Tensor | None) -> None:
     data = torch.empty(parameter.shape, dtype=own.dtype, device=own.device) if whole is None else whole.to(own.device)
     dist.broadcast(data.detach(), src=0)
     own.copy_(distribute_tensor(data, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local())
-
-
-def inside(model: PreTrainedModel, function: Callable[[], Result]) -> Result:
-    """function(), run as a forward of the whole model: parameters outside the layers (the head) are whole in it."""
-    method: Any = getattr(model, "inside", None)  # there when the model is sharded
-    return method(function) if method else function()
 
 
 def empty(

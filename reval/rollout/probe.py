@@ -10,15 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
-
-from reval_kernels import linear_token_values
 
 from ..batching import collate
 from ..config import ModelConfig
-from ..model.forward import with_hidden
-from ..model.head import OutputHead
+from ..model.forward import token_values
 from ..replay import Trajectory
 from . import RolloutEngine
 
@@ -50,11 +46,7 @@ def log_probs(
         for ids, mask in zip(sequences, masks, strict=True)
     ]
     batch = collate(known, model.device, share=False)
-
-    def values(hidden: Tensor, head: OutputHead) -> Tensor:
-        return linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options()).log_prob
-
-    found = with_hidden(model, batch, config, values)
+    found = token_values(model, batch, config).log_prob
     return [row[mask].tolist() for row, mask in zip(found.cpu(), batch.mask.cpu(), strict=True)]
 
 

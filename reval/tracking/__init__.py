@@ -194,10 +194,10 @@ def _summary(updates: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         top = "" if prefix == "reval" else "replay/"
         for key in ("loss", "grad_norm", "lr"):
             out[top + key] = sum(u[key] for u in done) / len(done)
-        parts = {key: torch.cat([u["parts"][key] for u in done]) for key in done[0]["parts"]}
-        residual = parts.pop("residual")
+        terms = {key: torch.cat([u["residual_terms"][key] for u in done]) for key in done[0]["residual_terms"]}
+        residual = terms.pop("residual")
         out[f"{prefix}/residual_mean"] = residual.mean().item()
         out[f"{prefix}/residual_abs"] = residual.abs().mean().item()
         out[f"{prefix}/residual_p95"] = residual.abs().quantile(0.95).item()
-        out |= {f"{prefix}/{key}": x.mean().item() for key, x in parts.items()}
+        out |= {f"{prefix}/{key}": x.mean().item() for key, x in terms.items()}
     return out

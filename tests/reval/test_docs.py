@@ -68,24 +68,27 @@ def test_code_in_the_method_runs():
 def test_the_loss_in_extending_is_one(tiny, tiny_config, trajectories):
     from reval import objectives
     from reval.batching import collate
-    from reval.model.forward import with_hidden
+    from reval.model.forward import hidden_states, token_values
+    from reval.model.head import head_of
     from reval.reference_policy import ReferencePolicy, reference_of
 
-    names = {**vars(objectives), "bellman_loss": __import__("reval_kernels").bellman_loss}
+    names = dict(vars(objectives))
     exec(compile(block_with("docs/extending.md", "def huber"), "docs/extending.md", "exec"), names)
     model, _ = tiny
     members = trajectories(6)
     ReferencePolicy(model, tiny_config).annotate(members)
     batch = collate(members, model.device)
     reference = reference_of(members, batch)
-
-    def losses(hidden, head):
-        return names["huber"](hidden, head, batch, reference, tiny_config.objective, 6)
-
-    loss, residual = with_hidden(model, batch, tiny_config.model, losses)
-    loss.backward()
-    expected = torch.nn.functional.huber_loss(residual, torch.zeros_like(residual))
-    torch.testing.assert_close(loss.detach(), expected)
+    values = token_values(model, batch, tiny_config.model)
+    out = names["huber"](values, batch, reference, tiny_config.objective, 6)
+    out.loss.backward()
+    expected = torch.nn.functional.huber_loss(out.residual, torch.zeros_like(out.residual))
+    torch.testing.assert_close(out.loss.detach(), expected.detach())
+    with torch.no_grad():
+        hidden = hidden_states(model, batch, tiny_config.model)
+        full = objectives.reval(hidden, head_of(model), batch, reference, tiny_config.objective, 6)
+    torch.testing.assert_close(out.residual.detach(), full.residual, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.log_ratio.detach(), full.log_ratio, rtol=1e-4, atol=1e-4)
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 

@@ -56,8 +56,8 @@ def play_without_log(tracker: Tracker, i: int) -> None:
     tracker.samples(i, [(chat, "two\nlines", 1.0), ("plain", "x", None), ("left out", "y", 0.0)])
     tracker.reward_error(i, f"boom\niteration {i + 100}\nKeyError: {i}")
     for kind, n in (("reval", 3), ("reval/replay", 2)):
-        parts = {"residual": torch.arange(n) * 1.0 - i, "v_policy": torch.ones(n) * i}
-        tracker.update(kind, {"loss": i + 0.1, "grad_norm": 2.0, "lr": 1e-3, "parts": parts})
+        terms = {"residual": torch.arange(n) * 1.0 - i, "v_policy": torch.ones(n) * i}
+        tracker.update(kind, {"loss": i + 0.1, "grad_norm": 2.0, "lr": 1e-3, "residual_terms": terms})
 
 
 @pytest.fixture

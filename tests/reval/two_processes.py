@@ -64,7 +64,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
             dcp.save({"optimizer": learner.state(), "weights": model.state_dict()}, checkpoint_id=folder)
         reference.annotate(trajectories)
         out = learner.update(trajectories)
-        done.append((out["loss"], out["grad_norm"], out["parts"]["residual"].sort().values))
+        done.append((out["loss"], out["grad_norm"], out["residual_terms"]["residual"].sort().values))
         if step == 1:
             reference.reset()
     ids = trajectories[0].token_ids.tolist()

@@ -55,7 +55,7 @@ def test_values_of_the_head_are_those_of_the_models_own_logits(name, trajectorie
             own[row, : len(t) - 1 - len(t.prefix)] = model(input_ids=ids).logits[0, len(t.prefix) : -1]
         expected = token_values(own, batch.actions, mask=batch.mask)
         hidden = hidden_states(model, batch, ModelConfig())
-        got = linear_token_values(hidden, head.weight, batch.actions, mask=batch.mask, **head.options())
+        got = linear_token_values(hidden, actions=batch.actions, mask=batch.mask, **head._asdict())
     for a, b in zip(got[:3], expected[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     if name != "plain":
