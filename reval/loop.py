@@ -1,4 +1,7 @@
-"""Training, top to bottom: METHOD.md section 5 as one visible loop."""
+"""The training loop, from top to bottom: docs/method.md section 5.
+
+K = replay.updates_per_iteration is the number of updates of one iteration.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +27,22 @@ from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, log_probs, mismatch, worst
 from .run_folder import find_checkpoint, save_trajectories
-from .scoring import scored
+from .scoring import ScoredRollouts, score_rollouts
 from .tracking import check_installed
 from .training_run import TrainingRun
 
 
 def train(config: Config) -> dict[str, float]:
-    """Train as the settings say, and return the last iteration's metrics.
+    """Train with the given settings and return the metrics of the last iteration.
 
     Writes into `run.dir`: config.yaml, metrics.jsonl, samples.jsonl, evaluations/, tensorboard/, curves.png and
-    checkpoint/, which from_pretrained loads and `run.resume` goes on from. Ctrl-C ends the run after the iteration it
-    is in, with a checkpoint. Under torchrun every process calls this.
+    checkpoint/. from_pretrained loads the checkpoint, and `run.resume` continues from it. After Ctrl-C the run finishes
+    its iteration, saves a checkpoint and ends. Under torchrun every process calls this function.
 
-    Raises ConfigError for settings that cannot work, before anything is written, and RunError when the loss stops being
-    finite (weights untouched, batch saved) or the reward function is broken.
+    Raises ConfigError for settings that cannot work, before it writes anything. Raises RunError when the loss is not
+    finite (the weights are untouched and the batch is saved) or when the reward function is broken.
     """
-    check_installed(config)
+    check_installed(config)  # first, because loading the model takes long
     config = with_dtypes(config)
     checkpoint = find_checkpoint(config)
     with build(config, checkpoint) as components, ExitStack() as stack:
@@ -61,11 +64,11 @@ def train(config: Config) -> dict[str, float]:
                 "smaller optim.lr or a larger objective.beta usually helps"
             ) from error
         finally:
-            run.tracker.plot()
+            run.tracker.plot()  # a run that fails has curves too
 
 
 def _train(run: TrainingRun, components: Components) -> dict[str, float]:
-    config, display, tracker = run.config, run.display, run.tracker
+    config, display, world = run.config, run.display, components.world
     before, after = _evaluate_first(run, components), None
     metrics: dict[str, float] = {}
     if run.iteration >= config.run.iterations:
@@ -74,34 +77,42 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
         for iteration in range(run.iteration + 1, config.run.iterations + 1):
             clock = Clock()
             with clock("rollout"):
+                # With rollout.ahead these responses were requested in an earlier iteration.
                 rollouts = run.generation.next(iteration)
             with clock("reward"):
-                fresh, metrics = scored(config, components, rollouts, iteration, tracker)
-            run.buffer.add(fresh)
-            for k in range(config.replay.updates_per_iteration):
-                batch = fresh if k == 0 else run.buffer.sample(config.replay_batch_size, run.rng)
-                if not batch:
-                    continue  # no response of this iteration could be scored
-                with clock("reference"):
-                    run.reference.annotate(batch)
-                with clock("update"):
-                    tracker.update("reval" if k == 0 else "reval/replay", run.learner.update(batch))
+                scored = score_rollouts(rollouts, iteration, config, components)
+            # The buffer gets the fresh trajectories before the updates, so that the replayed batches can contain them.
+            run.buffer.add(scored.trajectories)
+            try:
+                _update(run, scored.trajectories, clock)
+            finally:
+                # Also after an update that fails: the responses help to understand a loss that is not finite.
+                _record_responses(run, scored, iteration)
+            # The reset comes after all updates of the iteration, so that they have one reference. It makes the stored
+            # reference values stale; `annotate` recomputes the values of a trajectory when it is drawn next.
             if _due(config.reference.reset_every, iteration):
                 run.reference.reset()
-            run.iteration = iteration
-            stopping = any(components.world.gather(stop.asked))
+            run.iteration = iteration  # an error before this line belongs to iteration run.iteration + 1
+            # A signal reaches the processes at different times. They decide together, because a process that stopped
+            # alone would leave the others waiting in a collective operation.
+            stopping = any(world.gather(stop.asked))
             last = iteration == config.run.iterations
-            evaluating, saving = _due(config.evaluation.every, iteration) or last, last or stopping
-            saving |= _due(config.run.save_every, iteration)
+            evaluating = last or _due(config.evaluation.every, iteration)
+            saving = last or stopping or _due(config.run.save_every, iteration)
+            # Sending the weights is expensive, so rollout.sync_every may skip it. An evaluation needs the current
+            # weights. A checkpoint needs a sync because a resumed run starts with the saved weights in the engine.
+            metrics = scored.metrics()
             if evaluating or saving or _due(config.rollout.sync_every, iteration):
                 with clock("sync"):
-                    metrics |= _sync(run, components, fresh)
+                    metrics |= _sync(run, components, scored.trajectories)
             metrics |= run.buffer.metrics(iteration) | {"reference/version": run.reference.version} | clock.metrics()
             if evaluating:
                 after = _evaluate(run, components)
-                metrics |= tracker.evaluated(iteration, after)
-            metrics = tracker.log(iteration, metrics)
+                metrics |= run.tracker.evaluated(iteration, after)
+            # The log comes after the evaluation, so that one row has all metrics of the iteration.
+            metrics = run.tracker.log(iteration, metrics)
             display.iteration(iteration, metrics)
+            # The checkpoint comes after the log, because it contains the tracker's counters.
             if saving:
                 save_checkpoint(run.folder, run, metrics)
             if stopping and not last:
@@ -111,62 +122,87 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
     return metrics
 
 
+def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
+    """The K updates of one iteration: one on the fresh batch, K - 1 on batches from the buffer."""
+    for k in range(run.config.replay.updates_per_iteration):
+        # The first update uses the fresh batch, so that every trajectory is used at least once. The other batches are
+        # random draws. With K updates per iteration a trajectory is used about K times on average.
+        batch = fresh if k == 0 else run.buffer.sample(run.config.replay_batch_size, run.rng)
+        if not batch:
+            continue  # no response of this iteration has a score
+        # Most replayed trajectories have their reference values already. After a reset, only the trajectories that are
+        # drawn again cost a forward pass of the reference.
+        with clock("reference"):
+            run.reference.annotate(batch)
+        with clock("update"):
+            update = run.learner.update(batch)
+        # Fresh and replayed batches have separate metrics: replayed ones are off-policy and have other residuals.
+        run.tracker.update("reval" if k == 0 else "reval/replay", update)
+
+
+def _record_responses(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:
+    run.tracker.samples(iteration, scored.samples())
+    for exception in scored.exceptions:
+        run.tracker.reward_error(iteration, exception)
+
+
 def _due(every: int, iteration: int) -> bool:
     return bool(every) and iteration % every == 0
 
 
 def _sync(run: TrainingRun, components: Components, fresh: list[Trajectory]) -> dict[str, float]:
-    """Give the rollout engine the policy's weights, and measure whether it then computes what the policy does."""
-    run.generation.sync(whole_weights(components.model), run.iteration)
-    if components.rollout_engine.shares_weights or not run.config.rollout.probe_tokens:
-        return {}
+    """Send the policy's weights to the rollout engine, and measure whether both compute the same log-probabilities."""
+    config, engine, model = run.config, components.rollout_engine, components.model
+    run.generation.sync(whole_weights(model), run.iteration)
+    if engine.shares_weights or not config.rollout.probe_tokens:
+        return {}  # an engine that generates with the policy itself cannot differ from the policy
     chosen = choose(
         [t.token_ids.tolist() for t in fresh],
         [int(t.action_mask.argmax()) for t in fresh],
-        run.config.rollout.probe_tokens,
+        config.rollout.probe_tokens,
     )
     if not chosen[0]:
         return {}
-    found = mismatch(components.rollout_engine, log_probs(components.model, *chosen, run.config.model), *chosen)
+    found = mismatch(engine, log_probs(model, *chosen, config.model), *chosen)
     return worst(components.world.gather(found))
 
 
 def _evaluate_first(run: TrainingRun, components: Components) -> Evaluation | None:
-    """The model's answers before training; a resumed run reads what it answered then."""
+    """The answers of the model before training. A resumed run reads the answers that it saved when it started."""
     saved = run.folder / "evaluations" / "iteration-000000.jsonl"
     if run.iteration and saved.exists():
         return Evaluation.load(saved)
     if run.iteration:
-        return None
+        return None  # the model before training is gone
     evaluation = _evaluate(run, components)
     run.tracker.evaluated(0, evaluation)
     return evaluation
 
 
 def _evaluate(run: TrainingRun, components: Components) -> Evaluation | None:
+    """Answer the evaluation problems with the current policy and save the answers. None if there are no problems."""
+    config, model, world = run.config, components.model, components.world
     if not components.evaluation_problems:
         return None
-    scorer = (
-        endogenous_scorer(components.model, run.config, components.world) if run.config.evaluation.best_of_n else None
-    )
+    scorer = endogenous_scorer(model, config, world) if config.evaluation.best_of_n else None
     with run.display.busy("answering the held-out problems"):
         result = evaluate(
             components.rollout_engine,
             components.evaluation_problems,
             components.reward_pool,
             components.tokenizer,
-            run.config,
-            world=components.world,
+            config,
+            world=world,
             scorer=scorer,
         )
-    if components.world.main:
+    if world.main:
         result.save(run.folder / "evaluations" / f"iteration-{run.iteration:06d}.jsonl")
     return result
 
 
 @dataclass
 class Clock:
-    """Seconds that the stages of one iteration take."""
+    """Measures how many seconds each stage of one iteration takes."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
@@ -176,7 +212,7 @@ class Clock:
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # a GPU works asynchronously: without this the next stage would get the time
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:

@@ -1,109 +1,151 @@
-"""From responses to scored trajectories: decode, score in the pool, shape the rewards.
+"""Scoring: from the responses of one iteration to trajectories with shaped rewards.
 
-Each process scores its share; then all of them hold all trajectories.
+Each process scores its share of the responses. Afterwards every process holds all trajectories.
 """
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from statistics import mean, pstdev
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .components import Components
 from .config import Config
-from .data import Problem
+from .data import Problem, Prompt
 from .replay import Trajectory
 from .rewards import RewardError, RewardPool, Scores
 from .rollout import Response
 from .rollout.generation import Rollouts
 
-if TYPE_CHECKING:
-    from .tracking import Tracker
-
 SHAPINGS = ("plain", "centered", "normalized", "plus_minus_one")
 
 
-def scored(
-    config: Config, components: Components, rollouts: Rollouts, iteration: int, tracker: Tracker
-) -> tuple[list[Trajectory], dict[str, float]]:
-    """Trajectories of all responses that could be scored, rewards shaped, and the metrics of the whole."""
+class ScoredResponse(NamedTuple):
+    """A response of one iteration and its score."""
+
+    group: int
+    """Number of the prompt within the iteration: the same for all responses to one prompt."""
+    problem: Problem
+    response: Response
+    text: str
+    score: float | None
+    """The raw reward. None if the reward function could not score the response."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRollouts:
+    """All responses of one iteration, of all processes, with their scores."""
+
+    trajectories: list[Trajectory]
+    """The responses that have a score, with shaped rewards."""
+    responses: list[ScoredResponse]
+    """All responses, those without a score too."""
+    lag: int
+    """See Rollouts.lag."""
+    timeouts: int
+    """Responses without a score because scoring took longer than reward.timeout."""
+    errors: int
+    """Responses without a score because the reward function raised."""
+    exceptions: list[str]
+    """The first exception of the reward function on each process that had one."""
+
+    def samples(self) -> list[tuple[Prompt, str, float | None]]:
+        """(prompt, text, score) of each response."""
+        return [(r.problem.prompt, r.text, r.score) for r in self.responses]
+
+    def metrics(self) -> dict[str, float]:
+        """`reward`, `completions/...`, `num_tokens`, ...: all that is known before the updates."""
+        lengths = [len(r.response.token_ids) for r in self.responses]
+        return reward_metrics([r.score for r in self.responses], [r.group for r in self.responses]) | {
+            "completions/mean_length": sum(lengths) / len(lengths),
+            "completions/max_length": max(lengths),
+            "completions/clipped_ratio": sum(not r.response.finished for r in self.responses) / len(self.responses),
+            "num_tokens": sum(lengths),
+            "rollout/lag": self.lag,
+            "reward_timeouts": self.timeouts,
+            "reward_errors": self.errors,
+        }
+
+
+def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, components: Components) -> ScoredRollouts:
+    """Score the responses, shape the rewards and make the trajectories. Every process has to call this.
+
+    Raises RewardError on every process when the reward function is broken on one of them.
+    """
     world = components.world
-    own = [(p, r) for p, rs in zip(world.share(rollouts.problems), rollouts.own, strict=True) for r in rs]
-    texts = decode([r for _, r in own], components.tokenizer)
-    failure, timeouts, errors, first_error = "", 0, 0, None
-    rewards: list[float | None] = [None] * len(own)
+    own_groups = list(zip(world.share(rollouts.problems), rollouts.own, strict=True))
+    own = [(problem, response) for problem, group in own_groups for response in group]
+    texts, scores, failure = [""] * len(own), Scores([None] * len(own), 0, 0, None), ""
     try:
-        scores = score([p for p, _ in own], texts, [r.token_ids for _, r in own], components.reward_pool)
-        rewards, timeouts, errors, first_error = scores.rewards, scores.timeouts, scores.errors, scores.first_error
+        texts, scores = score(
+            [problem for problem, _ in own],
+            [response for _, response in own],
+            components.reward_pool,
+            components.tokenizer,
+        )
     except RewardError as error:
         failure = str(error)
-    reports = world.gather((failure, timeouts, errors, first_error))
-    for message, *_ in reports:
-        if message:
-            raise RewardError(message)
+    # All processes raise together. If one raised alone, the others would wait for it in the next collective.
+    reports = world.gather((failure, scores.timeouts, scores.errors, scores.first_error))
+    for failure, *_ in reports:
+        if failure:
+            raise RewardError(failure)
     n = config.rollout.responses
-    rows = [(r, text, reward) for (_, r), text, reward in zip(own, texts, rewards, strict=True)]
-    groups = world.join([rows[i : i + n] for i in range(0, len(rows), n)])
-    flat = [(g, p, *row) for g, (p, group) in enumerate(zip(rollouts.problems, groups, strict=True)) for row in group]
-    tracker.samples(iteration, [(p.prompt, text, reward) for _, p, _, text, reward in flat])
-    for *_, exception in reports:
-        if exception:
-            tracker.reward_error(iteration, exception)
-    return _trajectories(config, flat, iteration), _metrics(flat, rollouts.lag) | {
-        "reward_timeouts": sum(r[1] for r in reports),
-        "reward_errors": sum(r[2] for r in reports),
-    }
-
-
-Row = tuple[int, Problem, Response, str, float | None]
-"""The number of a response's prompt, the problem, the response, its text and its raw reward."""
-
-
-def _trajectories(config: Config, rows: list[Row], iteration: int) -> list[Trajectory]:
-    raw = [row[4] for row in rows]
-    try:
-        shaped = shape_rewards(raw, [row[0] for row in rows], config.reward.shaping)
-    except ValueError as error:
-        raise RewardError(f"reward.shaping={config.reward.shaping}: {error}") from error
-    return [
-        Trajectory(
-            token_ids=np.array(p.token_ids + r.token_ids),
-            action_mask=np.arange(len(p.token_ids) + len(r.token_ids)) >= len(p.token_ids),
-            reward=reward,
-            score=unshaped,
-            iteration=iteration,
-            finished=r.finished,
-        )
-        for (_, p, r, _, unshaped), reward in zip(rows, shaped, strict=True)
-        if reward is not None and unshaped is not None
+    rows = [(response, text, reward) for (_, response), text, reward in zip(own, texts, scores.rewards, strict=True)]
+    groups = world.join([rows[i : i + n] for i in range(0, len(rows), n)])  # in the order of rollouts.problems
+    responses = [
+        ScoredResponse(number, problem, *row)
+        for number, (problem, group) in enumerate(zip(rollouts.problems, groups, strict=True))
+        for row in group
     ]
+    return ScoredRollouts(
+        trajectories=_trajectories(responses, iteration, config),
+        responses=responses,
+        lag=rollouts.lag,
+        timeouts=sum(timeouts for _, timeouts, _, _ in reports),
+        errors=sum(errors for _, _, errors, _ in reports),
+        exceptions=[exception for *_, exception in reports if exception],
+    )
 
 
-def _metrics(rows: list[Row], lag: int) -> dict[str, float]:
-    lengths = [len(row[2].token_ids) for row in rows]
-    return reward_metrics([row[4] for row in rows], [row[0] for row in rows]) | {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": sum(not row[2].finished for row in rows) / len(rows),
-        "num_tokens": sum(lengths),
-        "rollout/lag": lag,
-    }
+def score(
+    problems: list[Problem], responses: list[Response], pool: RewardPool, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], Scores]:
+    """Decode one response to each of the problems, and score the texts. A problem may occur several times.
 
-
-def decode(responses: list[Response], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the reward function and people read; training uses the token ids."""
-    ids = [r.token_ids for r in responses]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # it makes one text of no ids
-
-
-def score(problems: list[Problem], texts: list[str], token_ids: list[list[int]], pool: RewardPool) -> Scores:
-    """Scores of one completion for each of the problems (a problem may come several times)."""
+    The reward function and people read the texts. Training uses the token ids.
+    """
+    ids = [response.token_ids for response in responses]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # [] would decode to one empty text
     names = sorted({name for p in problems for name in p.columns})
     columns = {name: [p.columns.get(name) for p in problems] for name in names}
-    return pool.score([p.prompt for p in problems], texts, token_ids, columns)
+    return texts, pool.score([p.prompt for p in problems], texts, ids, columns)
+
+
+def _trajectories(responses: list[ScoredResponse], iteration: int, config: Config) -> list[Trajectory]:
+    try:
+        rewards = shape_rewards([r.score for r in responses], [r.group for r in responses], config.reward.shaping)
+    except ValueError as error:
+        raise RewardError(f"reward.shaping={config.reward.shaping}: {error}") from error
+    out = []
+    for (_, problem, response, _, raw), reward in zip(responses, rewards, strict=True):
+        if reward is not None and raw is not None:
+            ids = np.array(problem.token_ids + response.token_ids)
+            out.append(
+                Trajectory(
+                    token_ids=ids,
+                    action_mask=np.arange(len(ids)) >= len(problem.token_ids),
+                    reward=reward,
+                    score=raw,
+                    iteration=iteration,
+                    finished=response.finished,
+                )
+            )
+    return out
 
 
 def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> list[float | None]:

@@ -18,7 +18,7 @@ from ..model.dtypes import with_dtypes
 from ..rewards import RewardPool
 from ..rewards.answers import Extractor, extractor_of
 from ..rollout import Response, RolloutEngine
-from ..scoring import decode, score
+from ..scoring import score
 from .answers import Answered, Evaluation
 from .endogenous import Scorer, endogenous_scorer
 
@@ -112,16 +112,14 @@ def _scored(
 ) -> tuple[list[list[str]], list[list[float | None]]]:
     """Text and score of each problem's responses."""
     flat = [(p, r) for p, group in zip(problems, groups, strict=True) for r in group]
-    texts = decode([r for _, r in flat], tokenizer) if flat else []
+    texts = [""] * len(flat)
     rewards: list[float | None] = [None] * len(flat)
     for function, pool in pools.items():
         places = [i for i, (p, _) in enumerate(flat) if _function(p, config) == function]
         if places:
-            members = [flat[i] for i in places]
-            ids = [r.token_ids for _, r in members]
-            scored = score([p for p, _ in members], [texts[i] for i in places], ids, pool)
-            for i, reward in zip(places, scored.rewards, strict=True):
-                rewards[i] = reward
+            own_texts, own_scores = score([flat[i][0] for i in places], [flat[i][1] for i in places], pool, tokenizer)
+            for i, text, reward in zip(places, own_texts, own_scores.rewards, strict=True):
+                texts[i], rewards[i] = text, reward
     ends = list(accumulate(map(len, groups), initial=0))
     return [texts[a:b] for a, b in pairwise(ends)], [rewards[a:b] for a, b in pairwise(ends)]
 

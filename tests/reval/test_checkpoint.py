@@ -45,14 +45,14 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def die_in(monkeypatch, iteration: int) -> None:
-    scored = reval.loop.scored
+    score_rollouts = reval.loop.score_rollouts
 
-    def dies(config, components, rollouts, now, tracker):
+    def dies(rollouts, now, config, components):
         if now == iteration:
             raise RuntimeError("the machine is gone")
-        return scored(config, components, rollouts, now, tracker)
+        return score_rollouts(rollouts, now, config, components)
 
-    monkeypatch.setattr(reval.loop, "scored", dies)
+    monkeypatch.setattr(reval.loop, "score_rollouts", dies)
 
 
 @pytest.mark.parametrize(

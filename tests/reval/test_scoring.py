@@ -4,7 +4,7 @@ without a score."""
 import pytest
 
 from reval.rewards import RewardPool
-from reval.scoring import decode, reward_metrics, score, shape_rewards
+from reval.scoring import reward_metrics, score, shape_rewards
 
 REWARDS = [1.0, 0.0, None, 1.0, 0.0, None, 1.0]
 GROUPS = [5, 2, 5, 2, 5, 9, 2]  # group 5: 1, None, 0; group 2: 0, 1, 1; group 9: None
@@ -73,6 +73,6 @@ def test_nothing_to_summarise():
 
 def test_a_process_without_a_share_decodes_and_scores_nothing(tiny):
     """As one of two processes with rollout.prompts=1; the tokenizer would make one empty text of no responses."""
-    assert decode([], tiny[1]) == []
     with RewardPool("number", workers=1, timeout=5.0) as pool:
-        assert score([], [], [], pool).rewards == []
+        texts, scores = score([], [], pool, tiny[1])
+    assert texts == scores.rewards == []
