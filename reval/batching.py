@@ -1,8 +1,8 @@
-"""Trajectories as padded tensors, in micro-batches that fit a budget of tokens.
+"""Batches: trajectories as padded tensors, in micro-batches that keep a budget of tokens.
 
-The responses to one prompt share its tokens: a batch holds each distinct prompt once, and the transformer computes it
-once (`hidden_states` in model/forward.py). Each process gets its part of the batch; all of them take the same number of
-steps.
+The responses to one prompt share its tokens. A batch contains each distinct prompt once, and the transformer computes
+it once (`hidden_states` in model/forward.py). Each process gets its share of a batch, and all processes run the same
+number of micro-batches.
 """
 
 from __future__ import annotations
@@ -20,67 +20,84 @@ from .replay import Trajectory
 
 
 class Batch(NamedTuple):
-    """B trajectories of P distinct prompts. Column h of the [B, T] tensors is the h-th state from s_1 on."""
+    """B trajectories of P distinct prompts.
+
+    A prefix is a prompt without its last token, and S is the length of the longest one. The [B, T] tensors start at the
+    state s_1, the whole prompt: column 0 of `states` has the last token of the prompt. Between two turns of the model
+    the columns have the tokens of the environment, and there `mask` is false.
+
+    Example: prompt (5, 6, 7) and response (8, 9) give the prefix (5, 6), the states (7, 8) and the actions (8, 9).
+    """
 
     prefixes: Tensor
     """int64 [P, S]: the prompts without their last token, padded on the left with 0."""
     prefix_mask: Tensor
-    """int64 [P, S], 1 for tokens."""
+    """int64 [P, S]: 1 for tokens, 0 for padding."""
     prefix_of: Tensor
-    """int64 [B]: which prompt each trajectory follows."""
+    """int64 [B]: the row in `prefixes` of each trajectory."""
     states: Tensor
-    """int64 [B, T]: the last token of each state (the prompt's last one first), padded on the right with 0."""
+    """int64 [B, T]: the last token of each state, padded on the right with 0."""
     state_mask: Tensor
-    """int64 [B, T], 1 for tokens."""
+    """int64 [B, T]: 1 for tokens, 0 for padding."""
     actions: Tensor
     """int64 [B, T]: the token that follows each state."""
     mask: Tensor
-    """bool [B, T]: whether that token is the model's own. Always true in column 0."""
+    """bool [B, T]: whether the model itself chose that token. Always true in column 0."""
     rewards: Tensor
-    """float32 [B]"""
+    """float32 [B]: shaped rewards."""
     share: bool
     """Compute each distinct prompt once."""
     packed: bool
-    """Join the true tokens to one sequence instead."""
+    """Compute the true tokens alone, joined to one sequence without padding."""
 
 
 class MicroBatch(NamedTuple):
     """Trajectories that go through the transformer together."""
 
     indices: list[int]
-    """Which ones of the whole batch. None in a stand-in, which only keeps this process in step with the others."""
+    """Positions of these trajectories in the whole batch. The list is empty for a padding micro-batch: a process with
+    fewer micro-batches than another runs padding ones, because FSDP needs every process to run the same number of
+    forward and backward passes."""
     trajectories: list[Trajectory]
+    """A padding micro-batch has one trajectory, the first of the whole batch."""
     batch: Batch
 
 
 def plan(trajectories: list[Trajectory], world: World, device: torch.device, config: Config) -> list[MicroBatch]:
-    """This process's micro-batches of a batch that all processes hold: as many on each, or they would wait forever."""
-    # FSDP frees a layer's weights after its backward, and a shared prompt's keys would need them again; and
-    # transformers keeps no cache while it checkpoints activations
+    """Split a batch, which every process holds, and return the micro-batches of this process.
+
+    Every process gets the same number of micro-batches. Otherwise one would wait for the others without end.
+    """
+    # Two cases exclude shared prompts. FSDP frees a layer's weights after the layer's backward pass, and the gradient
+    # through the keys of a shared prompt would need them again. And transformers keeps no cache of keys and values
+    # while it checkpoints activations.
     share = world.size == 1 and not config.model.gradient_checkpointing
-    own = _partition(trajectories, world.size)[world.rank]
-    parts = [[own[i] for i in part] for part in micro_batches([trajectories[i] for i in own], config.optim, share)]
-    parts += [[]] * (max(world.gather(len(parts))) - len(parts))
-    members = [[trajectories[i] for i in part or [0]] for part in parts]
-    return [
-        MicroBatch(part, these, collate(these, device, share=share, packed=config.optim.packing))
-        for part, these in zip(parts, members, strict=True)
-    ]
+    own = _shares(trajectories, world.size)[world.rank]
+    members = [[own[i] for i in group] for group in micro_batches([trajectories[i] for i in own], config.optim, share)]
+    members += [[]] * (max(world.gather(len(members))) - len(members))
+    out = []
+    for indices in members:
+        chosen = [trajectories[i] for i in indices or [0]]
+        batch = collate(chosen, device, share=share, packed=config.optim.packing)
+        out.append(MicroBatch(indices, chosen, batch))
+    return out
 
 
-def _partition(trajectories: list[Trajectory], parts: int) -> list[list[int]]:
-    """Indices, in so many parts of about as many tokens."""
-    out: list[list[int]] = [[] for _ in range(parts)]
-    load = [0] * parts
+def _shares(trajectories: list[Trajectory], count: int) -> list[list[int]]:
+    """The indices in `count` shares with about equal numbers of tokens: the longest trajectory first, each to the share
+    with the fewest tokens."""
+    out: list[list[int]] = [[] for _ in range(count)]
+    load = [0] * count
     for i in sorted(range(len(trajectories)), key=lambda i: -len(trajectories[i])):
         lightest = load.index(min(load))
         out[lightest].append(i)
         load[lightest] += len(trajectories[i])
-    return [sorted(part) for part in out]
+    return [sorted(share) for share in out]
 
 
 def collate(trajectories: list[Trajectory], device: torch.device, *, share: bool = True, packed: bool = False) -> Batch:
-    """One padded batch. `share` is taken back where it would save nothing."""
+    """One padded batch. `share` has no effect where sharing saves nothing: without a prefix, or if no two trajectories
+    have the same prompt, or if the batch is packed."""
     numbers: dict[bytes, int] = {}
     prefix_of = [numbers.setdefault(t.prefix.tobytes(), len(numbers)) for t in trajectories]
     prompts = [np.frombuffer(key, np.int32) for key in numbers]
@@ -96,8 +113,14 @@ def collate(trajectories: list[Trajectory], device: torch.device, *, share: bool
 
 
 def micro_batches(trajectories: list[Trajectory], config: OptimConfig, share: bool = True) -> Iterator[list[int]]:
-    """Indices of the trajectories that go together: responses to one prompt first of all, prompts alike in length, at
-    most `optim.micro_batch_tokens` with padding (one trajectory alone may have more). `share`: prompts count once."""
+    """Indices of the trajectories of each micro-batch.
+
+    A micro-batch has at most optim.micro_batch_tokens tokens, padding included. A single trajectory may exceed that.
+    The order keeps the responses to one prompt together, then prompts of similar length, so that little is padded.
+
+    Args:
+        share: count the tokens of a shared prompt once.
+    """
     order = sorted(
         range(len(trajectories)),
         key=lambda i: (-len(trajectories[i].prefix), trajectories[i].prefix.tobytes(), -len(trajectories[i])),
@@ -113,7 +136,7 @@ def micro_batches(trajectories: list[Trajectory], config: OptimConfig, share: bo
 
 
 def _tokens(trajectories: list[Trajectory], packed: bool, share: bool) -> int:
-    """Tokens that a batch of these computes, padding included."""
+    """Number of tokens that the transformer computes for a batch of these trajectories, padding included."""
     if packed:
         return sum(map(len, trajectories))
     prompts = len({t.prefix.tobytes() for t in trajectories}) if share else len(trajectories)
@@ -122,7 +145,7 @@ def _tokens(trajectories: list[Trajectory], packed: bool, share: bool) -> int:
 
 
 def _pad(rows: list[np.ndarray], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The rows as one int64 array, and which of its entries are theirs."""
+    """The rows as one int64 array, padded with 0, and an int64 mask with 1 for their entries."""
     width = max(len(row) for row in rows)
     padded, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):

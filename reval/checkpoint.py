@@ -1,13 +1,15 @@
-"""All that changes while a run trains, saved and loaded so that it goes on as if it had never stopped.
+"""Checkpoints: saving and loading the state of a run, so that a resumed run computes the same as one without a break.
 
-    training/state.json          iteration, counters, random state, rollouts generated ahead, what trackers need
-    training/replay.safetensors  the buffer: trajectories, rewards, the reference's view of each and its version
-    training/rng.safetensors     every process's torch generators
-    training/optimizer/          torch.distributed.checkpoint: loads for any number of processes
-    training/reference/          the reference, from_pretrained's files; one hard-linked copy while it stays the same
-    adapters.safetensors         with lora.rank: the policy's adapters and the reference's
+A checkpoint is a folder that from_pretrained loads. Beside the model it contains:
 
-Nothing in it is a pickle, DCP's own `.metadata` apart.
+    training/state.json          iteration, counters, random state, responses generated ahead, the trackers' state
+    training/replay.safetensors  the buffer: trajectories, rewards, and the reference's values with their versions
+    training/rng.safetensors     the torch generators of every process
+    training/optimizer/          in the format of torch.distributed.checkpoint (DCP), for any number of processes
+    training/reference/          the reference, as from_pretrained's files; hard links while the reference is the same
+    adapters.safetensors         with lora.rank: the adapters of the policy and of the reference
+
+No file is a pickle, except DCP's own `.metadata`.
 """
 
 from __future__ import annotations
@@ -34,19 +36,22 @@ from .model.saving import save_model
 from .model_card import model_card
 from .run_folder import STATE, finish_checkpoint, read_state, start_checkpoint
 
-if TYPE_CHECKING:  # training_run imports this module
+if TYPE_CHECKING:  # training_run.py imports this module
     from .training_run import TrainingRun
 
 FORMAT = 1
 
 
 def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -> None:
-    """Save the run as it is after `run.iteration`. Every process has to call this. Either it is whole or not there."""
+    """Save the state of the run after iteration `run.iteration`. Every process has to call this.
+
+    A run that is killed while it saves leaves no checkpoint with a part of the files: the folder gets its name last.
+    """
     world, model = run.world, run.learner.model
     unfinished = start_checkpoint(folder, world)
     save_model(model, unfinished, world.main)
     save_adapters(model, unfinished, world.main)
-    with _alone(world):
+    with _without_warning(world):
         dcp.save(run.learner.state(), checkpoint_id=unfinished / "training" / "optimizer")
     _save_reference(run.previous, unfinished, run)
     generators = world.gather(_generators())
@@ -77,7 +82,10 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
 
 
 def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
-    """Bring all of the run but the weights, which are loaded with the model, to where the checkpoint was made."""
+    """Set the state of the run to that of the checkpoint, except for the weights: these are loaded with the model.
+
+    Raises ConfigError for another format and for settings that must not change.
+    """
     state, training = read_state(checkpoint), checkpoint / "training"
     if state["format"] != FORMAT:
         raise ConfigError(f"{checkpoint} has format {state['format']}; this version of reval reads {FORMAT}")
@@ -89,7 +97,7 @@ def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     run.rng.setstate((version, tuple(inner), gauss))
     run.buffer.load_state(load_file(training / "replay.safetensors"))
     optimizer = run.learner.state()
-    with _alone(run.world):
+    with _without_warning(run.world):
         dcp.load(optimizer, checkpoint_id=training / "optimizer")
     run.learner.load_state(optimizer, state["updates"])
     run.generation.load_state(state["ahead"])
@@ -97,10 +105,14 @@ def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
 
 
 def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
-    """Settings that decide the shape of what is saved must not change. Raises ConfigError with the first that did."""
+    """Raise ConfigError if a setting has changed that decides the shape of the saved state.
+
+    Args:
+        ahead: the checkpoint has responses that were generated ahead.
+    """
     saved, now = load_config([checkpoint / "config.yaml"]).to_dict(), config.to_dict()
     fixed = ["model.dtype", "lora.rank", "lora.targets"]
-    fixed += ["rollout.prompts", "rollout.responses"] if ahead else []  # of what was generated ahead
+    fixed += ["rollout.prompts", "rollout.responses"] if ahead else []
     for name in fixed:
         section, key = name.split(".")
         if saved[section][key] != now[section][key]:
@@ -110,7 +122,7 @@ def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
 
 
 def _save_reference(previous: Path | None, unfinished: Path, run: TrainingRun) -> None:
-    """The reference's weights: written once for each version, linked where the checkpoint before has them."""
+    """Save the weights of the reference. If the previous checkpoint has the same version of them, link its files."""
     if run.reference.model is None:
         return
     target, same = unfinished / "training" / "reference", False
@@ -126,13 +138,13 @@ def _save_reference(previous: Path | None, unfinished: Path, run: TrainingRun) -
         for file in source.iterdir():
             try:
                 os.link(file, target / file.name)
-            except OSError:  # a file system without hard links
+            except OSError:  # this file system has no hard links
                 shutil.copy2(file, target / file.name)
 
 
 @contextmanager
-def _alone(world: World) -> Iterator[None]:
-    """One process without torch.distributed is what we mean, so no warning about it."""
+def _without_warning(world: World) -> Iterator[None]:
+    """Hide DCP's warning that torch.distributed is not initialized: with one process this is intended."""
     with warnings.catch_warnings():
         if world.size == 1:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

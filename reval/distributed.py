@@ -1,7 +1,7 @@
-"""The processes of one run: who they are, and what they tell each other.
+"""The processes of one run, and their communication.
 
-Started by torchrun, every process computes its share of each batch; started plainly, there is one. Trajectories are
-small, so every process holds the whole replay buffer, and draws the same batch from it.
+torchrun starts several processes; each computes its share of every batch. Without torchrun there is one process.
+Trajectories are small, so every process holds the whole replay buffer and draws the same batches from it.
 """
 
 from __future__ import annotations
@@ -21,30 +21,35 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process and the others. The default is a process alone, for which all of this costs nothing."""
+    """This process and the others. The default is a single process, for which every method returns at once."""
 
     rank: int = 0
+    """The number of this process, from 0."""
     size: int = 1
+    """How many processes there are."""
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes files and talks to people."""
+        """Whether this process writes files and output. One process does: rank 0."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """This process's part of items that all have: every `size`-th one."""
+        """This process's share of `items`, which every process has: the items rank, rank + size, rank + 2 size, ..."""
         return list(items[self.rank :: self.size])
 
     def join(self, own: list[Item]) -> list[Item]:
-        """All processes' shares, in the order that `share` took them from."""
-        parts = self.gather(own)
-        total = sum(map(len, parts))
-        if [len(p) for p in parts] != [len(range(r, total, self.size)) for r in range(self.size)]:
-            raise ValueError(f"the processes' shares do not fit together: {[len(p) for p in parts]} items")
-        return [parts[i % self.size][i // self.size] for i in range(total)]
+        """The inverse of `share`: the items of all processes in their original order, on every process.
+
+        Raises ValueError when the lengths are not those that `share` gives.
+        """
+        shares = self.gather(own)
+        total = sum(map(len, shares))
+        if [len(s) for s in shares] != [len(range(r, total, self.size)) for r in range(self.size)]:
+            raise ValueError(f"the processes' shares do not fit together: {[len(s) for s in shares]} items")
+        return [shares[i % self.size][i // self.size] for i in range(total)]
 
     def gather(self, item: Item) -> list[Item]:
-        """Every process's item, by rank, on every process."""
+        """The items of all processes, ordered by rank, on every process."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -52,7 +57,7 @@ class World:
         return items
 
     def broadcast(self, item: Item) -> Item:
-        """The main process's item."""
+        """The item of the main process, on every process."""
         if self.size == 1:
             return item
         box = [item]
@@ -67,20 +72,20 @@ class World:
 
 @contextmanager
 def world(device: str, timeout: float) -> Iterator[World]:
-    """Join the processes that torchrun started (its environment variables say so), until the block ends.
+    """Connect the processes that torchrun started until the block ends. torchrun sets the variable WORLD_SIZE.
 
     Args:
-        device: the setting model.device. On GPUs each process takes the one of its local rank.
-        timeout: seconds that a process waits for the others before it gives up with an error.
+        device: the setting model.device. With GPUs each process uses the GPU of its local rank.
+        timeout: seconds that a process waits for the others before it raises.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     gpu = device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     if gpu:
-        # some launchers show each process its own GPU only
+        # Some launchers show each process only its own GPU, as number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # gloo too where there are GPUs: objects and CPU shards travel through it
+    # With GPUs gloo is needed too: it transports Python objects and shards in the CPU's memory.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
     try:
         yield World(dist.get_rank(), dist.get_world_size())

@@ -1,8 +1,12 @@
-"""The reference policy: what it is, and what it says about trajectories.
+"""The reference policy, and its values of trajectories.
 
-A trajectory keeps V_ref(s_1) and sum log pi_ref, whose sum is the one number that the loss needs (METHOD.md section
-3), with the version of the reference that computed them. A reset makes what is kept stale; it is computed anew when a
-stale trajectory is next drawn. While nothing is stale, the reference computes nothing and need not be on the GPU.
+Each trajectory stores V_ref(s_1) and sum_h log pi_ref(a_h|s_h) in `Trajectory.reference`. The loss needs only the sum
+of these two numbers (docs/method.md section 3). The trajectory also stores the version of the reference that computed
+them. A reset of the reference makes the stored values stale; `annotate` recomputes them when an update next uses the
+trajectory. As long as no values are stale, the reference computes nothing and its weights need not be on the GPU.
+
+    Trajectory.reference = {"version": int, "v": float, "log_prob": float}
+    with objective.level=token or subtrajectory also "values": float32 [H, 3], q, v and log_prob of the H actions
 """
 
 from __future__ import annotations
@@ -33,15 +37,19 @@ from .replay import Trajectory
 
 
 class ReferencePolicy:
-    """A frozen copy of `model`, spread as it is; or `model` itself without its adapters. `version` counts resets."""
+    """The frozen policy with which the loss compares the trained one.
+
+    It is a copy of `model`, sharded in the same way. With lora.rank it is `model` itself with other adapters.
+    """
 
     def __init__(
         self, model: PreTrainedModel, config: Config, world: World | None = None, checkpoint: Path | None = None
     ):
         self.version = 0
+        """Number of resets so far."""
         self._config, self._world, self._policy = config, world or World(), model
         self.model: PreTrainedModel | None = None
-        """None where the reference is the policy with other adapters."""
+        """The copy. None if the reference is the policy with other adapters."""
         if not config.lora.rank:
             self.model = self._copy() if checkpoint is None else self._saved(checkpoint / "training" / "reference")
             self.model.requires_grad_(False)
@@ -60,7 +68,7 @@ class ReferencePolicy:
         return load_model(settings, world=self._world, offload=self._config.reference.offload)[0]
 
     def reset(self) -> None:
-        """Become the policy as it is now."""
+        """Make the reference equal to the current policy. All stored values become stale."""
         if self.model is None:
             reset_reference_adapters(self._policy)
         else:
@@ -68,29 +76,34 @@ class ReferencePolicy:
         self.version += 1
 
     def annotate(self, trajectories: list[Trajectory]) -> int:
-        """Compute what is missing or stale of the reference's view of each; returns how many that were."""
-        stale = [t for t in trajectories if not self._known(t)]
+        """Compute the values of the trajectories that have none or stale ones. Returns how many these were.
+
+        Every process has to call this with the same trajectories.
+        """
+        stale = [t for t in trajectories if not self._has_values(t)]
         if not stale:
             return 0
         found: dict[int, dict[str, Any]] = {}
         with self._ready() as model:
             for micro in plan(stale, self._world, self._policy.device, self._config):
-                found.update(zip(micro.indices, self._views(model, micro), strict=False))
-        for others in self._world.gather(found):
-            for i, view in others.items():
-                stale[i].reference = view
+                # not strict: a padding micro-batch has values but no indices
+                found.update(zip(micro.indices, self._values(model, micro), strict=False))
+        for report in self._world.gather(found):
+            for i, values in report.items():
+                stale[i].reference = values
         return len(stale)
 
-    def _known(self, trajectory: Trajectory) -> bool:
-        """Whether the trajectory carries all that the loss needs, and of this version."""
-        known = trajectory.reference
-        needs_values = self._config.objective.level != "trajectory"
-        return known.get("version") == self.version and ("values" in known or not needs_values)
+    def _has_values(self, trajectory: Trajectory) -> bool:
+        """Whether the trajectory has all values that the loss needs, from the current version of the reference."""
+        stored = trajectory.reference
+        needs_tokens = self._config.objective.level != "trajectory"
+        return stored.get("version") == self.version and ("values" in stored or not needs_tokens)
 
     @contextmanager
     def _ready(self) -> Iterator[PreTrainedModel]:
-        """The model that computes as the reference within the block."""
-        moved = self._config.reference.offload and self._world.size == 1  # FSDP fetches layers one by one itself
+        """Within the block, a model that computes as the reference, on the device."""
+        # With several processes FSDP itself moves offloaded layers to the GPU, one at a time.
+        moved = self._config.reference.offload and self._world.size == 1
         if self.model is None:
             with reference_adapters(self._policy, self.version):
                 yield self._policy
@@ -101,21 +114,22 @@ class ReferencePolicy:
             yield self.model
 
     @torch.no_grad()
-    def _views(self, model: PreTrainedModel, micro: MicroBatch) -> list[dict[str, Any]]:
-        """What each trajectory keeps."""
+    def _values(self, model: PreTrainedModel, micro: MicroBatch) -> list[dict[str, Any]]:
+        """The dictionary that each trajectory of the micro-batch stores."""
         batch = micro.batch
         out = token_values(model, batch, self._config.model)
         v, log_prob = out.v[:, 0].tolist(), out.log_prob.sum(1).tolist()
-        views = [{"version": self.version, "v": a, "log_prob": b} for a, b in zip(v, log_prob, strict=True)]
+        rows = [{"version": self.version, "v": a, "log_prob": b} for a, b in zip(v, log_prob, strict=True)]
         if self._config.objective.level != "trajectory":
             per_token, mask = torch.stack(out[:3], -1).cpu().numpy(), batch.mask.cpu().numpy()
-            for row, view in enumerate(views):
-                view["values"] = per_token[row][mask[row]]  # [H, 3]: q, v, log_prob
-        return views
+            for i, row in enumerate(rows):
+                row["values"] = per_token[i][mask[i]]  # [H, 3]: q, v, log_prob
+        return rows
 
 
 def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
-    """What annotated trajectories carry, as tensors for the batch made of them."""
+    """The stored reference values of annotated trajectories, as tensors for `batch`, which has the same trajectories in
+    the same order."""
     device = batch.mask.device
     v, log_prob = (
         torch.tensor([t.reference[key] for t in trajectories], dtype=torch.float32, device=device)
@@ -124,7 +138,7 @@ def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
     values = None
     if "values" in trajectories[0].reference:
         padded = torch.zeros(*batch.mask.shape, 3, device=device)
-        kept = np.concatenate([t.reference["values"] for t in trajectories])
-        padded[batch.mask] = torch.from_numpy(kept).to(device)
+        stored = np.concatenate([t.reference["values"] for t in trajectories])
+        padded[batch.mask] = torch.from_numpy(stored).to(device)
         values = TokenValues(*padded.unbind(-1))
     return Reference(v, log_prob, values)

@@ -1,4 +1,4 @@
-"""The replay buffer: whole trajectories, first in, first out, drawn uniformly without replacement."""
+"""The replay buffer: whole trajectories, first in first out, drawn uniformly without replacement."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ import numpy as np
 
 @dataclass(slots=True, eq=False)
 class Trajectory:
-    """A prompt and what followed it, as token ids that are never encoded again, with its reward.
+    """A prompt, everything that followed, and the reward. L is the number of tokens.
 
-    Behaviour log-probs are not kept: the loss has no importance ratio, so any policy may have generated it.
+    The token ids are those that the policy sampled; text is never encoded again. A trajectory has no log-probabilities
+    of the policy that generated it (behaviour log-probs): the loss has no importance ratio, so any policy may have
+    generated the trajectory.
     """
 
     token_ids: np.ndarray
-    """int32 [L]: prompt, the model's tokens, and the environment's where there are several turns."""
+    """int32 [L]: the prompt, then the model's tokens. With several turns also the environment's tokens in between."""
     action_mask: np.ndarray
-    """bool [L]: true for the model's own tokens (its end-of-sequence token too)."""
+    """bool [L]: true for the model's own tokens, the end-of-sequence token included."""
     reward: float
-    """What the loss uses: the outcome reward after shaping."""
+    """The outcome reward after shaping, as the loss uses it."""
     score: float
-    """What the reward function said."""
+    """The raw reward from the reward function."""
     iteration: int
-    """The iteration that generated it."""
+    """The iteration that generated the trajectory."""
     finished: bool = True
-    """False when the length limit cut it off; it is a whole trajectory all the same."""
+    """False if the length limit cut the response off. Training treats such a trajectory like any other."""
     uses: int = 0
-    """Updates that have used it."""
+    """Number of updates that have used the trajectory."""
     reference: dict[str, Any] = field(default_factory=dict)
-    """What the reference policy says about it: see reference_policy.py. Empty until asked, stale after a reset."""
+    """The reference policy's values, see reference_policy.py. Empty until they are computed, stale after a reset."""
 
     def __post_init__(self) -> None:
         self.token_ids = np.asarray(self.token_ids, dtype=np.int32)
@@ -57,12 +59,12 @@ class Trajectory:
 
     @property
     def prefix(self) -> np.ndarray:
-        """The tokens before s_1's last one: what all responses to one prompt share. May be empty."""
+        """The prompt without its last token; all responses to one prompt share it. May be empty."""
         return self.token_ids[: int(self.action_mask.argmax()) - 1]
 
 
 class ReplayBuffer:
-    """The newest `capacity` trajectories. Randomness is passed in; `check` verifies the buffer itself."""
+    """Holds the newest `capacity` trajectories. The caller passes in the random generator for draws."""
 
     def __init__(self, capacity: int):
         if capacity < 1:
@@ -70,26 +72,26 @@ class ReplayBuffer:
         self.capacity = capacity
         self._held: deque[Trajectory] = deque(maxlen=capacity)
         self.added = 0
-        """Trajectories ever added."""
+        """Number of trajectories added since the start."""
 
     def __len__(self) -> int:
         return len(self._held)
 
     def __iter__(self) -> Iterator[Trajectory]:
-        """Oldest first."""
+        """The trajectories, oldest first."""
         return iter(self._held)
 
     def add(self, trajectories: list[Trajectory]) -> None:
-        """Take in trajectories, the oldest leaving where room is short."""
+        """Add trajectories. If the buffer is full, the oldest ones leave."""
         self._held.extend(trajectories)
         self.added += len(trajectories)
 
     def sample(self, count: int, rng: Random) -> list[Trajectory]:
-        """`count` distinct trajectories, each subset equally likely; all of them when fewer are held."""
+        """`count` distinct trajectories; every subset is equally likely. All trajectories if the buffer has fewer."""
         return rng.sample(self._held, min(count, len(self._held)))
 
     def metrics(self, iteration: int) -> dict[str, float]:
-        """`buffer/size`, and the mean age (iterations) and reuse (updates) of what is held."""
+        """`buffer/size`, `buffer/age_mean` (iterations since generation) and `buffer/reuse_mean` (updates)."""
         held = max(len(self._held), 1)
         return {
             "buffer/size": len(self._held),
@@ -98,7 +100,7 @@ class ReplayBuffer:
         }
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that is held, oldest first, as a few flat arrays: what safetensors files hold."""
+        """The buffer as a few flat arrays, oldest trajectory first. A safetensors file can hold such arrays."""
         held, found = list(self._held), [t.reference for t in self._held]
         values = [r["values"] for r in found if "values" in r]
         return {
@@ -115,7 +117,8 @@ class ReplayBuffer:
         }
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Become the buffer whose arrays these are; a smaller capacity keeps the newest."""
+        """Replace the contents by the buffer that `state()` returned as arrays. With a smaller capacity the newest
+        trajectories stay."""
         ends = arrays["lengths"].cumsum()
         values_from, held = 0, []
         for i, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
@@ -142,18 +145,20 @@ class ReplayBuffer:
         self.check()
 
     def check(self) -> None:
-        """Raise AssertionError if the buffer contradicts itself."""
-        assert len(self._held) <= self.capacity, "more held than fits"
-        assert len(self._held) <= self.added, "more held than was ever added"
-        assert len({id(t) for t in self._held}) == len(self._held), "a trajectory is held twice"
+        """Raise AssertionError if the buffer is inconsistent."""
+        assert len(self._held) <= self.capacity, "the buffer has more trajectories than its capacity"
+        assert len(self._held) <= self.added, "the buffer has more trajectories than were ever added"
+        assert len({id(t) for t in self._held}) == len(self._held), "the buffer has one trajectory twice"
         assert all(t.uses >= 0 for t in self._held), "a negative reuse count"
 
 
 def load_rollouts(path: str, vocabulary: int) -> list[Trajectory]:
-    """Logged rollouts to start a buffer from: a JSON object a line with `prompt_ids`, `response_ids` and `reward` (as
-    the loss shall use it), from any policy: no log-probs are needed.
+    """Read logged rollouts with which a buffer starts. Any policy may have generated them.
 
-    Raises ValueError, with the line, for what cannot be read or is no trajectory of this vocabulary.
+    Each line is a JSON object with `prompt_ids`, `response_ids` and `reward`. The loss uses this reward as it is,
+    without shaping.
+
+    Raises ValueError, with the line, for a file or line that cannot be read and for token ids outside the vocabulary.
     """
     out = []
     try:

@@ -1,7 +1,10 @@
-"""The run folder: what it may hold before a run, and the checkpoints in it.
+"""The run folder: the files that a run may overwrite, and the names of its checkpoints.
 
-A checkpoint is a folder that from_pretrained loads, with all that a run needs to go on in `training/`
-(checkpoint.py). It is written under another name and renamed when whole.
+    checkpoints/iteration-000200/  a checkpoint (checkpoint.py has its contents)
+    checkpoint                     link to the newest checkpoint
+    best                           link to the checkpoint with the largest run.best_metric
+
+A checkpoint is written under a hidden name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -30,20 +33,24 @@ WRITTEN = (
     "reward_errors.txt",
     "nonfinite.jsonl",
 )
-"""What a run writes. Overwriting removes these and leaves the rest of the folder alone."""
+"""The names that a run writes. run.overwrite removes these and no other files."""
 STATE = "training/state.json"
+"""The file that makes a folder a checkpoint of a run."""
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that run.resume asks to go on from; None: start anew. Raises ConfigError where there is none."""
+    """The checkpoint from which run.resume continues, or None for a new run.
+
+    Raises ConfigError if run.resume is a path without a checkpoint.
+    """
     if config.run.resume == "false":
         return None
     folder = Path(config.run.dir if config.run.resume == "auto" else config.run.resume)
     if (folder / STATE).is_file():
         return folder.resolve()
-    whole = [path for path in checkpoints_in(folder) if (path / STATE).is_file()]
-    if whole:
-        return whole[-1].resolve()
+    found = [path for path in checkpoints_in(folder) if (path / STATE).is_file()]
+    if found:
+        return found[-1].resolve()
     if config.run.resume == "auto":
         return None
     raise ConfigError(
@@ -52,15 +59,19 @@ def find_checkpoint(config: Config) -> Path | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. All that have their names are whole."""
+    """The checkpoints of a run, oldest first. A folder with such a name is complete."""
     return sorted((folder / "checkpoints").glob("iteration-*"))
 
 
 def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path:
-    """The run's folder, with the resolved settings in it.
+    """Prepare `run.dir` and return it. It then contains config.yaml with the resolved settings.
 
-    Where the run goes on from a checkpoint of its own (`resumed`, after `iteration`), later ones are renamed to left-*:
-    they belong to a branch that is left. Raises ConfigError where another run's results lie and may not be overwritten.
+    Args:
+        resumed: the checkpoint from which the run continues, or None.
+        iteration: the iteration of that checkpoint. Later checkpoints in the same folder are renamed to left-*, because
+            the continued run replaces them by its own.
+
+    Raises ConfigError if the folder has results of another run and the settings do not allow overwriting them.
     """
     folder = Path(config.run.dir)
     found = [name for name in WRITTEN if os.path.lexists(folder / name)]
@@ -68,7 +79,7 @@ def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path
         found = []
         for path in checkpoints_in(folder):
             if path.name > _name(iteration):
-                _leave(path)
+                _set_aside(path)
         _link(folder / "checkpoint", folder / resumed.relative_to(folder.resolve()))
     elif found and not (config.run.overwrite or config.run.resume == "auto"):
         raise ConfigError(
@@ -84,20 +95,21 @@ def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path
 
 
 def start_checkpoint(folder: Path, world: World) -> Path:
-    """A new folder in which to write a checkpoint, the same on every process."""
+    """Make a folder with a hidden name for a new checkpoint. Every process has to call this and gets the same path."""
     unfinished = ""
     if world.main:
         (folder / "checkpoints").mkdir(exist_ok=True)
         for pattern in (".unfinished-*", ".old-*"):
             for left in (folder / "checkpoints").glob(pattern):
-                shutil.rmtree(left)  # by a run that was killed while it saved
+                shutil.rmtree(left)  # from a run that was killed while it saved
         unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=folder / "checkpoints")
-        os.chmod(unfinished, 0o755)
+        os.chmod(unfinished, 0o755)  # mkdtemp allows the owner only
     return Path(world.broadcast(unfinished))
 
 
 def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Config) -> Path:
-    """Give a whole checkpoint its name, point the link `checkpoint` to it, and remove what need not be kept."""
+    """Rename a complete checkpoint to its name, move the links, and delete the checkpoints that exceed
+    run.save_total_limit. The best one stays."""
     target = folder / "checkpoints" / _name(iteration)
     if target.exists():
         _hide(target)
@@ -115,7 +127,7 @@ def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Co
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's numbers. Raises ConfigError for a folder that is not one of ours."""
+    """The contents of training/state.json. Raises ConfigError for a folder that is not a checkpoint of a run."""
     try:
         return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -123,7 +135,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
-    """Write trajectories for inspection, one JSON object each."""
+    """Write trajectories as JSON lines for people to inspect."""
     rows = (
         {
             "token_ids": t.token_ids.tolist(),
@@ -141,18 +153,20 @@ def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
 
 
 def _best(folder: Path, metric: str | None) -> Path | None:
-    """The checkpoint with the largest value of the metric, the newest of equals; None where none has it."""
+    """The checkpoint with the largest value of the metric; of several, the newest. None if no checkpoint has the
+    metric."""
     values = [(read_state(path)["metrics"].get(metric), path) for path in checkpoints_in(folder)]
     return max(((v, path) for v, path in values if v is not None), default=(None, None))[1]
 
 
 def _hide(checkpoint: Path) -> None:
-    """Take a checkpoint's name away before it is deleted, or a run killed meanwhile would leave half of it."""
+    """Give a checkpoint a hidden name before it is deleted. Otherwise a run that is killed while it deletes would leave
+    an incomplete checkpoint under a valid name."""
     checkpoint.rename(checkpoint.with_name(f".old-{checkpoint.name}"))
 
 
-def _leave(checkpoint: Path) -> None:
-    """Take a checkpoint out of the run without deleting it."""
+def _set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint so that it is no longer one of the run, without deleting it."""
     target = checkpoint.with_name(f"left-{checkpoint.name}")
     if target.exists():
         shutil.rmtree(target)
@@ -164,7 +178,7 @@ def _name(iteration: int) -> str:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make or move a symbolic link, which at no time dangles or is missing."""
+    """Make or replace a symbolic link in one step: at every moment the link exists and its target exists."""
     new = link.with_name(f".{link.name}-next")
     new.unlink(missing_ok=True)
     new.symlink_to(target.relative_to(link.parent))

@@ -1,4 +1,4 @@
-"""The state of a training run: all that changes while it trains."""
+"""The state of a training run: everything that changes while it trains, and the outputs that record it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,24 @@ from .tracking import Tracker
 
 
 class TrainingRun:
-    """All that changes while a run trains."""
+    """The state of a run. A checkpoint saves it (checkpoint.py).
+
+    Args:
+        config: all settings.
+        components: model, problems, rollout engine and the rest that does not change.
+        checkpoint: the checkpoint that the run continues from. Its weights are in components.model already. None for a
+            new run.
+        stack: closes the threads and files of the run at its end.
+
+    Raises ConfigError or ValueError for settings that cannot work.
+    """
 
     def __init__(self, config: Config, components: Components, checkpoint: Path | None, stack: ExitStack):
         self.config, self.world, self.tokenizer = config, components.world, components.tokenizer
-        self.iteration, self.rng = 0, Random(config.run.seed)
+        self.iteration = 0
+        """The last finished iteration."""
+        self.rng = Random(config.run.seed)
+        """Draws the replayed batches. It has the same seed on every process, so all processes draw the same batches."""
         self.problems = ProblemSampler(components.training_problems, config.run.seed)
         self.buffer = ReplayBuffer(config.replay.capacity)
         if config.replay.preload and checkpoint is None:
@@ -32,13 +45,14 @@ class TrainingRun:
         self.learner = Learner(components.model, config, components.world)
         self.generation = Generation(components.rollout_engine, self.problems, config, components.world)
         stack.callback(self.generation.close)
+        # The checkpoint comes before the folder: a checkpoint that does not fit must leave the folder untouched.
         if checkpoint is not None:
             load_checkpoint(checkpoint, self)
         main = components.world.main
         self.folder = prepare_folder(config, checkpoint, self.iteration) if main else Path(config.run.dir)
         self.previous = checkpoint
-        """The checkpoint that this run last loaded or saved."""
-        components.world.barrier()
+        """The checkpoint that this run loaded or saved last."""
+        components.world.barrier()  # until the main process has prepared the folder
         tracked = read_state(checkpoint)["tracker"] if checkpoint is not None else None
         self.tracker = stack.enter_context(Tracker(self.folder, config, self.iteration, tracked, main))
         self.display = stack.enter_context(Display(config, self.iteration, quiet=not main))

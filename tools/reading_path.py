@@ -87,7 +87,8 @@ def reading_path() -> ReadingPath:
         finally:
             sys.setprofile(before)
             torch.optim.AdamW.step = real  # type: ignore[method-assign]
-    public, private = [START], []
+    public: list[tuple[str, str]] = [START]
+    private: list[tuple[str, str]] = []
     for code in called:
         file, name = Path(code.co_filename), code.co_qualname
         if code in ends:

@@ -1,6 +1,7 @@
-"""Asking the rollout engine for responses, perhaps some iterations ahead of training.
+"""Generation: which problems come next, and the rollout engine's responses to them.
 
-Each process generates for its share of the problems.
+With rollout.ahead=n the responses are requested n iterations before they are used. Each process generates for its share
+of the problems.
 """
 
 from __future__ import annotations
@@ -20,36 +21,38 @@ from . import Response, RolloutEngine
 
 
 class Rollouts(NamedTuple):
-    """This process's responses of one iteration."""
+    """The responses of one iteration that this process generated."""
 
     problems: list[Problem]
-    """Of all processes."""
+    """The problems of all processes."""
     own: list[list[Response]]
-    """Responses to this process's share of the problems."""
+    """The responses to each problem of this process's share, `world.share(problems)`."""
     lag: int
-    """Iterations of training that the weights which answered had missed when the responses came to be used."""
+    """Age of the weights that generated: the number of iterations after their sync and before this one. With a sync
+    after every iteration and rollout.ahead=0 the lag is 0."""
 
 
 class _Request(NamedTuple):
     problems: list[Problem]
-    answers: Future[list[list[Response]]]
+    responses: Future[list[list[Response]]]
     synced: int
-    """The iteration after which the engine got the weights that answer."""
+    """The iteration after which the engine got the weights that generate these responses."""
 
 
 class ProblemSampler:
-    """An endless walk over the problems in shuffled epochs; every problem comes once an epoch."""
+    """Draws problems in shuffled epochs without end: each epoch contains every problem once."""
 
     def __init__(self, problems: list[Problem], seed: int):
         self.problems, self.seed = problems, seed
         self.drawn = 0
+        """Problems drawn so far. Seed and `drawn` determine all further draws."""
 
     def draw(self, count: int) -> list[Problem]:
         """The next `count` problems."""
         out: list[Problem] = []
         while len(out) < count:
-            epoch, place = divmod(self.drawn, len(self.problems))
-            taken = self._order(epoch)[place : place + count - len(out)]
+            epoch, position = divmod(self.drawn, len(self.problems))
+            taken = self._order(epoch)[position : position + count - len(out)]
             out += [self.problems[i] for i in taken]
             self.drawn += len(taken)
         return out
@@ -61,62 +64,73 @@ class ProblemSampler:
 
 
 class Generation:
-    """Responses for one iteration after the other. With `rollout.ahead` they are asked for that many iterations before
-    they are used, and generated in a thread while training goes on."""
+    """Gives the responses of one iteration after another.
+
+    With rollout.ahead a thread generates the responses of later iterations while the policy trains.
+    """
 
     def __init__(self, engine: RolloutEngine, problems: ProblemSampler, config: Config, world: World):
         self._engine, self._problems, self._config, self._world = engine, problems, config, world
         self._pending: deque[_Request] = deque()
+        """The requests for the next iterations, in order."""
         self._synced = 0
+        """The iteration after which the engine last got the policy's weights."""
         self._thread = ThreadPoolExecutor(1)
 
     def next(self, iteration: int) -> Rollouts:
-        """The responses for this iteration."""
-        for wanted in range(iteration + len(self._pending), iteration + self._config.rollout.ahead + 1):
-            if wanted <= self._config.run.iterations:
-                self._ask(wanted)
+        """The responses for this iteration. Waits until they are complete."""
+        # Example with ahead=2: iteration 1 requests the responses of 1, 2 and 3; iteration 2 requests those of 4.
+        for later in range(iteration + len(self._pending), iteration + self._config.rollout.ahead + 1):
+            if later <= self._config.run.iterations:
+                self._request(later)
         request = self._pending.popleft()
-        return Rollouts(request.problems, request.answers.result(), iteration - 1 - request.synced)
+        return Rollouts(request.problems, request.responses.result(), iteration - 1 - request.synced)
 
-    def _ask(self, iteration: int) -> None:
+    def _request(self, iteration: int) -> None:
+        """Draw the problems of an iteration and ask the engine for responses."""
         settings, problems = self._config.rollout, self._problems.draw(self._config.rollout.prompts)
         own = [p.token_ids for p in self._world.share(problems)]
         options: Any = {
             "responses": settings.responses,
             "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
+            # a seed for each iteration and each process, so that no two of them sample with the same noise
             "seed": (self._config.run.seed << 32) + iteration + (self._world.rank << 52),
         }
         if settings.ahead:
-            answers = self._thread.submit(self._engine.generate, own, **options)
+            responses = self._thread.submit(self._engine.generate, own, **options)
         else:
-            answers = Future()
-            answers.set_result(self._engine.generate(own, **options))
-        self._pending.append(_Request(problems, answers, self._synced))
+            responses = Future()
+            responses.set_result(self._engine.generate(own, **options))
+        self._pending.append(_Request(problems, responses, self._synced))
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], iteration: int) -> None:
-        """Hand the engine the weights as they are after this iteration, once what it is doing is done."""
+        """Give the engine the policy's weights of this iteration, after it has finished all pending requests."""
         for request in self._pending:
-            request.answers.result()
+            request.responses.result()
         if not self._engine.shares_weights:
             self._engine.sync(weights)
         self._synced = iteration
 
     def close(self) -> None:
-        """Wait for what is being generated, and end the thread."""
+        """Cancel the requests that have not started, wait for the one that has, and end the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def state(self) -> dict[str, Any]:
-        """What has been generated and not used, for a checkpoint. Every process has to call this."""
-        ahead = [(r.synced, self._world.join(r.answers.result())) for r in self._pending]
+        """The responses that are generated but not used yet, for a checkpoint. Every process has to call this."""
+        ahead = [(r.synced, self._world.join(r.responses.result())) for r in self._pending]
         rows = [[[[r.token_ids, r.finished] for r in group] for group in groups] for _, groups in ahead]
         return {"synced": self._synced, "requests": [[s, g] for (s, _), g in zip(ahead, rows, strict=True)]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned; the problem sampler stands behind the last request."""
+        """Continue from `state`, which `state()` returned.
+
+        The problem sampler must be loaded first: it then stands after the problems of the last request.
+        """
         self._synced, count = state["synced"], self._config.rollout.prompts
+        # A state holds no problems. The sampler goes back and draws the same problems again.
         self._problems.drawn -= count * len(state["requests"])
         for synced, groups in state["requests"]:
-            answers: Future[list[list[Response]]] = Future()
-            answers.set_result([[Response(ids, done) for ids, done in group] for group in self._world.share(groups)])
-            self._pending.append(_Request(self._problems.draw(count), answers, synced))
+            responses: Future[list[list[Response]]] = Future()
+            responses.set_result([[Response(ids, done) for ids, done in group] for group in self._world.share(groups)])
+            self._pending.append(_Request(self._problems.draw(count), responses, synced))

@@ -121,7 +121,7 @@ def test_packed_micro_batches_count_true_tokens():
 
 
 def test_processes_share_a_batch_and_keep_in_step(tiny_config):
-    """Every trajectory on one process; about as many tokens on each; stand-ins where a process has less to do."""
+    """Every trajectory on one process; about as many tokens on each; padding micro-batches where one has less to do."""
     members, counts = groups(7, 3), []
     config = replace(tiny_config, optim=OptimConfig(micro_batch_tokens=40))
 
@@ -137,6 +137,6 @@ def test_processes_share_a_batch_and_keep_in_step(tiny_config):
     assert max(tokens) < 1.2 * min(tokens)
     for micro in (micro for p in plans for micro in p if len(micro.indices) > 1):
         assert micro.batch.prefixes[micro.batch.prefix_of].numel() + micro.batch.states.numel() <= 40
-    stand_ins = [micro for p in plans for micro in p if not micro.indices]
-    assert stand_ins and all(len(micro.trajectories) == len(micro.batch.mask) == 1 for micro in stand_ins)
+    padding = [micro for p in plans for micro in p if not micro.indices]
+    assert padding and all(len(micro.trajectories) == len(micro.batch.mask) == 1 for micro in padding)
     assert not any(micro.batch.share for p in plans for micro in p), "FSDP computes each prompt with each response"

@@ -1,7 +1,7 @@
 """Two processes over gloo against one: the same losses, gradients, weights and reference, to rounding.
 
 torchrun starts once, for all cases: starting takes most of the time. The trajectories have unequal lengths, so that
-the processes get different numbers of micro-batches; with one trajectory one of them has nothing but a stand-in.
+the processes get different numbers of micro-batches; with one trajectory one of them has a padding one only.
 """
 
 import os

@@ -136,7 +136,7 @@ def test_rollouts_that_are_not_there():
 def test_check_sees_a_broken_buffer():
     buffer, t = ReplayBuffer(5), trajectory()
     buffer.add([t, t])
-    with pytest.raises(AssertionError, match="held twice"):
+    with pytest.raises(AssertionError, match="buffer has one trajectory twice"):
         buffer.check()
 
 
