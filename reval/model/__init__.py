@@ -1,1 +1,1 @@
-"""The policy: loading and saving it, its forward pass, its head, and its spread over processes."""
+"""The policy: loading, saving, the forward pass, the head, adapters, and shards over several processes."""

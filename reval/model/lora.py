@@ -1,6 +1,7 @@
-"""Low-rank adapters (peft) on the policy's layers. The reference is the model without them, or with older ones.
+"""Low-rank adapters (peft) on the policy's layers. The reference is the same model without adapters or with older ones.
 
-They are injected into the model, which keeps its class: everything else treats it as any other model.
+peft injects the adapters into the model, which keeps its class. The rest of the trainer treats the model like any
+other.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ FILE = "adapters.safetensors"
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Freeze the model and give the layers that `config.targets` names a trainable adapter, and one for the reference.
+    """Freeze the model and give each layer that `config.targets` names two adapters: one for the policy, which is
+    trained, and one for the reference.
 
-    Adapters start at zero effect. Raises ValueError for targets that do not exist, and for the head: its weight is
-    what the losses read.
+    New adapters have no effect. Raises ValueError for targets that do not exist, and for the head, whose weight the
+    losses read.
     """
     try:
         import peft
@@ -42,7 +44,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     alpha: Any = config.alpha  # typed as int, used as float
     settings = peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are intended
         torch.manual_seed(seed)
         for adapter in (REFERENCE, POLICY):
             peft.inject_adapter_in_model(settings, model, adapter)
@@ -57,7 +59,8 @@ def adapted(model: PreTrainedModel) -> list[Any]:
 
 @contextmanager
 def reference_adapters(model: PreTrainedModel, version: int) -> Iterator[None]:
-    """Within the block the model is its reference: without adapters at first, with the reference's after a reset."""
+    """Within the block the model computes as the reference: without adapters in version 0, and with the reference's
+    adapters after a reset."""
     layers = adapted(model)
     for layer in layers:
         layer.set_adapter(REFERENCE, inference_mode=True)
@@ -72,14 +75,14 @@ def reference_adapters(model: PreTrainedModel, version: int) -> Iterator[None]:
 
 @torch.no_grad()
 def reset_reference_adapters(model: PreTrainedModel) -> None:
-    """Copy the policy's adapters, slice by slice."""
+    """Copy the policy's adapters to the reference's. Each process copies its slices."""
     for layer in adapted(model):
-        for part in (layer.lora_A, layer.lora_B):
-            local(part[REFERENCE].weight).copy_(local(part[POLICY].weight))
+        for matrix in (layer.lora_A, layer.lora_B):
+            local(matrix[REFERENCE].weight).copy_(local(matrix[POLICY].weight))
 
 
 def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
-    """The weight of that name with its adapter's part added, if it has one: W + (alpha / r) B A."""
+    """The weight of that name with its adapter, if it has one: W + (alpha / r) B A."""
     module_name, dot, kind = name.rpartition(".base_layer.")
     if not dot or kind != "weight":
         return weight
@@ -89,7 +92,7 @@ def merged(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
 
 
 def save_adapters(model: PreTrainedModel, folder: Path, write: bool) -> None:
-    """Save the policy's adapters and the reference's, whole; every process has to call this, and one writes."""
+    """Save the whole adapters of policy and reference. Every process has to call this; the one with `write` writes."""
     weights = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name}
     if write and weights:
         save_file({name: w.contiguous() for name, w in weights.items()}, folder / FILE)
@@ -97,7 +100,8 @@ def save_adapters(model: PreTrainedModel, folder: Path, write: bool) -> None:
 
 @torch.no_grad()
 def load_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Take what `save_adapters` wrote; before the model is sharded. Raises ValueError where it does not fit."""
+    """Load the adapters that `save_adapters` wrote, into a model that is not sharded yet. Raises ValueError if the file
+    has other adapters than the model."""
     own = {name: p for name, p in model.named_parameters() if "lora_" in name}
     saved = load_file(folder / FILE) if (folder / FILE).exists() else {}
     if own.keys() != saved.keys() or any(own[name].shape != w.shape for name, w in saved.items()):

@@ -1,4 +1,4 @@
-"""The policy's weights, whole and under the names of from_pretrained's files."""
+"""The weights of the policy, whole and under the names that from_pretrained uses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .lora import merged
 from .sharding import reshard, whole
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
-"""What only sampling uses, in a generation config."""
+"""Settings of a generation config that only sampling uses, with their defaults."""
 
 
 def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names as in from_pretrained's files, and whole tensors, one at a time. Every process has to go through them all.
+    """(name, whole tensor) of each weight, one at a time. Every process has to iterate to the end: FSDP gathers.
 
-    Tied weights come once, adapters as part of what they adapt.
+    Tied weights appear once. Adapters are merged into the weights that they adapt.
     """
     reshard(model)
     saved = model.state_dict().keys()
@@ -30,13 +30,17 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_model(model: PreTrainedModel, folder: Path, write: bool) -> None:
-    """Save whole weights, adapters merged, so that from_pretrained loads them. Every process has to call this."""
+    """Save whole weights, with merged adapters, for from_pretrained.
+
+    Every process has to call this; the one with `write` writes the files.
+    """
     weights = {name: tensor.cpu() for name, tensor in whole_weights(model) if write}
     if write:
         with torch.device("meta"):
             shell = type(model)(model.config)
         generation = shell.generation_config = copy.deepcopy(model.generation_config)
-        # transformers would refuse to save, say, a temperature without sampling, though it loads it
+        # transformers loads a generation config with, for example, a temperature and do_sample=False, but refuses to
+        # save one.
         unused = [getattr(generation, name, None) not in (None, default) for name, default in SAMPLING.items()]
         generation.do_sample = generation.do_sample or any(unused)
         shell.save_pretrained(folder, state_dict=weights)

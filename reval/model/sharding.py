@@ -1,9 +1,8 @@
-"""A model spread over the processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its weights whole again.
+"""Sharding a model over the processes with FSDP2 (`torch.distributed.fsdp.fully_shard`), and gathering its weights.
 
-Every process keeps a slice of every parameter; a layer's parameters are put together when the layer computes. The
-losses read the head's weight, which belongs to no layer. `shard` therefore gives the model a method
-`run_gathered(function)`: it runs `function` as a forward pass of the whole model, in which the parameters outside the
-layers are whole.
+Every process keeps a slice of every parameter. A layer's parameters are gathered while the layer computes. The losses
+read the head's weight, which belongs to no layer. `shard` therefore gives the model a method `run_gathered(function)`:
+it runs `function` as a forward pass of the whole model, in which the parameters outside the layers are whole.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ..distributed import World
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer's layers, as transformers itself names what must not be split."""
+    """The layers of the transformer: the modules that transformers itself marks as not to be split."""
     kinds = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
@@ -45,21 +44,26 @@ def shard(
     offload: bool = False,
     fill: bool = True,
 ) -> None:
-    """Spread `model`, which the main process holds and the others have only the shape of, over all processes.
+    """Shard `model` over all processes. The main process has its weights, the others a model of the same shape.
 
-    The layers compute in `compute_dtype`; what is kept, the head, and the sum of the gradients stay in the parameters'
-    own type. Gradients are summed over the processes, not averaged: every loss is divided by the global count. Without
-    `fill` the main process's weights are not handed out: they are to be set later.
+    The layers compute in `compute_dtype`. The stored parameters, the head and the sum of the gradients keep the dtype
+    of the parameters. Gradients are summed over the processes and not averaged, because every loss is already divided
+    by the number of trajectories in the whole batch.
+
+    Args:
+        offload: keep the shards in the CPU's memory.
+        fill: send the weights of the main process to the others. Without it the caller sets the weights later.
     """
-    # detached: FSDP moves the parameters themselves to the device, and these shall not go with them
+    # detach: FSDP moves the parameters to the device, and these copies must stay where they are
     whole = {name: p.detach() for name, p in model.named_parameters()} if world.main and fill else {}
     mesh = init_device_mesh(device.type, (world.size,))
-    offload &= device.type != "cpu"  # there already; FSDP's policy would free what it takes for copies
+    # On a CPU there is nothing to offload, and FSDP's policy would free the weights, which it takes for copies.
+    offload &= device.type != "cpu"
     policy: Any = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     layers = layers_of(model)
     for layer in layers:
         cast = compute_dtype != model.dtype
-        # inputs stay as they are: autocast narrows what it must, and an attention mask in bf16 would overflow
+        # FSDP must not cast the inputs: autocast does so where needed, and an attention mask in bf16 would overflow.
         mixed = MixedPrecisionPolicy(
             compute_dtype if cast else None, reduce_dtype=model.dtype if cast else None, cast_forward_inputs=False
         )
@@ -79,7 +83,7 @@ def shard(
 
 @torch.no_grad()
 def _take(parameter: nn.Parameter, whole: Tensor | None) -> None:
-    """Fill this process's slice from the main process's whole parameter."""
+    """Fill this process's slice of a parameter from the whole parameter, which the main process sends."""
     assert isinstance(parameter, DTensor)
     own = parameter.to_local()
     data = torch.empty(parameter.shape, dtype=own.dtype, device=own.device) if whole is None else whole.to(own.device)
@@ -90,7 +94,7 @@ def _take(parameter: nn.Parameter, whole: Tensor | None) -> None:
 def empty(
     kind: type[PreTrainedModel], config: PreTrainedConfig, generation_config: Any, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A model of that architecture on the CPU, in memory that nothing has been written to."""
+    """A model of that architecture on the CPU with uninitialized weights."""
     with torch.device("meta"):
         model = kind(copy.deepcopy(config)).to(dtype or config.dtype)  # type: ignore[arg-type]
     model.to_empty(device="cpu").tie_weights()  # type: ignore[arg-type]
@@ -99,23 +103,25 @@ def empty(
 
 
 def unsharded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model like `model`, but whole, without adapters, on the CPU, whose weights are not set."""
+    """A whole model of the same architecture on the CPU, without adapters and with uninitialized weights."""
     new = empty(type(model), model.config, model.generation_config, dtype).requires_grad_(False)
     own = dict(new.named_buffers())
-    for name, buffer in model.named_buffers():  # those that no checkpoint holds too, such as rotary frequencies
+    for name, buffer in model.named_buffers():  # also those that no checkpoint has, like rotary frequencies
         own[name].copy_(buffer)
     return new
 
 
 def reshard(model: PreTrainedModel) -> None:
-    """Spread what is still whole: after a forward without gradient, that is all outside the layers."""
+    """Free the gathered parameters. After a forward pass without gradient the ones outside the layers are still
+    gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 @torch.no_grad()
 def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Make `target` equal to `source`, which is spread in the same way: slice by slice, nothing is sent."""
+    """Copy the weights of `source` to `target`, which is sharded in the same way. Each process copies its slices, so
+    nothing is sent."""
     reshard(source)
     reshard(target)
     pairs = zip((*source.parameters(), *source.buffers()), (*target.parameters(), *target.buffers()), strict=True)
@@ -124,10 +130,10 @@ def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread. Every process has to call this, in the same order."""
+    """The whole tensor of one that may be sharded. Every process has to call this, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's slice."""
+    """This process's slice of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
