@@ -1,4 +1,4 @@
-"""Problems: where they come from, how they are put to the model, and in which order."""
+"""Problems: reading them from their source, splitting off the evaluation problems, and encoding the prompts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem as the model sees it and as the reward function needs it."""
+    """A problem: a prompt for the model and columns for the reward function."""
 
     prompt: Prompt
-    """Chat messages, or plain text for a model that continues it."""
+    """Chat messages, or plain text for a model without a chat template."""
     token_ids: list[int]
-    """The prompt, encoded once."""
+    """The encoded prompt."""
     columns: dict[str, Any]
-    """Whatever else the data set says about it (answer, question, metadata, ...): the reward function's columns."""
+    """The other columns of the data set (answer, question, metadata, ...). The reward function gets them."""
     benchmark: str | None = None
-    """The benchmark it belongs to; None for training and held-out problems."""
+    """The name of the benchmark. None for training and held-out problems."""
 
 
 def load_problems(
@@ -37,11 +37,14 @@ def load_problems(
     longest_prompt: int,
     evaluation: EvaluationConfig | None = None,
 ) -> tuple[list[Problem], list[Problem]]:
-    """The training problems and those of the evaluation (the held-out ones, then each benchmark's), which share no
-    prompt with training.
+    """The training problems and the evaluation problems: the held-out ones, then those of each benchmark.
 
-    `longest_prompt` is the number of tokens that the model's context leaves for a prompt. Raises ValueError for an
-    empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
+    No prompt of the evaluation problems is among the training problems.
+
+    Args:
+        longest_prompt: the number of tokens that the model's context has for a prompt.
+
+    Raises ValueError for an empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
     """
     chat = tokenizer.chat_template is not None
     rows = list(_generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat))
@@ -58,7 +61,8 @@ def load_problems(
         asked = replace(config, template=evaluation.template or config.template, columns={})
         for name, own in (load_benchmark(spec, evaluation.folder) for spec in evaluation.benchmarks):
             sets[name] = list(_prompts(own, name, asked, chat))
-            # the same problem in training is put by its own template
+            # The benchmark's template may differ from that of training. Training must not use these problems either, so
+            # the keys contain the prompts in the training template too.
             keys |= {_key(prompt) for prompt, _ in _prompts(own, name, replace(config, columns={}), chat)}
         if evaluation.problems is not None:
             sets = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in sets.items()}
@@ -73,7 +77,7 @@ def load_problems(
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt: through the chat template for messages, as they are for text."""
+    """The token ids of a prompt. Messages are formatted with the chat template; text is encoded as it is."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if tokenizer.chat_template is None:
@@ -107,7 +111,7 @@ def _read(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
 
 
 def _prompts(rows: Iterable[Row], source: str, config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
-    """Each row's prompt as the model gets it, and its other columns."""
+    """The prompt of each row, as the model gets it, and the other columns of the row."""
     for number, row in enumerate(rows, 1):
         columns = pick(row, config.columns)
         prompt = columns.pop("prompt", None)
@@ -122,7 +126,7 @@ def _prompts(rows: Iterable[Row], source: str, config: DataConfig, chat: bool) -
 
 
 def _sample(rows: list[tuple[Prompt, Row]], count: int, seed: str) -> list[tuple[Prompt, Row]]:
-    """`count` of the rows in their order, the same ones whenever seed and rows are the same."""
+    """`count` random rows in their original order. The same seed and rows give the same choice."""
     kept = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
     return [rows[i] for i in sorted(kept)]
 
@@ -132,7 +136,7 @@ def _key(prompt: Prompt) -> str:
 
 
 def _prompt(text: str, config: DataConfig, chat: bool) -> Prompt:
-    """A user's message to a chat model; to a model without a chat template, text to continue."""
+    """Messages for a chat model; plain text for a model without a chat template."""
     if not chat:
         return text if config.system_prompt is None else f"{config.system_prompt}\n\n{text}"
     system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]

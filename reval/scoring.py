@@ -91,9 +91,9 @@ def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, component
         failure = str(error)
     # All processes raise together. If one raised alone, the others would wait for it in the next collective.
     reports = world.gather((failure, scores.timeouts, scores.errors, scores.first_error))
-    for failure, *_ in reports:
-        if failure:
-            raise RewardError(failure)
+    for message, *_ in reports:
+        if message:
+            raise RewardError(message)
     n = config.rollout.responses
     rows = [(response, text, reward) for (_, response), text, reward in zip(own, texts, scores.rewards, strict=True)]
     groups = world.join([rows[i : i + n] for i in range(0, len(rows), n)])  # in the order of rollouts.problems
@@ -149,17 +149,20 @@ def _trajectories(responses: list[ScoredResponse], iteration: int, config: Confi
 
 
 def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> list[float | None]:
-    """Shape rewards for the loss; a None stays None.
+    """The rewards as the loss uses them. None stays None.
 
     Args:
-        rewards: raw rewards, one per response.
-        groups: group of each response, as long as `rewards`.
-        how: "plain": r. "centered": r minus the mean of the scored responses of its group (no division by the
-            deviation, so the only scored response of a group gets 0). "normalized": that, divided by the population
-            deviation of the group's scored responses; 0 where all are alike. "plus_minus_one": 2r - 1, for r in 0..1.
+        rewards: the raw reward r of each response. None for a response without a score.
+        groups: the group of each response: any integer, the same for all responses to one prompt.
+        how: one of
+            "plain": r.
+            "centered": r minus the mean of the group. The only scored response of a group gets 0.
+            "normalized": the centered reward divided by the population deviation of the group. A group with equal
+            rewards gets 0.
+            "plus_minus_one": 2r - 1, for r in 0..1.
+            Means and deviations are over the scored responses of the group.
 
-    Raises:
-        ValueError: unknown `how`; lengths differ; a reward outside 0..1 with "plus_minus_one".
+    Raises ValueError for an unknown `how`, for different lengths, and for a reward outside 0..1 with "plus_minus_one".
     """
     if how not in SHAPINGS:
         near = difflib.get_close_matches(str(how), SHAPINGS, n=1)
@@ -183,16 +186,17 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
 
 
 def reward_metrics(rewards: list[float | None], groups: list[int]) -> dict[str, float]:
-    """Summarise raw rewards for the log; a key whose value would be 0/0 is left out.
+    """Metrics of the raw rewards. A key whose value would be 0/0 is left out. The arguments are as in `shape_rewards`.
 
     Returns:
-        `reward`: mean over the scored responses. `reward_std`: mean over the groups of the population deviation of
-        their scored responses. `frac_reward_zero_std`: share of groups whose scored responses all have one reward,
-        as in a group of one. `reward_unscored`: share of responses without a score. A group without a scored
-        response is in none of the first three.
+        `reward`: the mean over the scored responses.
+        `reward_std`: the population deviation of the scored responses of a group, averaged over the groups.
+        `frac_reward_zero_std`: the fraction of groups whose scored responses have equal rewards. A group with one
+        scored response counts as equal.
+        `reward_unscored`: the fraction of responses without a score.
+        A group without scored responses does not count for the first three.
 
-    Raises:
-        ValueError: lengths differ.
+    Raises ValueError for different lengths.
     """
     metrics: dict[str, float] = {}
     scored = _scored_by_group(rewards, groups)
@@ -207,10 +211,11 @@ def reward_metrics(rewards: list[float | None], groups: list[int]) -> dict[str, 
 
 
 def _scored_by_group(rewards: list[float | None], groups: list[int]) -> dict[int, list[float]]:
-    """The scored rewards of each group that has any.
+    """The rewards of each group that has a scored response.
 
-    `statistics` sums exactly, so equal rewards have exactly their value as mean and exactly 0 as deviation; with a
-    float sum, three rewards of 0.1 would leave 1e-17 behind and a group without signal would count as one with signal.
+    The functions above use the module `statistics`, which sums exactly: equal rewards have their value as mean and 0 as
+    deviation. With a sum in floating point three rewards of 0.1 would have a deviation of about 1e-17, and a group
+    without a learning signal would count as a group with one.
     """
     if len(rewards) != len(groups):
         raise ValueError(f"groups must have one entry per reward ({len(rewards)}), but has {len(groups)}")

@@ -1,1 +1,1 @@
-"""Evaluation besides accuracy: pass@k and similar estimators, benchmarks, and the comparison of two runs."""
+"""Evaluation: answering problems, metrics of the answers, benchmarks, and the comparison of two runs."""

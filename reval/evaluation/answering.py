@@ -1,4 +1,4 @@
-"""Answering problems that training never sees: the held-out ones and benchmarks (docs/evaluation.md)."""
+"""Answering the evaluation problems, which training never uses: held-out problems and benchmarks (docs/evaluation.md)."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ def evaluate(
     world: World = ALONE,
     scorer: Scorer | None = None,
 ) -> Evaluation:
-    """Answer the problems, always with the same seed; each process of `world` its share.
+    """Answer the problems and score the answers. Each process of `world` answers its share of the problems.
 
-    `scorer` gives the endogenous rewards that evaluation.best_of_n asks for (see evaluation/endogenous.py).
+    Every call uses the same seed, so evaluations of different checkpoints differ by their weights only.
+
+    Args:
+        pool: the reward pool for reward.function.
+        scorer: computes endogenous rewards; required with evaluation.best_of_n.
     """
     settings = config.evaluation
     own = world.share(problems)
-    seed = config.run.seed + world.rank  # noise of their own for the processes, which answer different problems
+    seed = config.run.seed + world.rank  # the processes answer different problems and need different noise
     sampled = _responses(rollout, own, config, settings.samples, settings.temperature, seed)
     greedy = _responses(rollout, own, config, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
     with _pools(own, pool, config) as pools:
@@ -76,7 +80,7 @@ def _responses(
     rollout: RolloutEngine, problems: list[Problem], config: Config, count: int, temperature: float, seed: int
 ) -> list[list[Response]]:
     if not problems:
-        return []  # more processes than problems
+        return []  # there are more processes than problems
     return rollout.generate(
         [p.token_ids for p in problems],
         responses=count,
@@ -87,13 +91,13 @@ def _responses(
 
 
 def _function(problem: Problem, config: Config) -> str:
-    """The reward function that scores answers to this problem."""
+    """The name of the reward function for this problem."""
     return config.reward.function if problem.benchmark is None else config.evaluation.reward
 
 
 @contextmanager
 def _pools(problems: list[Problem], pool: RewardPool, config: Config) -> Iterator[dict[str, RewardPool]]:
-    """The pools for the reward functions of these problems, by function; `pool` is that of reward.function."""
+    """A reward pool for each reward function of these problems, by name. `pool` serves reward.function."""
     needed = {_function(p, config) for p in problems} - {config.reward.function}
     with ExitStack() as stack:
         pools = {config.reward.function: pool}
@@ -110,7 +114,7 @@ def _scored(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> tuple[list[list[str]], list[list[float | None]]]:
-    """Text and score of each problem's responses."""
+    """The texts and the scores of each problem's responses."""
     flat = [(p, r) for p, group in zip(problems, groups, strict=True) for r in group]
     texts = [""] * len(flat)
     rewards: list[float | None] = [None] * len(flat)
@@ -127,8 +131,15 @@ def _scored(
 def _endogenous(
     scorer: Scorer, problems: list[Problem], sampled: list[list[Response]], together: int, world: World
 ) -> list[list[float]]:
-    """The endogenous rewards of the answers to all problems; `sampled` is this process's share, taken `together` at a
-    time. A forward pass of a model that is spread over the processes needs all of them, whoever generated."""
+    """The endogenous rewards of the answers to all problems.
+
+    Every process has to call this with the answers that it generated, because the forward pass of a sharded model needs
+    all processes.
+
+    Args:
+        sampled: the responses to each problem of this process's share.
+        together: number of problems of each process per call of the scorer.
+    """
     out = []
     for start in range(0, len(problems), together * world.size):
         done = start // world.size
@@ -144,8 +155,10 @@ def _extracted(extractor: Extractor | None, texts: list[str]) -> list[str | None
 
 
 def main(config: Config, checkpoint: Path) -> int:
-    """`reval evaluate CHECKPOINT`: answer the held-out problems and benchmarks with a checkpoint, and save the answers
-    beside it."""
+    """`reval evaluate CHECKPOINT`: answer the evaluation problems with a checkpoint.
+
+    The answers are saved as evaluation.jsonl in the checkpoint.
+    """
     from ..components import build
 
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint

@@ -13,45 +13,49 @@ from .estimators import best, majority, mean, over_blocks, pass_at_k
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One problem and what the model answered. The lists have one entry per sampled answer."""
+    """A problem and the model's answers to it. Each list has one entry per sampled answer."""
 
     prompt: Prompt
     sampled: list[str]
     scores: list[float | None]
-    """None where the reward function could not score."""
+    """None if the reward function could not score the answer."""
     greedy: str | None = None
     greedy_score: float | None = None
     benchmark: str | None = None
-    """None: a held-out problem."""
+    """The name of the benchmark. None for a held-out problem."""
     answer: Any = None
-    """What the data set says is right, where it says so."""
+    """The right answer from the data set, if it has one."""
     extracted: list[str | None] | None = None
-    """The final answers, for maj@k; None where the reward function does not say how to find them."""
+    """The final answer in each text, for maj@k. None if the reward function has no extractor."""
     lengths: list[int] = field(default_factory=list)
-    """In tokens, the end-of-sequence token included."""
+    """Number of tokens of each answer, the end-of-sequence token included."""
     finished: list[bool] = field(default_factory=list)
-    """False where the length limit cut the answer off."""
+    """False if the length limit cut the answer off."""
     endogenous: list[float] | None = None
-    """Sums of endogenous rewards, for best@k."""
+    """The sum of endogenous rewards of each answer, for best@k."""
 
     @property
     def score(self) -> float:
-        """Mean score of the sampled answers; one that could not be scored counts as 0."""
+        """The mean score of the sampled answers. An answer without a score counts as 0."""
         return mean([s or 0.0 for s in self.scores])
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Answers to all problems, those of one set together."""
+    """The answers to all evaluation problems."""
 
     answers: list[Answered]
+    """The problems of one set (the held-out ones, or a benchmark) are neighbours."""
     k: tuple[int, ...] = ()
-    """The k of pass@k, maj@k and best@k; empty: as many as there are answers to a problem."""
+    """The k of pass@k, maj@k and best@k. Empty: one k, the number of answers to a problem."""
 
     def metrics(self) -> dict[str, float]:
-        """`eval/accuracy` (avg@k), `eval/accuracy_greedy`, `eval/pass@4` ... of the held-out problems, and
-        `eval/<benchmark>/avg@16`, `eval/<benchmark>/pass@4` ... of each benchmark; `eval/benchmarks/avg@16` is the mean
-        over several. Without held-out problems `eval/accuracy` is that mean."""
+        """The metrics by name.
+
+        The held-out problems have `eval/accuracy` (the mean score), `eval/accuracy_greedy`, `eval/pass@4`, ... Each
+        benchmark has `eval/<benchmark>/avg@16` (the mean score), `eval/<benchmark>/pass@4`, ... With several benchmarks
+        `eval/benchmarks/avg@16` is the mean over them. Without held-out problems `eval/accuracy` is that mean.
+        """
         sets: dict[str | None, list[Answered]] = {}
         for a in self.answers:
             sets.setdefault(a.benchmark, []).append(a)
@@ -72,19 +76,19 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
-        """What `save` wrote."""
+        """Read the file that `save` wrote."""
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return cls([Answered(**{k: v for k, v in row.items() if k != "score"}) for row in rows])
 
     def save(self, path: Path) -> None:
-        """One JSON object a problem; `reval compare` reads it."""
+        """Write one JSON object per problem. `reval compare` reads this file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(asdict(a) | {"score": a.score}, default=str) + "\n" for a in self.answers)
         path.write_text(text, encoding="utf-8")
 
 
 def _metrics(answers: list[Answered], k: tuple[int, ...]) -> tuple[float, float | None, dict[str, float]]:
-    """Of one set: mean score, mean greedy score, and the rest by name."""
+    """The metrics of one set: the mean score, the mean score of the greedy answers, and the others by name."""
     rest: dict[str, float] = {}
     for n in k or (len(answers[0].scores),):
         rest[f"pass@{n}"] = mean([pass_at_k(a.scores, n) for a in answers])

@@ -1,8 +1,10 @@
-"""The endogenous reward of a response, which ranks the answers for best@k.
+"""The endogenous reward of a response. best@k takes the answer with the largest one.
 
-With the policy's own logits as Q, e_h = Q(s_h, a_h) - V(s_{h+1}) (arXiv 2506.23235; METHOD.md section 2 with the policy
-in the reference's place). The sum over a response telescopes to V(s_1) + sum_h log pi(a_h|s_h). Among the answers to
-one problem V(s_1) is the same, so the ranking is that of their log-probability; across problems it is not.
+Q is the policy's logit and V its logsumexp over the vocabulary. The endogenous reward of the action a_h in the state
+s_h is e_h = Q(s_h, a_h) - V(s_{h+1}) (arXiv 2506.23235; docs/method.md section 2, with the policy instead of the
+reference). The sum over a response telescopes to V(s_1) + sum_h log pi(a_h|s_h). All answers to one problem have the
+same V(s_1), so their order is the order of their log-probabilities. This does not hold for answers to different
+problems.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
 
 
 def endogenous_scorer(model: PreTrainedModel, config: Config, world: World | None = None) -> Scorer:
-    """A Scorer that asks `model`, at temperature 1, in micro-batches of optim.micro_batch_tokens and, where there are
-    several processes, each its share of them. The logits are never formed."""
+    """A Scorer for `model` at temperature 1, in micro-batches of optim.micro_batch_tokens.
+
+    Each process computes its share. The logits are never stored as a whole.
+    """
     world = world or World()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Generating responses: the protocol that every rollout engine implements, and which one the settings ask for."""
+"""Rollouts: generating responses. The protocol of a rollout engine, and the engine that the settings name."""
 
 from __future__ import annotations
 
@@ -9,59 +9,66 @@ from typing import TYPE_CHECKING, Protocol
 from ..config import Config
 from ..errors import RunError
 
-if TYPE_CHECKING:  # so that a server starts without them
+if TYPE_CHECKING:  # the process of an engine imports this package and starts faster without torch and transformers
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RolloutError(RunError):
-    """A rollout engine died, hung or cannot do what it was asked. The policy's weights are not affected."""
+    """A rollout engine died, hung or cannot do what was requested. The policy's weights are not affected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What the policy said, as the token ids it sampled."""
+    """The policy's response to a prompt, as the token ids that it sampled."""
 
     token_ids: list[int]
-    """The end-of-sequence token included; never empty."""
+    """The response with its end-of-sequence token. Never empty."""
     finished: bool
-    """False when the length limit cut it off."""
+    """False if the length limit cut the response off."""
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the policy. Token ids go in and come out; nothing is encoded again.
+    """Samples responses from the policy. Input and output are token ids; no text is encoded again.
 
-    An engine answers one call at a time; a call from a second thread waits for the first. Raises RolloutError when it
-    cannot go on.
+    An engine serves one call at a time; a call from a second thread waits for the first. Every method raises
+    RolloutError when the engine cannot continue.
     """
 
     shares_weights: bool
-    """It generates with the policy itself, so there is nothing to sync."""
+    """The engine generates with the policy itself, so there is nothing to sync."""
 
     def generate(
         self, prompts: list[list[int]], *, responses: int, max_new_tokens: int, temperature: float, seed: int
     ) -> list[list[Response]]:
-        """`responses` answers to each prompt; temperature 0 takes the likeliest token. The same seed, prompts and
-        weights give the same answers."""
+        """Generate `responses` responses to each prompt. Temperature 0 takes the most likely token.
+
+        The same seed, prompts and weights give the same responses.
+        """
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the policy's weights: (name in the model's state_dict, whole tensor), one at a time, any dtype.
+        """Copy the policy's weights into the engine.
 
-        The iterable is always consumed to its end and in order, since it may be a collective; a tensor is not used
-        after the next one is asked for. Tied weights may come once or under each name. Raises ValueError when a
-        weight is missing, unknown or of another shape.
+        Args:
+            weights: (name in the model's state_dict, whole tensor of any dtype), one at a time. The engine must iterate
+                in order and to the end, because each step may be a collective operation of all processes. A tensor is
+                valid until the next one is requested. Tied weights appear once or under each of their names.
+
+        Raises ValueError when a weight is missing, unknown or of another shape.
         """
         ...
 
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
-        """log pi(token | what precedes it) of each sequence's tokens from index `start` on, at temperature 1, under
-        the engine's weights and as it generates (its dtype, its caches)."""
+        """log pi(token | all tokens before) of the tokens of each sequence from its index in `starts` on.
+
+        The temperature is 1. The engine computes them in the way it generates: with its weights, dtype and caches.
+        """
         ...
 
     def close(self) -> None:
-        """End processes and free memory; a second call does nothing."""
+        """End the engine's processes and free its memory. A second call does nothing."""
         ...
 
 
@@ -71,9 +78,9 @@ def make_rollout(
     """The engine that `rollout.engine` names, for this policy.
 
     Args:
-        model: the policy itself, which the hf engine generates with where the dtypes agree. With a `device`: a model of
-            its shape that the hf engine may keep; no weights are read from it, they come with the first sync.
-        device: the policy's device.
+        model: without `device` the policy itself; the hf engine generates with it if the dtypes agree. With `device` a
+            model of the policy's shape that the hf engine may keep. Its weights are not read.
+        device: the policy's device. Give it for an engine with its own weights, which come with the first `sync`.
 
     A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.
     """
@@ -92,7 +99,7 @@ def make_rollout(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the generation config's and the tokenizer's own."""
+    """The tokens that end a response: those of the generation config and the end-of-sequence token of the tokenizer."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})

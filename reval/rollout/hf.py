@@ -1,4 +1,4 @@
-"""Rollouts by transformers' `generate`, in this process, with one prefill a prompt for its whole group."""
+"""Rollouts by transformers' `generate` in this process. Each prompt has one prefill for all of its responses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .weights import checked, expected_weights
 
 
 class HFRollout:
-    """Generates with `model` itself, or with a copy of it.
+    """Generates with `model` itself or with a copy.
 
     Args:
         model: the policy.
         tokenizer: pads on the left.
-        batch_size: sequences decoded at once.
-        dtype: of the weights that generate; None: the model's.
-        private: `model` is this engine's own, to keep; its weights come with `sync`. Else the policy itself generates
-            where the dtype allows it, and a copy of it elsewhere.
+        batch_size: number of sequences that are decoded at once.
+        dtype: the dtype of the weights that generate. None: the dtype of `model`.
+        private: `model` belongs to this engine, which gets its weights with `sync`. Without `private`, the policy
+            itself generates if it has that dtype, and a copy of the policy otherwise.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class HFRollout:
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See RolloutEngine.sync. An engine that shares the policy's weights only reads them to their end."""
+        """See RolloutEngine.sync. An engine that shares the policy's weights only iterates to the end."""
         if self.shares_weights:
             for _ in weights:
                 pass
@@ -63,7 +63,7 @@ class HFRollout:
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
         """See RolloutEngine.log_probs."""
         out = []
-        for ids, start in zip(sequences, starts, strict=True):  # no lock: it only reads
+        for ids, start in zip(sequences, starts, strict=True):  # without the lock: nothing is changed
             tokens = torch.tensor([ids], device=self._model.device)
             logits = self._model(input_ids=tokens[:, :-1], use_cache=False).logits[0, start - 1 :].float()
             chosen = tokens[0, start:, None]
@@ -71,7 +71,7 @@ class HFRollout:
         return out
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """See RolloutEngine.close. This engine has no process."""
 
     @torch.no_grad()
     def generate(
@@ -83,18 +83,19 @@ class HFRollout:
         out: list[list[Response]] = [[] for _ in prompts]
         with self._lock, self._sampling(max_new_tokens, temperature, seed):
             for start in range(0, len(prompts), together):
-                part = prompts[start : start + together]
+                chunk = prompts[start : start + together]
                 for done in range(0, responses, group):
-                    for i, rows in enumerate(self._decode(part, min(group, responses - done))):
+                    for i, rows in enumerate(self._decode(chunk, min(group, responses - done))):
                         out[start + i] += rows
         return out
 
     @contextmanager
     def _sampling(self, max_new_tokens: int, temperature: float, seed: int) -> Iterator[None]:
-        """Plain sampling from a seed; the model and the global generator come back as they were.
+        """Within the block the model samples without top_k, top_p and penalties, from the given seed. Afterwards the
+        model and torch's global generator are as before.
 
-        The model's own generation_config may ask for top_k, top_p, penalties, ...; `generate` mixes it into whatever it
-        is passed, so it is replaced as a whole.
+        The block replaces the model's generation_config as a whole, because `generate` merges it into all other
+        settings and it may contain top_k, top_p or penalties.
         """
         model: Any = self._model
         training, config = model.training, model.generation_config
@@ -119,7 +120,7 @@ class HFRollout:
             model.train(training)
 
     def _decode(self, prompts: list[list[int]], count: int) -> list[list[Response]]:
-        """`count` responses to each prompt, all in one batch."""
+        """`count` responses to each prompt, in one batch."""
         padded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
         ids, attention = (padded[key].to(self._model.device) for key in ("input_ids", "attention_mask"))
         policy: Any = self._model
@@ -132,9 +133,10 @@ class HFRollout:
         return [rows[i * count : (i + 1) * count] for i in range(len(prompts))]
 
     def _prefill(self, ids: Tensor, attention: Tensor, count: int) -> DynamicCache | None:
-        """Keys and values of all prompt tokens but the last, computed once a prompt and repeated for its group.
+        """Keys and values of all prompt tokens except the last: computed once per prompt, repeated for its responses.
 
-        None where it would save nothing, or the model's cache is of a kind that cannot be repeated.
+        None if there is nothing to save (one response, or prompts of one token) or if the model has a kind of cache
+        that cannot be repeated.
         """
         if count == 1 or ids.shape[1] < 2:
             return None
@@ -149,7 +151,7 @@ class HFRollout:
         return cache
 
     def _response(self, row: list[int]) -> Response:
-        """A generated row up to its first end-of-sequence token; what follows is padding."""
+        """The generated row up to and including its first end-of-sequence token. The rest of the row is padding."""
         for i, token in enumerate(row):
             if token in self._ends:
                 return Response(row[: i + 1], finished=True)

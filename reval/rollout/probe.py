@@ -1,7 +1,7 @@
-"""Do engine and trainer hold the same policy? The log-probabilities of a few tokens say so, after each sync.
+"""The probe: after each sync, compares the log-probabilities of a few tokens between rollout engine and trainer.
 
-Two programs that compute one model differ by rounding; a weight that did not arrive, or a cache that outlived it,
-differs by much more. docs/rollouts.md has measured thresholds.
+Two programs that compute the same model differ by rounding. They differ by much more if the engine missed a weight in
+the sync, or if it still has a cache from the old weights. docs/rollouts.md has measured thresholds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ LogProbs = Callable[[list[list[int]], list[int]], list[list[float]]]
 def choose(
     sequences: list[list[int]], starts: list[int], tokens: int, per_sequence: int = 8
 ) -> tuple[list[list[int]], list[int]]:
-    """The first `tokens` tokens to compare: up to `per_sequence` of each response's first ones, each sequence cut
-    off behind them. `starts` holds the index of each response's first token."""
+    """Choose about `tokens` tokens to compare: the first ones of each response, at most `per_sequence`.
+
+    Args:
+        sequences: prompts with their responses.
+        starts: the index of each response's first token.
+
+    Returns the sequences, each cut off after its last chosen token, and their starts. Sequences without a chosen token
+    are left out.
+    """
     out = []
     for ids, start in zip(sequences, starts, strict=True):
         count = min(per_sequence, tokens, len(ids) - start)
@@ -39,7 +46,7 @@ def choose(
 def log_probs(
     model: PreTrainedModel, sequences: list[list[int]], starts: list[int], config: ModelConfig
 ) -> list[list[float]]:
-    """log pi of each sequence's tokens from its start on, given what precedes them, at temperature 1."""
+    """The trainer's counterpart of RolloutEngine.log_probs: log pi of the tokens from each sequence's start on."""
     masks = [np.arange(len(ids)) >= start for ids, start in zip(sequences, starts, strict=True)]
     known = [
         Trajectory(token_ids=np.array(ids), action_mask=mask, reward=0.0, score=0.0, iteration=0)
@@ -53,15 +60,16 @@ def log_probs(
 def mismatch(
     engine: RolloutEngine, policy_log_probs: LogProbs | list[list[float]], sequences: list[list[int]], starts: list[int]
 ) -> dict[str, float]:
-    """`rollout/mismatch_mean` and `rollout/mismatch_max`: |log pi_engine - log pi_trainer|, in nats.
+    """`rollout/mismatch_mean` and `rollout/mismatch_max`: |log pi_engine - log pi_trainer| in nats.
 
     Args:
         policy_log_probs: the trainer's log-probabilities of the same tokens, or a function of (sequences, starts) that
             computes them.
-        sequences: prompt and response; starts: where the response begins, at least 1. All tokens from there on are
-            compared, and each costs the engine a request: see `choose`.
+        sequences: prompts with their responses.
+        starts: the index of each response's first token, at least 1. All tokens from there on are compared. Each token
+            costs the engine a request, so give few: see `choose`.
 
-    Without a token to compare, there are no metrics.
+    Without a token to compare the result is empty.
     """
     theirs = engine.log_probs(sequences, starts)
     ours = policy_log_probs(sequences, starts) if callable(policy_log_probs) else policy_log_probs
@@ -69,10 +77,10 @@ def mismatch(
     differences = np.array([abs(a - b) for row, other in pairs for a, b in zip(row, other, strict=True)])
     if not differences.size:
         return {}
-    # a NaN stays one, so that no threshold lets it pass
+    # mean and max keep a NaN, so that it exceeds every threshold
     return {"rollout/mismatch_mean": float(differences.mean()), "rollout/mismatch_max": float(differences.max())}
 
 
 def worst(reports: list[dict[str, float]]) -> dict[str, float]:
-    """The largest of every process's numbers; a NaN stays one, whichever process has it."""
+    """The largest value of each metric over all processes. A NaN on any process stays NaN."""
     return {name: float(np.max([report[name] for report in reports])) for name in reports[0]}
