@@ -1,4 +1,4 @@
-"""Answering the evaluation problems, which training never uses: held-out problems and benchmarks (docs/evaluation.md)."""
+"""Answering the evaluation problems, which training never uses: held-out ones and benchmarks (docs/evaluation.md)."""
 
 from __future__ import annotations
 

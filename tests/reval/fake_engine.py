@@ -1,4 +1,4 @@
-"""An engine for the tests of the process protocol: it does what the first token of the first prompt says."""
+"""A fake engine for the tests of the process protocol. The first token of the first prompt selects what it does."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import time
 import torch
 
 from reval.rollout import Response
-from reval.rollout.weights import read_weights
+from reval.rollout.weights import Index, read_weights
 
 ECHO, SLEEP, EXIT, KILL, WRONG, BROKEN, CHILD = range(7)
 
 
 class Fake:
-    """Weights: their sum is the "log-probability" of every token."""
+    """An engine whose "log-probability" of every token is the sum of its weights."""
 
     def __init__(self, dtype: str, fail: str = ""):
-        self._dtype, self._sum = getattr(torch, dtype), 0.0
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._sum = 0.0
         if fail == "usage":
             raise ValueError("dtype must be something else")
         if fail == "crash":
@@ -27,7 +28,9 @@ class Fake:
         if fail == "hang":
             time.sleep(1000)
 
-    def generate(self, prompts, *, responses, max_new_tokens, temperature, seed):
+    def generate(
+        self, prompts: list[list[int]], *, responses: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[Response]]:
         match prompts[0][0]:
             case 1:
                 time.sleep(1000)
@@ -45,8 +48,8 @@ class Fake:
                 os.kill(os.getpid(), signal.SIGKILL)
         return [[Response([*p, seed, r], r % 2 == 0) for r in range(responses)] for p in prompts]
 
-    def log_probs(self, sequences, starts):
+    def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
         return [[self._sum] * (len(ids) - start) for ids, start in zip(sequences, starts, strict=True)]
 
-    def load(self, path, index):
+    def load(self, path: str, index: Index) -> None:
         self._sum = sum(float(w.double().sum()) for _, w in read_weights(path, index, self._dtype))

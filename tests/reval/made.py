@@ -1,4 +1,4 @@
-"""Trajectories made up for tests. Apart from conftest.py, whose name every folder of tests has."""
+"""Random trajectories for tests. They are not in conftest.py, because several folders of tests have a conftest."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from reval.replay import Trajectory
 
 
 def random_trajectories(count: int, seed: int = 0, turns: int = 1, vocabulary: int = 102) -> list[Trajectory]:
-    """Trajectories of unequal lengths; with several turns the environment's tokens lie between the actions."""
+    """Trajectories of unequal lengths; with several turns the environment's tokens are between the actions."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):

@@ -190,6 +190,7 @@ def test_a_broken_reward_stops_the_run_and_loses_nothing(tmp_path, name, message
     if name == "huge":
         rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
         assert len(rows) == 16 and all(len(r["token_ids"]) == len(r["action_mask"]) for r in rows)
+        assert (tmp_path / "run" / "samples.jsonl").read_text(), "the responses of the failed iteration are recorded"
     else:
         assert "nothing was saved yet" in done.stderr  # since there is no better checkpoint than the model itself
 

@@ -1,4 +1,4 @@
-"""What torchrun starts for test_distributed.py: a few updates for each case, and what came of them.
+"""The program that test_distributed.py starts with torchrun: a few updates for each case, and their results.
 
 torchrun --nproc-per-node 2 tests/reval/two_processes.py FOLDER
 """
@@ -48,17 +48,15 @@ def batch_for(case: str) -> list[Trajectory]:
 
 
 def updates(config: Config, processes: World, case: str, folder: Path | None = None) -> dict[str, Any]:
-    """Three updates with a reset in between; the optimizer's state after two of them goes into `folder`."""
+    """Three updates with a reset in between. The state after two of them goes into `folder`."""
     model, _ = load_model(config.model, 0, config.lora, processes)
     reference, learner = ReferencePolicy(model, config, processes), Learner(model, config, processes)
     trajectories, done, gradients = batch_for(case), [], {}
-    step_now = learner.optimizer.step
 
-    def step_and_note() -> None:
+    def note_gradients(*_: Any) -> None:
         gradients.update({n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None})
-        step_now()
 
-    learner.optimizer.step = step_and_note
+    learner.optimizer.register_step_pre_hook(note_gradients)
     for step in range(3):
         if step == 2 and folder is not None:
             dcp.save({"optimizer": learner.state(), "weights": model.state_dict()}, checkpoint_id=folder)
@@ -88,5 +86,5 @@ if __name__ == "__main__":
         everyone = processes.gather(processes.rank)
         joined = processes.join([x * 10 for x in processes.share(range(5))])
         told = processes.broadcast("main" if processes.main else "other")
-        if processes.rank == 1:  # what the others see must be the same as what the main process sees
+        if processes.rank == 1:  # the other processes must see the same as the main process
             torch.save({"everyone": everyone, "joined": joined, "told": told}, target / "world.pt")
