@@ -45,7 +45,7 @@ FORMAT = 1
 def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -> None:
     """Save the state of the run after iteration `run.iteration`. Every process has to call this.
 
-    A run that is killed while it saves leaves no checkpoint with a part of the files: the folder gets its name last.
+    The folder gets its name when all files are written. A run that is killed before leaves no checkpoint.
     """
     world, model = run.world, run.learner.model
     unfinished = start_checkpoint(folder, world)

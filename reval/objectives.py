@@ -49,7 +49,12 @@ class ObjectiveOutput(NamedTuple):
 def reval(
     hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
 ) -> ObjectiveOutput:
-    """(V(s_1) - V_ref(s_1) + D - r / beta)^2 (arXiv 2603.23355, Eq. 2), or the level's squared parts of that sum."""
+    """The squared Bellman residual V(s_1) - V_ref(s_1) + D - r / beta (arXiv 2603.23355, Eq. 2).
+
+    The residual is the sum of the TD errors d_h of a trajectory (docs/method.md section 3). The loss sums the squares
+    of the whole residual (objective.level=trajectory), of every d_h (token), or of the sum from each d_h to the end
+    (subtrajectory).
+    """
     known = reference.v + reference.log_prob if config.level == "trajectory" else reference.values
     assert known is not None, "reference_policy.py keeps token values for the levels that need them"
     loss, residual = linear_reval_loss(

@@ -23,7 +23,7 @@ class TrainingRun:
 
     Args:
         config: all settings.
-        components: model, problems, rollout engine and the rest that does not change.
+        components: model, problems, rollout engine and reward pool.
         checkpoint: the checkpoint that the run continues from. Its weights are in components.model already. None for a
             new run.
         stack: closes the threads and files of the run at its end.

@@ -10,8 +10,8 @@ Counted are:
 
 - the public functions, methods and properties of `reval` that this process calls, and the files that contain them;
 - `reval/loop.py` and its `train`, where one starts to read;
-- the functions of `reval_kernels.__all__` at which the path ends, and the package as one file: its docstrings say what
-  these functions compute.
+- the functions of `reval_kernels.__all__` at which the path ends, and the package as one file: a reader of the trainer
+  needs the docstrings of these functions only.
 
 A function is public if no name in its class path begins with an underscore. Constructors and other dunder methods,
 lambdas, comprehensions and nested functions are not counted: they are read with the function that contains or uses
