@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..components import build
 from ..config import Config, ConfigError
 from ..data import Problem
 from ..distributed import World
@@ -159,8 +160,6 @@ def main(config: Config, checkpoint: Path) -> int:
 
     The answers are saved as evaluation.jsonl in the checkpoint.
     """
-    from ..components import build
-
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint
     config = with_dtypes(replace(config, model=replace(config.model, name=str(folder))))
     with build(config) as components:
