@@ -99,9 +99,9 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
             last = iteration == config.run.iterations
             evaluating = last or _due(config.evaluation.every, iteration)
             saving = last or stopping or _due(config.run.save_every, iteration)
+            metrics = scored.metrics()
             # Sending the weights is expensive, so rollout.sync_every may skip it. An evaluation needs the current
             # weights. A checkpoint needs a sync because a resumed run starts with the saved weights in the engine.
-            metrics = scored.metrics()
             if evaluating or saving or _due(config.rollout.sync_every, iteration):
                 with clock("sync"):
                     metrics |= _sync(run, components, scored.trajectories)
