@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Response, RolloutError
+from .protocol import Response, RolloutError
 from .server import receive, send
 from .weights import Expected, checked, write_weights
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..data import Problem
 from ..distributed import World
-from . import Response, RolloutEngine
+from .protocol import Response, RolloutEngine
 
 
 class Rollouts(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import Response, end_tokens
+from .protocol import Response, end_tokens
 from .weights import checked, expected_weights
 
 

@@ -16,7 +16,7 @@ from ..batching import collate
 from ..config import ModelConfig
 from ..model.forward import token_values
 from ..replay import Trajectory
-from . import RolloutEngine
+from .protocol import RolloutEngine
 
 LogProbs = Callable[[list[list[int]], list[int]], list[list[float]]]
 

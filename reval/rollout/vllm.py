@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
-from . import Response, RolloutEngine, RolloutError, end_tokens
+from .protocol import Response, RolloutEngine, RolloutError, end_tokens
 from .vllm_worker import TRIED
 from .weights import Expected, Index, checked, expected_weights
 
