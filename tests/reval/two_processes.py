@@ -22,6 +22,9 @@ from reval.reference_policy import ReferencePolicy
 from reval.replay import Trajectory
 from reval.rollout.probe import log_probs
 
+# AdamW divides a gradient by its own size. Where a gradient is rounding alone, about 1e-9 here, its direction is random,
+# and with the default eps of 1e-8 the step would be random and as long as any other. This eps makes such a step 0.
+ADAM = ["optim.eps=1e-5"]
 CASES = {
     "plain": [],
     "many micro-batches": ["optim.micro_batch_tokens=20"],
@@ -80,7 +83,8 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     with world("cpu", timeout=60) as processes:
         for case, overrides in CASES.items():
-            result = updates(load_config(["configs/tiny.yaml"], overrides), processes, case, target / f"{case}.dcp")
+            config = load_config(["configs/tiny.yaml"], ADAM + overrides)
+            result = updates(config, processes, case, target / f"{case}.dcp")
             if processes.main:
                 torch.save(result, target / f"{case}.pt")
         everyone = processes.gather(processes.rank)
