@@ -1,8 +1,9 @@
-"""Fused value-based, off-policy losses for language models, as any RL codebase can import them.
+"""Fused value-based, off-policy losses for language models, for use in any RL codebase.
 
-A language model's logits are soft Q-values and their logsumexp is V (ReVal, arXiv 2603.23355). `token_values` and
-`linear_token_values` read both off a model; `td_targets` and `bellman_loss` are arithmetic on them; `reval_loss` and
-`linear_reval_loss` go the whole way in one call. `reference` holds the definitions.
+A language model's logits are soft Q-values, and their logsumexp is the state value V (ReVal, arXiv 2603.23355).
+`token_values` and `linear_token_values` compute Q, V and log pi from a model's outputs. `td_targets` and `bellman_loss`
+compute targets and losses from these values. `reval_loss` and `linear_reval_loss` do both steps in one call.
+`reference` holds the definitions in plain PyTorch.
 """
 
 from . import reference

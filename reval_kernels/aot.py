@@ -1,11 +1,13 @@
-"""Compile every GPU kernel for named GPUs on a machine without one, and report what came out.
+"""Compile every GPU kernel for chosen GPU types, on a machine without a GPU, and report on the machine code.
 
     python -m reval_kernels.aot [--target sm_90 ...] [--kernel row_forward ...] [--json]
 
-The configurations are those that the launchers use for Qwen's vocabulary (V = 151,936) and width (D = 3584). Registers,
-stack and shared memory are the assembler's; the rest is counted in the machine code: the widths are those of the
-narrowest global load and store in the innermost loops (of the widest anywhere, where no loop has one), and exponentials
-are counted against the vocabulary entries that the same loop loads, or that the program's tile holds.
+The configurations are those that the launchers use for Qwen's vocabulary (V = 151,936) and width (D = 3584). The
+assembler reports registers, stack and shared memory. The other numbers are counted in the machine code:
+- load_bits and store_bits: the width of the narrowest global load and store in the innermost loops. If no loop has a
+  load (store), the width of the widest one in the kernel.
+- exp2_per_entry: the exponentials for each vocabulary entry. The entries are those that the same loop loads, or those
+  of the program's tile of logits.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ class GPU:
     arch: int | str
     warp: int
     shared_block: int
-    """Bytes of shared memory that one block may take."""
+    """Bytes of shared memory that one block may use."""
     shared: int
-    """Bytes on one processor (SM, CU)."""
+    """Bytes of shared memory of one processor (SM, CU)."""
     warps: int
-    """That fit one processor."""
+    """Warps that one processor can hold."""
 
 
 TARGETS = {
@@ -55,10 +57,10 @@ TARGETS = {
 
 
 def occupancy(gpu: GPU, registers: int, shared: int, warps: int) -> float:
-    """Share of a processor's warps that can be resident at once."""
-    if gpu.backend == "hip":  # 512 vector registers a lane and SIMD, handed out by 8; 8 waves a SIMD
+    """The fraction of a processor's warps that can be resident at once."""
+    if gpu.backend == "hip":  # a SIMD has 512 vector registers for each lane, given out by 8, and holds 8 waves
         by_registers = 4 * min(8, 512 // (math.ceil(max(registers, 1) / 8) * 8)) // warps
-    else:  # 65,536 registers, handed out by 256 to a warp; every block takes 1 KiB of shared memory for itself
+    else:  # 65,536 registers, given to a warp by 256; each block uses 1 KiB of shared memory more
         by_registers = 65536 // (math.ceil(registers * gpu.warp / 256) * 256) // warps
         shared += 1024
     blocks = min(by_registers, gpu.warps // warps, gpu.shared // shared if shared else 32)
@@ -70,7 +72,7 @@ def occupancy(gpu: GPU, registers: int, shared: int, warps: int) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one configuration; arguments that neither dict names are None (absent tensors)."""
+    """One kernel in one configuration. An argument in neither `types` nor `constants` is None (no tensor)."""
 
     function: Any
     config: dict[str, Any]
@@ -79,10 +81,11 @@ class Case:
     warps: int
     stages: int = 3
     odd: tuple[str, ...] = ()
-    """Sizes that are no multiples of 16."""
+    """Arguments whose values are not multiples of 16."""
     entry_bits: int = 0
-    """Width of one vocabulary entry in the loop that loads them; 0: the program's tile holds `entries`."""
+    """Bits of one vocabulary entry, if a loop loads the entries; else 0."""
     entries: int = 0
+    """Logits for each thread in the program's tile, if the kernel computes a tile; else 0."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -186,7 +189,7 @@ def _bellman_cases() -> list[Case]:
 
 
 def report(target: str, case: Case) -> dict[str, Any]:
-    """Compile one case for one target; the keys are those of `--json`."""
+    """Compile one case for one target. The result has the keys that `--json` prints."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -224,12 +227,12 @@ def report(target: str, case: Case) -> dict[str, Any]:
 
 
 class Code:
-    """Machine code as a list of (kind, detail), with its loops as (first, last) positions."""
+    """Machine code: `instructions` is a list of (kind, detail), `loops` a list of (first, last) positions."""
 
     def __init__(self, lines: list[str], classify, label: str, branch: str):
         self.instructions: list[tuple[str, Any]] = []
         places: dict[str, int] = {}
-        ends: dict[int, int] = {}  # a loop is all that lies between a place and the last branch back to it
+        ends: dict[int, int] = {}  # place -> last branch back to it; a loop is the code between them
         for line in lines:
             if found := re.match(label, line):
                 places[found[1]] = len(self.instructions)
@@ -238,12 +241,12 @@ class Code:
                     ends[places[found[1]]] = len(self.instructions)
             else:
                 self.instructions.append(classify(line))
-        # what lies behind the last exit are waits for barriers, out of line, which branch back at their end
+        # The code after the last exit waits for barriers and then branches back into the kernel: this is no loop.
         exit = max(self.kinds("exit"), default=len(self.instructions))
         self.loops = [loop for loop in ends.items() if loop[1] <= exit]
 
     def kinds(self, kind: str, span: tuple[int, int] | None = None) -> dict[int, Any]:
-        """Position -> detail of the instructions of this kind, in one loop or everywhere."""
+        """Position -> detail of the instructions of this kind, in one loop (`span`) or in the whole kernel."""
         first, last = span or (0, len(self.instructions))
         return {i: self.instructions[i][1] for i in range(first, last) if self.instructions[i][0] == kind}
 

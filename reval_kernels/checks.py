@@ -1,8 +1,8 @@
-"""Checks of arguments, with messages that name the argument, its value, and what is allowed.
+"""Checks of arguments. The messages name the argument, the given value and the allowed values.
 
-There are two kinds. What a tensor says about itself (shape, dtype, device) is checked by the public functions, so these
-checks also run while torch.compile traces. What needs the data (is an action inside the vocabulary?) is checked by the
-ops of library.py before they call a backend: `check_token_data` and `check_cu_seqlens`.
+There are two kinds of checks. The public functions check the shape, dtype and device of tensors; these checks also run
+while torch.compile traces. The ops of library.py check the data before they call a backend (`check_token_data`,
+`check_cu_seqlens`). Example: is every action inside the vocabulary?
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDE = (torch.float32, torch.float64)
 
 
 def unknown(name: str, given: object, allowed: Sequence[str]) -> str:
-    """The message about a name that is not allowed: all allowed names, and the nearest one."""
+    """The message about a name that is not allowed. It lists the allowed names and suggests the nearest name."""
     close = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{name} must be one of {', '.join(map(repr, allowed))}; got {given!r}{hint}"
@@ -34,7 +34,7 @@ def unknown(name: str, given: object, allowed: Sequence[str]) -> str:
 def tensor(
     name: str, x: object, dtypes: Sequence[torch.dtype], shape: Sequence[int | str] | None, device: object
 ) -> None:
-    """Check one tensor. A letter in `shape` stands for any size, None for any shape; `device` None for any device."""
+    """Check one tensor. A letter in `shape` allows any size; None as `shape` or `device` allows all."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -49,7 +49,7 @@ def tensor(
 
 
 def number(name: str, x: Any, otherwise: str = "") -> None:
-    """Check a positive number; `otherwise` says what else the argument may be."""
+    """Check a positive number. `otherwise` completes the message, for example " or None"."""
     if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):  # a symbolic number has no __float__
         raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
     if not x > 0:
@@ -64,7 +64,7 @@ def token_arguments(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> None:
-    """The arguments that token_values and its relatives share; `shape` is the [...] of the tokens."""
+    """Check the arguments that all functions of tokens share. `shape` is the [...] of the tokens."""
     tensor("actions", actions, (torch.int64, torch.int32), shape, device)
     if mask is not None:
         tensor("mask", mask, (torch.bool,), shape, device)
@@ -74,13 +74,13 @@ def token_arguments(
         number("temperature", temperature)
     if softcap is not None:
         number("softcap", softcap, " or None")
-        # the kernels compute in float32, where a smaller softcap would be 0
+        # the kernels compute in float32; a smaller softcap would become 0 there
         if not softcap >= torch.finfo(torch.float32).tiny:
             raise ValueError(f"softcap must be at least {torch.finfo(torch.float32).tiny:.2g} or None, got {softcap}")
 
 
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Hidden states [..., D], the head's weight [V, D] and bias [V]."""
+    """Check hidden states [..., D], and the head's weight [V, D] and bias [V]."""
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError(f"hidden must be a tensor of shape [..., D], got {getattr(hidden, 'shape', type(hidden))}")
     tensor("hidden", hidden, FLOATS, hidden.shape, None)
@@ -102,7 +102,7 @@ def bellman_arguments(
     cu_seqlens: Tensor | None,
     beta: float,
 ) -> None:
-    """The arguments that td_targets and the losses share; `shape` is that of the policy's values, [B, T] or [N]."""
+    """Check the arguments that td_targets and the losses share. `shape` is the shape [B, T] or [N] of the values."""
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(
@@ -131,12 +131,12 @@ def bellman_arguments(
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
-# On a GPU the answer would make the CPU wait for the GPU. So a GPU answers by a device-side assert, as in torch's own
-# losses: a RuntimeError at some later call. No kernel reads outside its tensors meanwhile.
+# On a GPU, reading the result of a check would make the CPU wait for the GPU. So there a check is a device-side assert,
+# as in torch's own losses: a RuntimeError at some later call. Until then no kernel reads outside its tensors.
 
 
 def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int) -> None:
-    """Every unmasked action lies in [0, vocabulary), and every unmasked temperature is positive."""
+    """Check that every unmasked action is in [0, vocabulary), and that every unmasked temperature is positive."""
     (actions, mask), temperatures = tokens, transform.temperatures
     if not actions.numel():
         return
@@ -159,7 +159,7 @@ def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int) -> N
 
 
 def check_cu_seqlens(layout: Layout, like: Tensor) -> None:
-    """cu_seqlens starts at 0, never falls, and ends at the number of tokens of `like` [N]."""
+    """Check that cu_seqlens starts at 0, never falls, and ends at N, the number of tokens of `like` [N]."""
     cu_seqlens, tokens = layout.cu_seqlens, like.numel()
     if cu_seqlens is None:
         return

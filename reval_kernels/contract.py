@@ -1,8 +1,8 @@
 """The contract between the public functions and the backends: groups of arguments, groups of results, and `Backend`.
 
 A public function checks its arguments, packs them into the groups below and calls an op of library.py. The op checks
-the data (are all actions inside the vocabulary?) and calls one function of a `Backend`. A backend therefore receives
-valid groups and checks nothing.
+the data (are all actions inside the vocabulary?) and calls one function of a `Backend`. So a backend receives valid
+groups and checks nothing.
 
 Letters: `...` is [B, T] (padded) or [N] (packed), B trajectories, T tokens of the longest trajectory, N tokens in all,
 V words of the vocabulary, D features of a hidden state.
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """What happens to a logit x before anything else: softcap * tanh(x / softcap), then a division by the temperature.
+    """Softcap and temperature, applied to a logit x first: softcap * tanh(x / softcap), then / temperature.
 
     Example: Transform(temperature=0.7, softcap=30.0) turns x into 30 * tanh(x / 30) / 0.7.
     """
@@ -63,7 +63,7 @@ class Transform(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """What logits are made of: logits = hidden @ weight.T + bias."""
+    """The inputs of logits = hidden @ weight.T + bias."""
 
     hidden: Tensor
     """[..., D]"""
@@ -91,7 +91,7 @@ class Needs(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What the loss knows of the reference policy: token values, or one return for each trajectory."""
+    """The reference policy's numbers for the loss: token values, or one return for each trajectory."""
 
     q_ref: Tensor | None
     """[...]; q_ref, v_ref and log_prob_ref are given together."""
@@ -102,14 +102,14 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, given: TokenValues | Tensor) -> Reference:
-        """Either form as users pass it."""
+        """The Reference for either form that users pass."""
         return (
             cls(None, None, None, given) if isinstance(given, Tensor) else cls(given.q, given.v, given.log_prob, None)
         )
 
 
 class Level(IntEnum):
-    """What a Bellman loss squares (docs/method.md section 4). The numbers are those of the kernels."""
+    """The numbers that a Bellman loss squares (docs/method.md section 4). The kernels use the same integers."""
 
     TRAJECTORY = 0
     """The sum of a trajectory's TD errors."""
@@ -124,11 +124,11 @@ class BellmanOptions(NamedTuple):
 
     beta: float
     level: int = Level.TRAJECTORY
-    """A `Level`; an op's schema has no enums."""
+    """A `Level`. The type is int, because an op's schema has no enums."""
     semi_gradient: bool = False
     normalizer: Tensor | None = None
-    """[] float64 on the CPU: the sum of squares is divided by it. None: by the number of trajectories. A tensor, since
-    torch.compile would compile again for every new number."""
+    """[] float64 on the CPU, the divisor of the sum of squares. None: the divisor is the number of trajectories. The
+    normalizer is a tensor, because torch.compile would compile again for every new number."""
 
     def divisor(self, trajectories: int) -> float:
         """The normalizer as a number."""
@@ -147,25 +147,25 @@ class RowValues(NamedTuple):
     entropy: Tensor
     """0 where no entropy was asked for."""
     row_max: Tensor
-    """The largest transformed logit. v = row_max + log_sum; the backward needs both parts, because v alone, near 1e4,
-    has lost the digits of log_sum."""
+    """The largest transformed logit. v = row_max + log_sum. The backward needs both terms: in a sum near 1e4 the last
+    digits of log_sum are lost."""
     log_sum: Tensor
 
     @property
     def statistics(self) -> Statistics:
-        """What the backward needs to compute probabilities again."""
+        """The numbers from which the backward computes probabilities again."""
         return Statistics(self.row_max, self.log_sum, self.entropy)
 
 
 class Statistics(NamedTuple):
-    """What the backward needs of a row of logits, [...] each: log p = (z - row_max) - log_sum."""
+    """The numbers of each row that the backward reads, [...] each: log p = (z - row_max) - log_sum."""
 
     row_max: Tensor
     log_sum: Tensor
     entropy: Tensor
 
     def at(self, index: tuple[Tensor, ...] | slice) -> Statistics:
-        """Those of the tokens at `index`."""
+        """The statistics of the tokens at `index`."""
         return Statistics(*(x[index] for x in self))
 
 
@@ -178,12 +178,12 @@ class Cotangents(NamedTuple):
     dentropy: Tensor
 
     def at(self, index: tuple[Tensor, ...] | slice) -> Cotangents:
-        """Those of the tokens at `index`."""
+        """The cotangents of the tokens at `index`."""
         return Cotangents(*(x[index] for x in self))
 
 
 class HeadGradients(NamedTuple):
-    """Gradients of `HeadInputs`; an empty tensor stands for a gradient that nobody asked for."""
+    """Gradients of `HeadInputs`. A gradient that the caller did not ask for is an empty tensor."""
 
     d_hidden: Tensor
     d_weight: Tensor
@@ -223,8 +223,8 @@ class LossAndGradients(NamedTuple):
     residual: Tensor
     """[B]"""
     d_hidden: Tensor
-    """Empty where it is not needed; so are the other two. All in float32 (float64) if one of the inputs is float16: see
-    `keeps_wide_gradients`."""
+    """A gradient that is not needed is an empty tensor. All three gradients are in float32 (float64) if one of the
+    inputs is float16: see `keeps_wide_gradients`."""
     d_weight: Tensor
     d_bias: Tensor
 
@@ -233,21 +233,21 @@ class LossAndGradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """A module with these names is a backend. None of its functions records a graph for autograd.
+    """A module with these names is a backend. Its functions record no graph for autograd.
 
-    backends/portable.py is the complete example in PyTorch. A module may import functions from a sibling for what it
-    does not do better itself.
+    backends/portable.py is the complete example in PyTorch. A module may import from another backend the functions
+    of which it has no better version.
     """
 
     @property
     def DEVICES(self) -> tuple[str, ...] | None:  # noqa: N802
-        """Device types that it serves when the caller names no backend; None: every device."""
+        """Device types that the backend serves when the caller names no backend. None: every device."""
 
     def missing(self) -> str | None:
-        """Why it cannot run on this machine; None when it can."""
+        """Why the backend cannot run on this machine; None when it can."""
 
     def token_values(self, logits: Tensor, tokens: Tokens, transform: Transform, with_entropy: bool, /) -> RowValues:
-        """From logits [..., V], of any strides."""
+        """The values of logits [..., V] with any strides."""
 
     def token_values_backward(
         self,
@@ -259,7 +259,7 @@ class Backend(Protocol):
         inplace: bool,
         /,
     ) -> Tensor:
-        """dlogits [..., V] in the logits' dtype, written over the logits where `inplace`."""
+        """dlogits [..., V] in the dtype of the logits. `inplace`: dlogits is written over the logits."""
 
     def linear_token_values(
         self,
@@ -336,13 +336,14 @@ class Backend(Protocol):
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of every sum over words or tokens: float32, or float64 for float64."""
+    """The dtype of every sum over words or tokens: float32, or float64 if x is float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def keeps_wide_gradients(head: HeadInputs) -> bool:
     """Whether linear_reval_loss keeps its gradients in float32 (float64) until the upstream gradient is known.
 
-    In float16 a gradient below 6e-8 would become 0 before a loss scale of, say, 65536 could save it.
+    In float16 a gradient below 6e-8 would become 0 before it is multiplied by the upstream gradient, for example by a
+    loss scale of 65536.
     """
     return head.has(torch.float16)

@@ -1,9 +1,9 @@
-"""torch.library ops whose Python functions take groups: named tuples of tensors and numbers.
+"""torch.library ops whose Python functions take groups, that is, named tuples of tensors and numbers.
 
-torch.library knows tensors, numbers, strings and lists, and no named tuples. `grouped_op` flattens every group of a
-function's signature into the op's schema, and puts the groups together again for the function, its fake and its
-autograd. Example: a parameter `tokens: Tokens` becomes `Tensor actions, Tensor? mask` in the schema. So a field that
-is added to a group reaches every op that takes the group.
+torch.library knows tensors, numbers, strings and lists, but no named tuples. `grouped_op` flattens every group of a
+function's signature into the op's schema, and rebuilds the groups for the function, its fake and its autograd. Example:
+a parameter `tokens: Tokens` becomes `Tensor actions, Tensor? mask` in the schema. So a new field of a group reaches
+every op that takes the group.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ R = TypeVar("R")
 
 
 def grouped_op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], GroupedOp[P, R]]:
-    """Register the function as the op reval_kernels::<name>; `mutates` names the flat arguments that it overwrites."""
+    """Register a function as the op reval_kernels::<name>. `mutates` names the flat arguments that it overwrites."""
     return lambda function: GroupedOp(name, function, mutates)
 
 
 class GroupedOp(Generic[P, R]):
-    """A registered op. Calling it takes the groups and returns the group of results that its function declares."""
+    """A registered op. Call it with the groups; it returns the group of results that its function declares."""
 
     def __init__(self, name: str, function: Callable[P, R], mutates: Sequence[str]):
         kinds = get_type_hints(function)
@@ -43,7 +43,7 @@ class GroupedOp(Generic[P, R]):
         def run(*inputs: Any) -> Any:
             return tuple_of(takes_groups(*self._grouped(inputs)))
 
-        # torch.library reads the schema off the signature
+        # torch.library makes the schema from the signature
         parameters = [
             inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in flat.items()
         ]
@@ -58,7 +58,7 @@ class GroupedOp(Generic[P, R]):
         self.definition.register_fake(lambda *inputs: tuple_of(function(*self._grouped(inputs))))
 
     def register_autograd(self, backward: Callable[..., tuple], save: Callable[..., None]) -> None:
-        """`save(ctx, groups, output)` keeps what `backward(ctx, *upstream)` needs.
+        """`save(ctx, groups, output)` keeps the values that `backward(ctx, *upstream)` needs.
 
         `backward` returns the gradients of the first flat inputs; the inputs after them are constants.
         """
@@ -78,17 +78,17 @@ class GroupedOp(Generic[P, R]):
 
 
 def flatten(groups: Sequence[Any]) -> list[Any]:
-    """All fields of the groups, and what is no group as it is."""
+    """A list of all fields of the groups. An element that is no group stays as it is."""
     return [x for group in groups for x in (group if isinstance(group, tuple) else (group,))]
 
 
 def tuple_of(result: Any) -> Any:
-    """A group of results as the plain tuple that an op returns."""
+    """Turn a group of results into the plain tuple that an op returns."""
     return tuple(flatten(result)) if isinstance(result, tuple) else result
 
 
 def regrouped(kind: Any, result: Any) -> Any:
-    """The plain tuple that an op returns, as the group or the tuple of groups that `kind` says."""
+    """Turn the plain tuple that an op returns into `kind`: a group, or a tuple of groups and tensors."""
     if _is_group(kind):
         return kind(*result)
     out, start = [], 0
@@ -104,7 +104,7 @@ def _is_group(kind: Any) -> bool:
 
 
 def _flat_result(kind: Any) -> Any:
-    """The flat type of what a function returns: a group, a tuple of tensors and groups, one tensor, or None."""
+    """The flat form of a return type `kind`: a group, a tuple of tensors and groups, one tensor, or None."""
     if _is_group(kind):
         return tuple[(Tensor,) * len(kind._fields)]  # type: ignore[misc]  # a type made at run time
     if kinds := get_args(kind):

@@ -1,8 +1,10 @@
-"""The torch.library ops: what they take and return, their fakes, their autograd, and the choice of the backend.
+"""The torch.library ops: their signatures, fakes and autograd, and the choice of the backend.
 
 The backends compute. The only arithmetic here is the product of a kept gradient and its upstream gradient (`_scaled`).
 Each op is opaque to torch.compile, so compiled and eager code run the same kernels and agree to the bit. contract.py
-describes the groups that the ops take; grouped_op.py flattens them for torch.library.
+describes the groups that the ops take; grouped_op.py flattens the groups for torch.library.
+
+Letters: `...` is [B, T] (padded) or [N] (packed), B trajectories, V words of the vocabulary, D features.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def token_values_backward_(
     cotangents: Cotangents,
     backend: str | None,
 ) -> None:
-    """The same, written over the logits."""
+    """As token_values_backward, but dlogits is written over the logits."""
     with _computing(backend, logits) as kernels:
         kernels.token_values_backward(logits, tokens, transform, statistics, cotangents, True)
 
@@ -182,7 +184,7 @@ def linear_token_values_backward(
     needs: Needs,
     backend: str | None,
 ) -> HeadGradients:
-    """Gradients in the dtypes of the inputs; an empty tensor where `needs` says no."""
+    """Gradients in the dtypes of the inputs; an empty tensor for a gradient that `needs` does not ask for."""
     with _computing(backend, head.hidden) as kernels:
         return kernels.linear_token_values_backward(head, tokens, transform, statistics, cotangents, needs)
 
@@ -212,7 +214,7 @@ def linear_expected_backward(
     dv: Tensor,
     dlog_prob: Tensor,
 ) -> Tensor:
-    """dhidden [..., D] for a frozen head. A few numbers a token and D: one PyTorch function serves every backend."""
+    """dhidden [..., D] for a frozen head. No logits are needed, so one PyTorch function serves every backend."""
     with torch.autocast(head.hidden.device.type, enabled=False):
         return gradient_of_hidden(expected, head, tokens, transform, log_prob, UnitGradients(dq, dv, dlog_prob))
 
@@ -226,7 +228,7 @@ def _save_linear_token_values(ctx, groups, output):
     head, tokens, transform, _, ctx.with_expected, ctx.backend = groups
     *values, expected = output
     values = RowValues(*values)
-    ctx.set_materialize_grads(False)  # zeros for `expected` would be another N x D
+    ctx.set_materialize_grads(False)  # a gradient of zeros for `expected` would be one more tensor [..., D]
     _save(ctx, transform, *head, *tokens, transform.temperatures, *values.statistics, values.log_prob, expected)
 
 
@@ -312,7 +314,7 @@ def bellman_loss(
     options: BellmanOptions,
     backend: str | None,
 ) -> LossTerms:
-    """The loss [] and the residuals [B], both differentiable, and the loss's gradients by q, v and log_prob."""
+    """The loss [] and the residuals [B], both differentiable; and the gradients of the loss by q, v and log_prob."""
     check_cu_seqlens(layout, values.q)
     with _computing(backend, values.q) as kernels:
         return kernels.bellman_loss(values, reference, rewards, layout, options)
@@ -341,7 +343,7 @@ def _(d_loss, d_residual, unit, layout, backend):
 def _save_bellman_loss(ctx, groups, output):
     _, _, rewards, layout, _, ctx.backend = groups
     ctx.trajectories = rewards.shape
-    ctx.set_materialize_grads(False)  # zeros for the gradients among the outputs would be three more tensors [...]
+    ctx.set_materialize_grads(False)  # zeros for the outputs dq, dv, dlog_prob would be 3 more tensors [...]
     ctx.save_for_backward(*LossTerms(*output).unit, *layout)
 
 
@@ -388,7 +390,7 @@ def _(head, actions, layout, transform, reference, rewards, options, needs, back
 
 def _save_linear_reval_loss(ctx, groups, output):
     ctx.dtypes = [None if x is None else x.dtype for x in groups[0]]
-    ctx.set_materialize_grads(False)  # zeros for the gradients among the outputs would be another V x D
+    ctx.set_materialize_grads(False)  # zeros for the output d_weight would be one more tensor [V, D]
     ctx.save_for_backward(*output[2:])
 
 
@@ -396,7 +398,7 @@ def _linear_reval_loss_gradient(ctx, d_loss, *_):
     needs = [need and d_loss is not None for need in ctx.needs_input_grad[:3]]
     each = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     gradients = [_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each]
-    if torch.is_grad_enabled():  # create_graph: a constant would pass for a second-order gradient of 0
+    if torch.is_grad_enabled():  # create_graph=True: without an error, a second-order gradient would be 0
         message = "linear_reval_loss has no second-order gradient"
         gradients = [None if g is None else torch_private.second_order_refused(g, message) for g in gradients]
     return tuple(gradients)
@@ -405,13 +407,13 @@ def _linear_reval_loss_gradient(ctx, d_loss, *_):
 def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
     """gradient * d_loss.
 
-    In place in an eager backward that does not keep its graph: nothing asks for the gradient again, and a second
-    tensor [V, D] would double the memory of the head's gradient.
+    The product overwrites `gradient` in an eager backward that does not keep its graph: no later backward reads
+    `gradient`, and a second tensor [V, D] would double the memory of the head's gradient.
     """
     traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if traced or torch_private.is_batched(d_loss) or torch_private.backward_keeps_graph():
         return gradient * d_loss
-    if d_loss.device.type == "cpu" and d_loss == 1:  # on a GPU the question would cost more than the product
+    if d_loss.device.type == "cpu" and d_loss == 1:  # on a GPU this comparison costs more than the product
         return gradient.data
     return gradient.data.mul_(d_loss)
 

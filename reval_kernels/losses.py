@@ -1,4 +1,4 @@
-"""TD targets and Bellman losses: from token values, from logits, and straight from hidden states."""
+"""TD targets and Bellman losses, from token values, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .types import BellmanLoss, TDTargets, TokenValues
 from .values import token_values, transform_of
 
 LEVELS = {level.name.lower(): level for level in Level}
-"""The levels by the names that users type: "trajectory", "token", "subtrajectory"."""
+"""The level for each name that users pass: "trajectory", "token", "subtrajectory"."""
 
 
 def td_targets(
@@ -27,27 +27,28 @@ def td_targets(
 ) -> TDTargets:
     """TD target, TD error and endogenous reward of every action.
 
-    With h the action's place in its trajectory of H actions, and V(s_{H+1}) = 0 (arXiv 2603.23355, the Bellman operator
-    behind Eq. 2; the endogenous reward is that of arXiv 2506.23235):
+    h = 1, ..., H counts the actions of a trajectory, and V(s_{H+1}) = 0. Sources: arXiv 2603.23355, the Bellman
+    operator behind Eq. 2; for the endogenous reward e_h, arXiv 2506.23235.
 
         e_h = Q_ref(s_h, a_h) - gamma V_ref(s_{h+1})
         y_h = e_h + 1[h=H] r / beta + gamma V(s_{h+1})
         d_h = Q(s_h, a_h) - y_h
 
     Args:
-        values: the policy's TokenValues, [B, T] padded or [N] packed; q and v are used and may carry gradient.
-        reference: the reference policy's, of the same shape; constants.
-        rewards: [B] float, the outcome reward r of each trajectory; constants.
-        mask: [B, T] or [N] bool, true where the token is an action. s_{h+1} is the state of the next action, whatever
-            tokens of the environment lie between.
-        cu_seqlens: [B + 1] int32 or int64, where the packed trajectories start and end: 0, ..., N.
+        values: the policy's TokenValues, [B, T] padded or [N] packed; only q and v are used.
+        reference: the reference policy's TokenValues, of the same shape. They get no gradient.
+        rewards: [B] float, the outcome reward r of each trajectory. They get no gradient.
+        mask: [B, T] or [N] bool, true where the token is an action. s_{h+1} is the state of the next action: tokens of
+            the environment between two actions are skipped.
+        cu_seqlens: [B + 1] int32 or int64, for packed tokens: 0, ..., N. Trajectory b has the tokens cu_seqlens[b] to
+            cu_seqlens[b + 1] - 1.
         beta: the reward's temperature, positive.
         gamma: the discount.
         backend: as in `token_values`.
 
     Returns:
-        TDTargets(target, error, endogenous_reward) of the values' shape and dtype, 0 where masked out. Target and error
-        are differentiable in values.q and values.v (detach `target` for a semi-gradient).
+        TDTargets(target, error, endogenous_reward) in the shape and dtype of the values, 0 where masked out. `target`
+        and `error` are differentiable in values.q and values.v. Detach `target` for a semi-gradient.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
@@ -65,7 +66,7 @@ def td_targets(
         float(gamma),
         backend,
     )
-    return TDTargets(target, error, endogenous.detach())  # a constant, though every output of an op carries its graph
+    return TDTargets(target, error, endogenous.detach())  # autograd gives every output of an op a graph
 
 
 def bellman_loss(
@@ -81,7 +82,7 @@ def bellman_loss(
     normalizer: float | None = None,
     backend: str | None = None,
 ) -> BellmanLoss:
-    """The squared Bellman residual of whole trajectories (arXiv 2603.23355, Eq. 2), or of their parts.
+    """The squared Bellman residual of whole trajectories (arXiv 2603.23355, Eq. 2), of tokens, or of subtrajectories.
 
         residual = sum_h d_h = V(s_1) - V_ref(s_1) + sum_h (log pi - log pi_ref)(a_h|s_h) - r / beta
 
@@ -89,20 +90,20 @@ def bellman_loss(
         level "token":          loss = sum over trajectories and h of d_h^2 / normalizer
         level "subtrajectory":  loss = sum over trajectories and h of (sum_{k>=h} d_k)^2 / normalizer
 
-    The policy's and the reference's values are subtracted from each other first, so a policy equal to its reference
-    with r = 0 has loss and gradient exactly 0. TBRM (arXiv 2505.15311) is `reference` = sum_h log pi_ref, without
-    V_ref.
+    The reference's values are subtracted from the policy's values first. So a policy that equals its reference has loss
+    and gradient exactly 0 where r = 0. For TBRM (arXiv 2505.15311), pass the returns sum_h log pi_ref, without V_ref,
+    as `reference`.
 
     Args:
         values: the policy's TokenValues, [B, T] padded or [N] packed, differentiable.
-        reference: the reference policy's TokenValues of the same shape, or its returns [B],
-            V_ref(s_1) + sum_h log pi_ref(a_h|s_h), which are enough for level "trajectory"; constants.
+        reference: the reference policy's TokenValues of the same shape. Or, for level "trajectory", its returns [B],
+            V_ref(s_1) + sum_h log pi_ref(a_h|s_h). They get no gradient.
         rewards, mask, cu_seqlens, beta, backend: as in `td_targets`.
         level: "trajectory", "token" or "subtrajectory".
-        semi_gradient: level "token" only: no gradient through the TD target (arXiv 2505.15311, appendix H.3, shows the
-            residual-gradient form collapse).
-        normalizer: what the sum is divided by; by default the number of trajectories B. Pass the number in the whole
-            batch to make micro-batches and ranks add up to it.
+        semi_gradient: no gradient through the TD target; for level "token" only. arXiv 2505.15311, appendix H.3, shows
+            that the form with this gradient (the residual gradient) collapses.
+        normalizer: the divisor of the sum; None means the number of trajectories B. For micro-batches or several ranks,
+            pass the number of trajectories of the whole batch: then their losses add up to the loss of that batch.
 
     Returns:
         BellmanLoss(loss [], residual [B]), both differentiable. A trajectory without actions has residual 0.
@@ -198,11 +199,11 @@ def linear_reval_loss(
     softcap: float | None = None,
     backend: str | None = None,
 ) -> BellmanLoss:
-    """`reval_loss` of logits = hidden @ weight.T + bias, which never exist as a whole.
+    """`reval_loss` of logits = hidden @ weight.T + bias. The logits are never stored as a whole.
 
-    A trajectory's residual closes within the trajectory, so the gradient is computed in the forward pass, chunk by
-    chunk of whole trajectories, before their logits are dropped. A trajectory longer than a chunk falls back to
-    computing its logits twice.
+    The residual of a trajectory depends on this trajectory alone. So the forward pass works on chunks of whole
+    trajectories, and computes the gradient of a chunk before it frees the chunk's logits. A trajectory longer than a
+    chunk has its logits computed twice.
 
     Args:
         hidden: [B, T, D] padded, or [N, D] packed together with cu_seqlens.
@@ -211,9 +212,9 @@ def linear_reval_loss(
         temperature, softcap, backend: as in `token_values`.
 
     Returns:
-        BellmanLoss(loss [], residual [B]). The loss is differentiable in hidden, weight and bias, any number of times
-        and with any upstream gradient; the residual is detached (use `linear_token_values` and `bellman_loss` for a
-        gradient through it). There is no second-order gradient: asking for one is a RuntimeError.
+        BellmanLoss(loss [], residual [B]). The loss is differentiable in hidden, weight and bias: with any upstream
+        gradient, and several times if the graph is retained. The residual is detached; for a gradient through the
+        residual, use `linear_token_values` and `bellman_loss`. A second-order gradient raises RuntimeError.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
@@ -240,7 +241,7 @@ def linear_reval_loss(
 def _options(
     beta: float, level: str, semi_gradient: bool, normalizer: float | None, reference: TokenValues | Tensor
 ) -> BellmanOptions:
-    """The options of a loss, checked, as the ops take them."""
+    """Check the options of a loss and pack them for the ops."""
     if level not in LEVELS:
         raise ValueError(checks.unknown("level", level, list(LEVELS)))
     if level != "trajectory" and not isinstance(reference, TokenValues):
@@ -250,7 +251,7 @@ def _options(
     if normalizer is None:
         return BellmanOptions(float(beta), LEVELS[level], semi_gradient)
     checks.number("normalizer", normalizer, " or None")
-    # a tensor: torch.compile makes one graph for all values of a tensor, and one for each value of a number
+    # a tensor, because torch.compile makes one graph for all values of a tensor, but a new graph for every number
     divisor = torch.ones((), dtype=torch.float64, device="cpu") * normalizer
     return BellmanOptions(float(beta), LEVELS[level], semi_gradient, divisor)
 

@@ -1,8 +1,11 @@
-"""The definition: every public function in plain PyTorch, written to be obviously right rather than fast.
+"""The definition of every public function in plain PyTorch: written to be obviously right, not to be fast.
 
-Works in any floating dtype up to float64, on any device, under plain autograd. The tests compare every backend with
-this file in float64. Its only source is docs/method.md (arXiv 2603.23355, with the corrections noted there). Arguments
-and results are those of the functions of the same name in `reval_kernels`.
+The functions work in every floating dtype up to float64, on every device, with plain autograd. The tests compare every
+backend with this file in float64. The only source of this file is docs/method.md (arXiv 2603.23355, with the
+corrections noted there). Arguments and results are those of the functions of the same name in `reval_kernels`.
+
+Letters: `...` is [B, T] (padded) or [N] (packed), M unmasked tokens, V words of the vocabulary, D features, B
+trajectories.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def token_values(
 ) -> TokenValues:
     """Q, V and log pi of each action from logits [..., V]. See `reval_kernels.token_values`."""
     mask = torch.ones_like(actions, dtype=torch.bool) if mask is None else mask
-    z = logits[mask]  # [M, V]: indexing keeps whatever the masked positions hold, NaN included, out of the graph
+    z = logits[mask]  # [M, V]. Masked positions may hold NaN: indexing keeps them out of the graph
     z = z if z.dtype == torch.float64 else z.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -33,7 +36,7 @@ def token_values(
     taken = actions[mask].long()[:, None]
     log_pi = torch.log_softmax(z, dim=-1)
     q, v, log_prob = z.gather(-1, taken)[:, 0], torch.logsumexp(z, dim=-1), log_pi.gather(-1, taken)[:, 0]
-    # a word at -inf contributes 0, not 0 * -inf
+    # a word with logit -inf contributes 0; the product 0 * -inf would be NaN
     entropy = -(log_pi.exp() * log_pi.masked_fill(log_pi == -torch.inf, 0)).sum(-1) if with_entropy else None
 
     def scatter(x: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def td_targets(
         e = q_ref[steps] - gamma * v_ref_next
         endogenous = endogenous.index_put((steps,), e)
         target = target.index_put((steps,), e + outcome + gamma * v_next)
-        # policy minus reference before anything else: exactly 0 where they agree
+        # subtract the reference first: each difference is exactly 0 where policy and reference agree
         error = error.index_put((steps,), (q[steps] - q_ref[steps]) - gamma * (v_next - v_ref_next) - outcome)
     return TDTargets(target.view(shape), error.view(shape), endogenous.view(shape))
 
@@ -121,7 +124,7 @@ def bellman_loss(
             total = total + residual**2
         elif level == "token":
             total = total + (errors[steps] ** 2).sum()
-        else:  # subtrajectory: from every step to the end
+        else:  # subtrajectory: for every action, the sum of the TD errors from this action to the last
             to_go = dv + dlog.flip(0).cumsum(0).flip(0) - outcome
             total = total + (to_go**2).sum()
     residual = torch.stack(residuals) if residuals else v.new_zeros(0)
@@ -193,7 +196,7 @@ def linear_reval_loss(
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    if mask is not None:  # whatever the masked positions hold must not reach the weight's gradient
+    if mask is not None:  # masked positions may hold NaN, which must not reach the weight's gradient
         hidden = hidden.where(mask[..., None], 0)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
@@ -205,7 +208,7 @@ def _constant(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _trajectories(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """For each trajectory, the flat indices of its actions in order."""
+    """The flat indices of each trajectory's actions, in order."""
     flat = torch.arange(like.numel(), device=like.device)
     if cu_seqlens is None:
         pieces = list(flat.view(like.shape))
@@ -215,5 +218,5 @@ def _trajectories(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) 
 
 
 def _shift(v: Tensor) -> Tensor:
-    """V(s_{h+1}) from V(s_h): the state of the next action; 0 after the last (terminal)."""
+    """V(s_{h+1}) from V(s_h), where s_{h+1} is the state of the next action. 0 after the last action (terminal)."""
     return torch.cat([v[1:], v.new_zeros(min(1, len(v)))])

@@ -1,8 +1,9 @@
-"""Token values when each rank holds a slice of the vocabulary: the ranks' row maxima and sums, merged.
+"""Token values when each rank holds a slice of the vocabulary: the ranks merge their row maxima and sums.
 
-Every rank runs the ordinary op on its slice. Its parts (max, sum, q - max, entropy) are merged by all_reduce, five
-numbers a token. With the merged max and sum as its statistics, the ordinary backward op gives exactly the slice's part
-of the gradient.
+Forward: every rank runs the ordinary op on its slice. Then all_reduce merges five numbers for each token: the maximum,
+the sum, the number of slices with this maximum, q - maximum, and a sum for the entropy.
+Backward: every rank runs the ordinary backward op with the merged maximum and sum as statistics. The result is exactly
+this slice's part of the gradient.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class _Sharded(torch.autograd.Function):
         own, _ = library.linear_token_values(
             HeadInputs(hidden, weight, bias), Tokens(local, mask), transform, with_entropy, False, backend
         )
-        # A slice at -inf reports max 0 and sum 0; its 0 must not win.
+        # A slice whose logits are all -inf reports maximum 0 and sum 0. Its 0 must not win over a negative maximum.
         row_max = own.row_max.where(own.log_sum > -torch.inf, -torch.inf)
         dist.all_reduce(row_max, dist.ReduceOp.MAX, group)
         row_max = row_max.where(row_max > -torch.inf, 0)
         share = torch.exp(own.row_max - row_max + own.log_sum)
-        # As in one row, the largest weight, 1, stays out of the sum; `top` counts the slices that have it.
+        # As in row_values (backends/rows.py), the largest weight, 1, stays out of the sum. `top` marks the slices that
+        # have this weight, and all_reduce counts them.
         top = (own.row_max == row_max) & (own.log_sum > -torch.inf)
         others = torch.where(top, own.log_sum.expm1(), share)
         spread = torch.where(share > 0, share * ((own.log_sum - own.entropy) + (own.row_max - row_max)), 0)
@@ -61,8 +63,9 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx, *upstream):
         dq, dv, dlog_prob, dentropy = upstream
         hidden, weight, bias, local, owned, mask, temperatures, *statistics = ctx.saved_tensors
-        # Where the action lies on another rank, index 0 stands in for it and must get the gradient of every word,
-        # which is (dv - dlog_prob) * p: the gradient of v alone.
+        # If another rank owns the action, `local` is 0 as a placeholder, so the op takes word 0 for the action. Word 0
+        # must get the gradient of an ordinary word, (dv - dlog_prob) * p. The action gets this gradient if its dv is
+        # dv - dlog_prob, and its dq and dlog_prob are 0.
         dv = torch.where(owned, dv, dv - dlog_prob)
         dq, dlog_prob = dq.where(owned, 0), dlog_prob.where(owned, 0)
         needs = Needs(*ctx.needs_input_grad[1:4])
@@ -76,7 +79,7 @@ class _Sharded(torch.autograd.Function):
             ctx.backend,
         )
         if needs.needs_hidden:
-            d_hidden = d_hidden.to(statistics[0].dtype)  # ranks add up in float32
+            d_hidden = d_hidden.to(statistics[0].dtype)  # the sum over ranks is taken in float32
             dist.all_reduce(d_hidden, dist.ReduceOp.SUM, ctx.group)
             d_hidden = d_hidden.to(hidden.dtype)
         gradients = (g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
@@ -91,13 +94,13 @@ def sharded_token_values(
     with_entropy: bool,
     backend: str | None,
 ) -> TokenValues:
-    """The values of the whole vocabulary, of which `head` holds this rank's slice."""
+    """Token values over the whole vocabulary. `head` holds this rank's slice of the vocabulary."""
     q, v, log_prob, entropy = _Sharded.apply(group, *head, tokens, transform, with_entropy, backend)
     return TokenValues(q, v, log_prob, entropy if with_entropy else None)
 
 
 def _slice(group: dist.ProcessGroup, weight: Tensor) -> tuple[int, int]:
-    """Where this rank's slice starts, and the size of the whole vocabulary; slices may differ in size."""
+    """The first word of this rank's slice, and the size of the whole vocabulary. Slices may differ in size."""
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.long, device=weight.device)
     rank = dist.get_rank(group)
     sizes[rank] = len(weight)

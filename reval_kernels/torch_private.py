@@ -1,6 +1,6 @@
-"""Three questions that torch answers through private names alone, each with a fallback where a torch lacks the name.
+"""Three functions that need private names of torch. Each has a fallback for a torch without the name.
 
-tests/reval_kernels/test_torch_private.py says which name is gone.
+tests/reval_kernels/test_torch_private.py fails when torch drops one of the names.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def second_order_refused(gradient: Tensor, message: str) -> Tensor:
-    """The gradient as a tensor whose own backward raises RuntimeError with this message.
+    """The gradient with a graph whose backward raises RuntimeError with this message.
 
-    Without this node autograd would take the gradient for a constant, and a second-order gradient for 0.
+    Without this node, autograd would treat the gradient as a constant and return 0 as the second-order gradient.
     """
     leaf = gradient.detach().requires_grad_()
     delayed_error = getattr(torch._C._functions, "DelayedError", None)
@@ -20,7 +20,7 @@ def second_order_refused(gradient: Tensor, message: str) -> Tensor:
 
 
 class _Refusing(torch.autograd.Function):
-    """The same node in public Python, which torch.compile's autograd cannot trace."""
+    """The fallback: the same node in public Python. The autograd of torch.compile cannot trace it."""
 
     @staticmethod
     def forward(ctx, gradient: Tensor, message: str) -> Tensor:
@@ -33,9 +33,9 @@ class _Refusing(torch.autograd.Function):
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether torch.autograd.grad(..., is_grads_batched=True) made this tensor: it stands for many.
+    """Whether torch.autograd.grad(..., is_grads_batched=True) made this tensor, which then stands for many tensors.
 
-    Fallback: true, and the caller takes the way that is right for both kinds.
+    Fallback: true. The caller then runs the code that is right for both kinds of tensor.
     """
     question = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
     return True if question is None else question(x)
@@ -44,7 +44,7 @@ def is_batched(x: Tensor) -> bool:
 def backward_keeps_graph() -> bool:
     """Whether the backward that runs now keeps its graph, so that another backward may follow.
 
-    Fallback: true, and the caller keeps what another backward would need.
+    Fallback: true. The caller then keeps the tensors that another backward would need.
     """
     question = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if question is None else question()

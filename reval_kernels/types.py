@@ -1,4 +1,4 @@
-"""What the public functions return."""
+"""The results of the public functions."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class TokenValues(NamedTuple):
-    """What a language model says about one action in one state, for every token; the narrow waist of the library.
+    """Q, V and log pi of one action in one state, for every token. The losses see no other output of the policy.
 
     All tensors have the shape [...] of the actions ([B, T] padded or [N] packed) and are float32 (float64 for
     float64 logits). Masked-out positions hold 0. Values are in units of reward / beta.
@@ -19,11 +19,11 @@ class TokenValues(NamedTuple):
     log_prob: Tensor
     """log pi(a|s) = q - v, computed without subtracting two large numbers."""
     entropy: Tensor | None = None
-    """Entropy of pi(.|s) in nats, where it was asked for."""
+    """Entropy of pi(.|s) in nats; None unless with_entropy is true."""
 
 
 class TDTargets(NamedTuple):
-    """The stepwise signal of docs/method.md section 2, each [...] like the token values; 0 where masked out."""
+    """TD targets of docs/method.md section 2. Each tensor is [...] like the token values, and 0 where masked out."""
 
     target: Tensor
     """y_h = e_h + 1[h=H] r / beta + gamma V(s_{h+1})"""
@@ -34,7 +34,7 @@ class TDTargets(NamedTuple):
 
 
 class BellmanLoss(NamedTuple):
-    """A Bellman loss and the trajectory residuals behind it."""
+    """A Bellman loss and the residuals of its trajectories."""
 
     loss: Tensor
     """Scalar."""

@@ -1,4 +1,4 @@
-"""The heavy half: Q, V and log pi of every action, from logits or straight from hidden states."""
+"""Token values: Q, V and log pi of every action, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ def token_values(
 ) -> TokenValues:
     """Soft Q-value, state value and log-probability of each action, from logits.
 
-    A language model's logits are its soft Q-values (arXiv 2603.23355, section 3): with z the logits after
-    softcap * tanh(z / softcap) and then z / temperature,
+    A language model's logits x are its soft Q-values (arXiv 2603.23355, section 3). With a softcap, x becomes
+    softcap * tanh(x / softcap). Then z = x / temperature, and
 
         q = z[action]    v = logsumexp(z)    log_prob = q - v = (z[action] - max z) - log sum exp(z - max z)
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied as a whole. `...` is [B, T]
-            or [N].
+        logits: [..., V] float32, bfloat16, float16 or float64; any strides; never copied as a whole. `...` is [B, T]
+            (padded) or [N] (packed), V the size of the vocabulary.
         actions: [...] int64 or int32, the token taken in each state, in [0, V).
-        mask: [...] bool, true where the token is an action. Elsewhere the outputs are 0, the gradient is 0, the
-            logits are never read, and the action may be anything (-100 too).
-        temperature: a positive number, or a tensor [...]; a constant for the gradient.
+        mask: [...] bool, true where the token is an action. Where it is false, the outputs and the gradient are 0, the
+            logits are never read, and the action may have any value, for example -100.
+        temperature: a positive number, or a tensor [...]. It gets no gradient.
         softcap: a positive number, or None.
         with_entropy: also return the entropy of softmax(z) in nats.
-        inplace_grad: let the backward overwrite `logits` with its gradient (not where they are expanded). The logits'
-            version counter is bumped, so a second backward raises. Ignored under torch.compile.
-        backend: a name from `reval_kernels.backends()`; None for the default of the tensors' device.
+        inplace_grad: let the backward overwrite `logits` with their gradient. `logits` must not be expanded. This
+            bumps the version counter of `logits`, so a second backward raises. Ignored under torch.compile.
+        backend: a name from `reval_kernels.backends()`; None means the default of the tensors' device.
 
     Returns:
-        TokenValues of [...] float32 tensors (float64 for float64 logits), each differentiable in the logits.
+        TokenValues of [...] float32 tensors (float64 for float64 logits), all differentiable in the logits.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
-            GPU, where nobody waits for the answer, an action outside [0, V) or a temperature that is not positive is
-            a device-side assert (torch._assert_async) instead: a RuntimeError at some later call.
+            GPU the CPU does not wait for checks of the data. There, an action outside [0, V) or a temperature that is
+            not positive fails a device-side assert (torch._assert_async): a RuntimeError at some later call.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise ValueError(f"logits must be a tensor of shape [..., V], got {getattr(logits, 'shape', type(logits))}")
@@ -86,30 +86,30 @@ def linear_token_values(
     backend: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TokenValues:
-    """`token_values` of logits = hidden @ weight.T + bias, which never exist as a whole.
+    """`token_values` of logits = hidden @ weight.T + bias. The logits are never stored as a whole.
 
-    The logits are computed for unmasked tokens only, a chunk at a time, and never rounded below float32; the backward
-    computes them anew. The weight's gradient accumulates in float32. With a frozen head (only `hidden` requires a
-    gradient; no entropy, no process_group) the forward already sums up what that gradient needs of the logits,
-    [..., D] in float32, and the backward computes none.
+    The logits are computed for unmasked tokens only, a chunk at a time, and in float32 or wider. The backward computes
+    them again. The weight's gradient is summed in float32. With a frozen head (only `hidden` requires a gradient,
+    with_entropy is false, process_group is None), the forward also sums a float32 tensor [..., D], from which the
+    backward computes the gradient of `hidden` without the logits.
 
     Args:
-        hidden: [..., D], `...` being [B, T] or [N]; float32, bfloat16, float16 or float64.
-        weight: [V, D], the head; its dtype may differ from the hidden states'.
+        hidden: [..., D], where `...` is [B, T] or [N]; float32, bfloat16, float16 or float64.
+        weight: [V, D], the head. Its dtype may differ from the dtype of the hidden states.
         actions: [...] int64 or int32, in [0, V).
         bias: [V] or None.
         mask, temperature, softcap, with_entropy, backend: as in `token_values`.
-        process_group: `weight` and `bias` are this rank's slice of the vocabulary, in the order of the ranks; `hidden`
-            and `actions` are the same on all ranks, and the outputs and the gradient of `hidden` are those of the
-            whole vocabulary. Not under torch.compile.
+        process_group: the ranks that share the vocabulary. `weight` and `bias` are this rank's slice: rank 0 holds the
+            first words, rank 1 the next words, and so on. `hidden` and `actions` are the same on all ranks. The outputs
+            and the gradient of `hidden` are those of the whole vocabulary. Not under torch.compile.
 
     Returns:
         TokenValues of [...] float32 tensors (float64 for float64 hidden states), differentiable in hidden, weight and
-        bias; only gradients that are asked for are computed.
+        bias. Only the gradients that autograd asks for are computed.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. What
-            is wrong with an action or a temperature may be a device-side assert on a GPU, as in `token_values`.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On
+            a GPU, a wrong action or temperature may fail a device-side assert, as in `token_values`.
     """
     checks.head_arguments(hidden, weight, bias)
     checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
@@ -129,7 +129,7 @@ def linear_token_values(
 
 
 def transform_of(temperature: float | Tensor, softcap: float | None) -> Transform:
-    """The transform that two arguments of the public functions describe."""
+    """The Transform for the arguments `temperature` and `softcap` of the public functions."""
     if isinstance(temperature, Tensor):
         return Transform(temperatures=temperature, softcap=softcap)
     return Transform(float(temperature), softcap=softcap)
