@@ -1,7 +1,7 @@
-"""TD targets and Bellman losses in PyTorch, on vectors of a few numbers a token.
+"""TD targets and Bellman losses in PyTorch, from a few numbers per token.
 
-The portable backend and float64 tensors on every backend use these functions. The faster ones are cpu/bellman.cpp and
-gpu/bellman.py.
+The portable backend uses these functions, and the GPU backend for float64 tensors. The faster versions are
+cpu/bellman.cpp and gpu/bellman.py.
 
 Letters: B trajectories, L actions of the longest one.
 """
@@ -32,7 +32,7 @@ def td_targets(
     q, v_next, v_ref_next = of.rows(q), next_state(of.rows(v)), next_state(v_ref)
     outcome = torch.where(of.last, _scaled(rewards, beta, q)[:, None], 0)
     endogenous = q_ref - gamma * v_ref_next
-    # policy minus reference before anything else: exactly 0 where they agree
+    # subtract the reference first: each difference is exactly 0 where policy and reference agree
     error = (q - q_ref) - gamma * (v_next - v_ref_next) - outcome
     return (
         of.tokens(endogenous + outcome + gamma * v_next),
@@ -63,7 +63,7 @@ def bellman_loss(
         d_q, d_v, d_log = q, v, log_prob
         residual = _first(v) + log_prob.sum(1) - reference.returns.to(q.dtype) - outcome
     else:
-        # policy minus reference before anything else: exactly 0 where they agree
+        # subtract the reference first: each difference is exactly 0 where policy and reference agree
         d_q, d_v, d_log = (
             x - of.rows(ref.to(x.dtype))
             for x, ref in zip((q, v, log_prob), reference[:3], strict=True)
@@ -86,7 +86,7 @@ def bellman_loss(
             dv = _previous_state(-scale * terms)
     else:
         assert options.level == Level.SUBTRAJECTORY, options.level
-        # the sum over k >= h of d_k telescopes
+        # the sum over k >= h of the TD errors d_k telescopes
         to_go = d_log.flip(1).cumsum(1).flip(1)
         terms = torch.where(of.valid, d_v + to_go - outcome[:, None], 0)
         dv += scale * terms
@@ -113,7 +113,7 @@ def _first(x: Tensor) -> Tensor:
 
 
 def _previous_state(d_next: Tensor) -> Tensor:
-    """The gradient of V(s_h) from that of `next_state`."""
+    """The gradient of v [B, L] from the gradient of next_state(v)."""
     out = torch.zeros_like(d_next)
     out[:, 1:] = d_next[:, :-1]
     return out

@@ -37,7 +37,7 @@ from .tokens import Index, chunks, per_token, unmasked, widened
 from .trajectories import Trajectories
 
 LINEAR_CHUNK = 1 << 24
-"""Logits of one chunk, in entries: 64 MiB in float32, enough for the matmuls to run at full speed."""
+"""The number of logits in one chunk: 64 MiB in float32, enough for the matmuls to run at full speed."""
 
 
 class ChunkedHead:
@@ -95,7 +95,7 @@ class ChunkedHead:
         self.add_dlogits(at, row_gradient_(logits, actions, transform, statistics, cotangents))
 
     def add_dlogits(self, at: Index, dlogits: Tensor) -> None:
-        """Add what the gradient [C, V] of the tokens' logits gives to hidden, weight and bias."""
+        """Add the gradients of hidden, weight and bias that follow from dlogits [C, V] of the tokens `at`."""
         if self.needs.needs_hidden:
             d_hidden = dlogits.new_zeros(len(dlogits), self.weight.shape[1])
             for words, tile in tiles(self.weight, dlogits.dtype):
@@ -123,13 +123,13 @@ def values_by_chunks(
     transform: Transform,
     with_entropy: bool,
 ) -> tuple[RowValues, Tensor]:
-    """The values of each token; and `expected` [..., D] (frozen_head.py) if the head needs a gradient of its hidden
-    states, else an empty tensor."""
+    """The values of each token, and `expected` [..., D] (frozen_head.py). `expected` is an empty tensor if
+    head.needs.needs_hidden is false."""
     rows, actions = unmasked(tokens)
     found: list[RowValues] = []
     logits = None
     for piece, at in chunks(rows, head.size):
-        logits = None  # frees the last chunk's logits before the next chunk's are made
+        logits = None  # free the logits of one chunk before the next chunk makes new ones
         logits, values = head.values(at, actions[piece], transform.at(at), with_entropy)
         found.append(values)
         if head.needs.needs_hidden:
@@ -141,7 +141,7 @@ def values_by_chunks(
 def recompute_gradients(
     head: ChunkedHead, tokens: Tokens, transform: Transform, statistics: Statistics, cotangents: Cotangents
 ) -> HeadGradients:
-    """Gradients of the head's inputs; every chunk's logits are computed again."""
+    """Gradients of the head's inputs. The logits of every chunk are computed again."""
     rows, actions = unmasked(tokens)
     for piece, at in chunks(rows, head.size):
         logits = head.logits(at)
@@ -178,7 +178,7 @@ def whole_trajectory_loss(
         logits, found = None, []
         pieces = list(chunks((tokens,), head.size))
         for piece, at in pieces:
-            logits = None  # frees the last piece's logits before the next piece's are made
+            logits = None  # free the logits of one piece before the next piece makes new ones
             logits, values = head.values(at, taken[piece], transform.at(at))
             found.append(values)
         values = RowValues(*(torch.cat(x) for x in zip(*found, strict=True)))
@@ -205,7 +205,7 @@ def whole_trajectory_loss(
 
 
 def _of_trajectories(reference: Reference, some: slice, tokens: Tensor) -> Reference:
-    """The reference of some trajectories, whose tokens are these."""
+    """The reference of the trajectories `some`. `tokens` holds the flat indices of their actions."""
     returns = None if reference.returns is None else reference.returns[some]
     q, v, log_prob = (None if x is None else x.reshape(-1)[tokens] for x in reference[:3])
     return Reference(q, v, log_prob, returns)
@@ -215,7 +215,8 @@ def _of_trajectories(reference: Reference, some: slice, tokens: Tensor) -> Refer
 
 
 def whole_trajectories(counts: list[int], size: int) -> Iterator[tuple[slice, slice]]:
-    """Runs of trajectories with at most `size` actions together (one alone may have more), and their actions.
+    """Ranges of trajectories with at most `size` actions together, and the ranges of their actions. A range of one
+    trajectory may have more actions.
 
     Example: counts [3, 4, 2] and size 7 give trajectories 0 to 1 with actions 0 to 6, then trajectory 2 with 7 to 8.
     """
@@ -230,8 +231,7 @@ def whole_trajectories(counts: list[int], size: int) -> Iterator[tuple[slice, sl
 
 
 def tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head's rows in the dtype of the computation. A narrower weight is widened a part at a time, so that the whole
-    head never exists twice."""
+    """The rows of the head in `dtype`, some words at a time: a narrower weight never exists in `dtype` as a whole."""
     size = len(weight) if weight.dtype == dtype else max(1, LINEAR_CHUNK // 4 // max(1, weight.shape[1]))
     for start in range(0, len(weight), size):
         words = slice(start, min(start + size, len(weight)))

@@ -1,11 +1,12 @@
-"""The gradient of hidden states alone, without forming logits again.
+"""The gradient of the hidden states for a frozen head, without computing the logits again.
 
-Where the head is frozen, `expected` [..., D] = sum over all words but the action of p * dz/dlogit * weight[word] holds
-all that the gradient of the hidden states needs of the logits, whatever the upstream gradient is. The forward adds
-`expected` up beside the values: 4 N V D operations in place of 6 N V D. The action stays out of the sum, because a
-confident state's 1 - p would be lost beside its p.
+    expected [..., D] = sum over all words except the action of p * dz/dlogit * weight[word]
 
-Letters: C tokens of one chunk, N tokens, V words, D features.
+The forward computes `expected` together with the values. Then the backward needs no logits, for every upstream
+gradient: 4 N V D operations instead of 6 N V D. The action is not in the sum, because beside the p of a confident
+state's action the digits of 1 - p would be lost.
+
+Letters: C tokens of one chunk, N tokens, V words, D features, z a logit after softcap and temperature, p = softmax(z).
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from .rows import divisor_of, softcap_slope
 from .tokens import chunks, unmasked, widened
 
 ENTRIES = 1 << 21
-"""Entries of the weight's rows that one chunk gathers."""
+"""The number of weight entries that one chunk gathers: D for each token."""
 
 
 def expected_cotangents(values: RowValues) -> Cotangents:
-    """The cotangents [C] whose gradient of the hidden states is `expected`.
+    """The cotangents [C] for which the gradient of the hidden states is `expected`.
 
-    They are those of -log_prob, without the action's own term: dq cancels what the rule gives to the action.
+    They are the cotangents of -log_prob, and a dq that cancels the term of the action.
     """
     zero, one = torch.zeros_like(values.log_prob), torch.ones_like(values.log_prob)
     return Cotangents(-values.log_prob.expm1(), zero, -one, zero)

@@ -1,7 +1,7 @@
-"""The backend for every device: PyTorch in chunks. Tokens x vocabulary never exists in float32 as a whole.
+"""The backend for every device: PyTorch, a chunk of tokens at a time. No float32 tensor holds the logits of all tokens.
 
-It is the complete example of the contract (contract.py). Every function computes in float32 (float64 for float64
-inputs), whatever the dtype of its inputs. chunks.py has the functions from hidden states, bellman.py the losses.
+This file is the complete example of the contract (contract.py). Every function computes in float32, or in float64 for
+float64 inputs. chunks.py has the functions from hidden states, bellman.py the losses.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ __all__ = [
 
 DEVICES: tuple[str, ...] | None = None
 ROWS_CHUNK = 1 << 21
-"""Logits of one chunk, in entries: 8 MiB in float32, small enough for a CPU's cache."""
+"""The number of logits in one chunk: 8 MiB in float32, small enough for a CPU's cache."""
 
 
 def missing() -> str | None:
-    """It runs wherever torch runs."""
+    """None: this backend runs wherever torch runs."""
     return None
 
 

@@ -1,6 +1,6 @@
-"""One chunk of logits in float32 (or float64): its token values, and its gradient written over it.
+"""The token values of one chunk of logits in float32 (or float64), and the gradient, which overwrites the chunk.
 
-Letters: C tokens of the chunk, V words of the vocabulary.
+Letters: C tokens of the chunk, V words of the vocabulary, z a logit after softcap and temperature, p = softmax(z).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entro
     """The six numbers [C] of each row of logits [C, V]; `transform` has temperatures [C]."""
     z, _ = _transformed(logits, transform)
     top, first = z.max(dim=-1, keepdim=True)
-    row_max = torch.where(top.isinf(), 0, top)  # a row of -inf alone: exp(-inf - 0) is 0, -inf - -inf is NaN
+    row_max = torch.where(top.isinf(), 0, top)  # for a row with only -inf: exp(-inf - 0) is 0, but -inf - -inf is NaN
     shifted = z - row_max
     # The largest weight, 1, stays out of the sum. Beside a 1 the sum would lose the digits in which a confident state's
     # 1 - p is written: float32 cannot hold 1 + 1e-9. log1p adds the 1 without losing them.
@@ -46,11 +46,11 @@ def row_gradient_(
     log_pi = torch.sub(z, row_max, out=logits).sub_(log_sum)
     log_pi_action = log_pi.gather(-1, action)
     # The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
-    # The product dv * p stands alone, so an unlikely action keeps its gradient.
+    # The product dv * p is a term of its own, so an unlikely action keeps its gradient.
     at_action = dq + dv * log_pi_action.exp() - dlog * torch.expm1(log_pi_action)
     if (dentropy != 0).any():
         p = log_pi.exp()
-        # p = 0 meets log p = -inf: their product is 0 in the limit
+        # where p = 0 and log p = -inf, p log p must be 0, its limit; the product would be NaN
         spread = torch.where(p > 0, p * (log_pi + entropy), 0).mul_(dentropy)
         gradient = p.mul_(dv - dlog)
         at_action = at_action - spread.gather(-1, action)
@@ -66,7 +66,7 @@ def row_gradient_(
 
 
 def divisor_of(transform: Transform) -> Tensor | float:
-    """The temperature that a column of one number for each token is divided by: [C, 1], or a number."""
+    """The temperature as the divisor of a tensor [C, *]: a tensor [C, 1], or one number."""
     return transform.temperature if transform.temperatures is None else transform.temperatures[:, None]
 
 
@@ -80,7 +80,7 @@ def softcap_slope(logits: Tensor, softcap: float) -> Tensor:
 
 
 def _transformed(logits: Tensor, transform: Transform) -> tuple[Tensor, Tensor | None]:
-    """The transformed logits, and tanh(logits / softcap) where there is a softcap. `logits` is left alone."""
+    """The transformed logits, and tanh(logits / softcap) where there is a softcap. `logits` stays unchanged."""
     z, tanh = logits, None
     if transform.softcap is not None:
         tanh = torch.tanh(logits / transform.softcap)

@@ -1,4 +1,4 @@
-"""The unmasked tokens of a call, cut into chunks, and results put back in their places.
+"""Cut the unmasked tokens of a call into chunks, and put the results back in the tokens' positions.
 
 Letters: `...` is [B, T] or [N], M unmasked tokens, C tokens of one chunk.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 from ..contract import RowValues, Tokens, wide_dtype
 
 Index = tuple[Tensor, ...]
-"""Where tokens lie: one tensor [C] for each of the dimensions `...`."""
+"""Positions of tokens: one index tensor [C] for each of the dimensions `...`."""
 
 
 def unmasked(tokens: Tokens) -> tuple[Index, Tensor]:
-    """Where the unmasked tokens lie, and their actions [M] as int64."""
+    """The positions of the unmasked tokens, and their actions [M] as int64."""
     actions, mask = tokens
     rows = (torch.ones_like(actions, dtype=torch.bool) if mask is None else mask).nonzero(as_tuple=True)
     return rows, actions[rows].long()
 
 
 def chunks(rows: Index, size: int) -> Iterator[tuple[slice, Index]]:
-    """Pieces of at most `size` tokens: their places among the unmasked tokens, and among all tokens."""
+    """Pieces of at most `size` tokens: the slice of the unmasked tokens, and the positions among all tokens."""
     size = max(1, size)
     for start in range(0, len(rows[0]), size):
         piece = slice(start, min(start + size, len(rows[0])))
@@ -32,7 +32,7 @@ def chunks(rows: Index, size: int) -> Iterator[tuple[slice, Index]]:
 
 
 def per_token(pieces: list[RowValues], rows: Index, like: Tensor) -> RowValues:
-    """The pieces' numbers [C] joined and put in their places [...], 0 elsewhere."""
+    """Join the numbers [C] of the pieces and put them in the tokens' positions [...]. Other positions are 0."""
     out = RowValues(*(like.new_zeros(like.shape[:-1], dtype=wide_dtype(like)) for _ in RowValues._fields))
     if pieces:
         for x, found in zip(out, zip(*pieces, strict=True), strict=True):
@@ -41,5 +41,5 @@ def per_token(pieces: list[RowValues], rows: Index, like: Tensor) -> RowValues:
 
 
 def widened(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where it has that dtype already."""
+    """The tensor in float32; a float64 tensor stays float64."""
     return x if x.dtype == torch.float64 else x.float()

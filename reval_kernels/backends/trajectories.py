@@ -1,4 +1,4 @@
-"""Per-token numbers as one row for each trajectory, so that the next action is always the next column."""
+"""Per-token numbers as one row per trajectory and one column per action: the next action is the next column."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..contract import Layout
 
 
 class Trajectories:
-    """Where the actions of each trajectory lie among the tokens, padded or packed, masked or not.
+    """The positions of each trajectory's actions among the tokens, padded or packed, masked or not.
 
     Environment tokens and padding have no column. So s_{h+1} is the state of the next ACTION, as docs/method.md
     section 1 defines it. Example: the mask [1, 0, 0, 1] of one trajectory gives positions [0, 3].
 
-    B trajectories, L actions of the longest one.
+    Letters: B trajectories, L actions of the longest trajectory, M actions of all trajectories.
     """
 
     positions: Tensor
@@ -24,7 +24,7 @@ class Trajectories:
     last: Tensor
     """[B, L] bool, true at each trajectory's last action."""
     counts: Tensor
-    """[B], numbers of actions."""
+    """[B], the number of actions of each trajectory."""
     actions: Tensor
     """[M], the flat indices of all actions in order."""
 

@@ -1,7 +1,7 @@
 """C++ kernels for the CPU: one read of the logits forward, one read and one write backward.
 
-The library beside this file is built by setup.py (CMakeLists.txt) and registers `torch.ops.reval_kernels_cpu`. It
-computes in float32. float64 inputs, and logits whose vocabulary is not contiguous, go to the portable backend.
+setup.py (CMakeLists.txt) builds the library beside this file. The library registers `torch.ops.reval_kernels_cpu` and
+computes in float32. The portable backend takes float64 inputs, and logits whose last dimension is not contiguous.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from ..frozen_head import gradient_of_hidden
 
 DEVICES: tuple[str, ...] | None = ("cpu",)
 LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name("libreval_kernels_cpu.so"))
-"""REVAL_CPU_LIBRARY names another build of it, for example the one with sanitizers."""
+"""The library. REVAL_CPU_LIBRARY names another build, for example the build with sanitizers."""
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why the library cannot be used; the first call loads it."""
+    """Why the library cannot be used. The first call loads the library."""
     if not LIBRARY.exists():
         note = LIBRARY.with_name("not_built.txt")
         why = note.read_text().strip() if note.exists() else "its C++ library has not been built"
@@ -86,7 +86,7 @@ def linear_token_values(
     if not with_expected:
         values = RowValues(*_ops().linear_token_values(*head, *tokens, *transform, with_entropy))
         return values, values.q.new_empty(0)
-    *numbers, rows = _ops().linear_expected(*head, *tokens, *transform)  # rows: [M, D] of the unmasked tokens
+    *numbers, rows = _ops().linear_expected(*head, *tokens, *transform)  # rows: [M, D], M unmasked tokens
     if tokens.mask is None:
         return RowValues(*numbers), rows.view(head.hidden.shape)
     expected = rows.new_zeros(head.hidden.shape)
@@ -118,11 +118,11 @@ def linear_reval_loss(
     options: BellmanOptions,
     needs: Needs,
 ) -> LossAndGradients:
-    """See Backend.linear_reval_loss. Two passes over the vocabulary, in place of the portable backend's chunks.
+    """See Backend.linear_reval_loss. Two passes over the vocabulary for all tokens; no chunks of trajectories.
 
-    With a frozen head the first pass adds up `expected` (frozen_head.py) beside the values, and the second pass falls
-    away. Otherwise the first pass keeps logits in the memory of the head's gradient, as many as fit, for the second
-    pass (kept.h).
+    With a frozen head the first pass also sums `expected` (frozen_head.py), and there is no second pass. If the weight
+    needs a gradient, the first pass keeps logits for the second pass: as many as fit into the memory of the weight's
+    gradient (kept.h).
     """
     if head.has(torch.float64):
         return portable.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
@@ -156,7 +156,7 @@ def _head_gradients(
     needs: Needs,
     kept: list[Tensor],
 ) -> HeadGradients:
-    """The second pass; `kept` is empty, or the tensors that linear_keeping returned for it."""
+    """The second pass. `kept` is empty, or holds the tensors that linear_keeping returned for this pass."""
     out = _ops().linear_token_values_backward(*head, *tokens, *transform, statistics, cotangents, *needs, kept)
     return HeadGradients(*out)
 

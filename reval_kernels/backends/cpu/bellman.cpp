@@ -1,12 +1,15 @@
 // TD targets and Bellman losses (docs/method.md sections 2 to 4): one pass over the tokens, a trajectory at a time.
 //
-// bellman.py computes the same in PyTorch. This copy stays because it is faster: 7 to 9 times at 8 x 64 tokens and 5 to
-// 30 times at 64 x 1,024 than 20 lines of PyTorch for padded tokens (docs/log.md, 2026-11-27).
+// backends/bellman.py computes the same in PyTorch. This file exists because it is faster than 20 lines of PyTorch for
+// padded tokens: 7 to 9 times at 8 x 64 tokens, 5 to 30 times at 64 x 1,024 (docs/log.md, 2026-11-27).
 //
 // The sums of a trajectory are taken in double, in the order of its actions. The threads share out the trajectories,
 // and the losses are added in the order of the trajectories. So no result depends on the number of threads.
 //
-// A new option of the loss changes this file alone: the schema at its end, one signature, the arithmetic.
+// A new option of the loss changes no other C++ file. In this file it changes the schema at the end, one signature and
+// the arithmetic.
+//
+// Letters: b a trajectory, h an action of a trajectory, i the flat index of a token.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -20,7 +23,7 @@ namespace {
 
 using at::Tensor;
 
-// Where a trajectory's actions are, in order.
+// The flat indices of a trajectory's actions, in order.
 class Places {
  public:
   Places(int64_t begin, int64_t end) : begin_(begin), size_(end - begin) {}
@@ -33,7 +36,8 @@ class Places {
   int64_t begin_ = 0, size_;
 };
 
-// A tensor's numbers as float64, in the layout's order. Rounded to `as`'s dtype T first, like the policy's.
+// Reads the numbers of a contiguous copy of x as double. The numbers are first rounded to T, the dtype of `as`, which
+// holds numbers of the policy.
 template <typename T>
 class Numbers {
  public:
@@ -45,7 +49,7 @@ class Numbers {
   const T* data_ = x_.template const_data_ptr<T>();
 };
 
-// A new tensor, uninitialised, that is written in float64.
+// A new tensor, not initialised. set() takes a double and rounds it to T, the dtype of `like`.
 template <typename T>
 class Output {
  public:
@@ -58,11 +62,11 @@ class Output {
   T* data_ = tensor.template mutable_data_ptr<T>();
 };
 
-// Padded [B, T] or packed [N] with cu_seqlens, masked or not.
+// The trajectories of padded tokens [B, T], or of packed tokens [N] with cu_seqlens, with or without a mask.
 class Layout {
  public:
   Layout(const Tensor& like, const OptionalTensor& mask, const OptionalTensor& cu_seqlens) {
-    if (cu_seqlens) {  // library.py has checked that they rise from 0 to N
+    if (cu_seqlens) {  // library.py has checked that cu_seqlens rises from 0 to N
       Tensor each = cu_seqlens->to(at::kLong).contiguous();
       bounds_.assign(each.const_data_ptr<int64_t>(), each.const_data_ptr<int64_t>() + each.numel());
     } else {
@@ -73,7 +77,7 @@ class Layout {
 
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
 
-  // Runs f(trajectory, the places of its actions) after zeroing the trajectory's part of the outputs.
+  // Calls f(b, places of the actions of b) for every trajectory b. The outputs of b are set to zero before.
   template <typename T, typename Function>
   void for_each(const std::vector<const Output<T>*>& outputs, const Function& f) const {
     const bool* taken = mask_.defined() ? mask_.const_data_ptr<bool>() : nullptr;
@@ -97,18 +101,18 @@ class Layout {
   }
 
  private:
-  static constexpr int64_t kTokens = 1 << 14;  // that are worth a thread
+  static constexpr int64_t kTokens = 1 << 14;  // the least number of tokens for one thread
   std::vector<int64_t> bounds_;
   Tensor mask_;
 };
 
-// Runs f with a number of x's dtype.
+// Calls f with a number of the C++ type for x: double for float64, float otherwise.
 template <typename Function>
 auto in_dtype_of(const Tensor& x, const Function& f) {
   return x.scalar_type() == at::kDouble ? f(double{}) : f(float{});
 }
 
-// The numbers of `Level` in contract.py.
+// The integers of `Level` in contract.py.
 enum Level { kTrajectory = 0, kToken = 1, kSubtrajectory = 2 };
 
 // The numbers of a tensor that may be missing.
@@ -117,17 +121,18 @@ std::optional<Numbers<T>> numbers(const OptionalTensor& x, const Tensor& as) {
   return x ? std::optional<Numbers<T>>(std::in_place, *x, as) : std::nullopt;
 }
 
-// The three levels, each for one trajectory: which numbers they read and write.
+// The loss of one trajectory. residual() returns its residual. trajectory(), token() and subtrajectory() return the sum
+// of squares of their level and write dq, dv and dlog. scale is 2 / normalizer.
 template <typename T>
 struct Loss {
   const Numbers<T>&q, &v, &log_prob;
-  const std::optional<Numbers<T>>&q_ref, &v_ref, &log_prob_ref;  // per token
-  const std::optional<Numbers<T>>& returns;                      // per trajectory, where those are missing
+  const std::optional<Numbers<T>>&q_ref, &v_ref, &log_prob_ref;  // one number per token
+  const std::optional<Numbers<T>>& returns;                      // one per trajectory, if q_ref is missing
   const Output<T>&dq, &dv, &dlog;
   double scale;
   bool semi_gradient;
 
-  // Policy minus reference before anything else: exactly 0 where they agree.
+  // The reference is subtracted first: each difference is exactly 0 where policy and reference agree.
   double delta_q(int64_t i) const { return q[i] - (*q_ref)[i]; }
   double delta_v(int64_t i) const { return v[i] - (*v_ref)[i]; }
   double delta_log(int64_t i) const { return log_prob[i] - (*log_prob_ref)[i]; }
@@ -192,7 +197,7 @@ std::vector<Tensor> td_targets(
         const double outcome = last ? reward[b] / beta : 0.0, own = ref_q[i] - gamma * ref_next;
         endogenous.set(i, own);
         target.set(i, own + outcome + gamma * next);
-        // policy minus reference before anything else: exactly 0 where they agree
+        // subtract the reference first: each difference is exactly 0 where policy and reference agree
         error.set(i, (own_q[i] - ref_q[i]) - gamma * (next - ref_next) - outcome);
       }
     });

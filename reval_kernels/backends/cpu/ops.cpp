@@ -72,7 +72,8 @@ TORCH_LIBRARY(reval_kernels_cpu, m) {
   m.def(
       "linear_token_values(" HEAD TRANSFORM ", bool with_entropy) -> Tensor[]",
       &reval::linear_token_values);
-  // The first of `kept` comes back as d_weight; only the opaque ops of library.py call this.
+  // The returned d_weight is the first tensor of `kept`. This is allowed because only the opaque ops of library.py
+  // call this op.
   m.def(
       "linear_token_values_backward(" HEAD TRANSFORM
       ", Tensor[] statistics, Tensor[] cotangents, bool needs_hidden, bool needs_weight, bool needs_bias, "

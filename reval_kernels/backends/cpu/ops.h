@@ -1,4 +1,7 @@
-// The functions behind torch.ops.reval_kernels_cpu (bellman.cpp registers its own), and how their per-token arguments are read and written.
+// The functions behind torch.ops.reval_kernels_cpu, and the access to their per-token inputs and outputs. bellman.cpp
+// registers its functions itself.
+//
+// Letters: [...] is the shape of the tokens, M unmasked tokens, V words of the vocabulary, D width.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,14 +14,14 @@
 
 namespace reval {
 
-// Six new tensors [...] of zeros: q, v, log_prob, entropy, row_max, log_sum.
+// Six new fp32 tensors [...], filled with zeros: q, v, log_prob, entropy, row_max, log_sum.
 struct TokenOutputs {
   std::vector<at::Tensor> tensors;
   explicit TokenOutputs(at::IntArrayRef shape);
   void set(int64_t token, const Row& row);
 };
 
-// statistics: row_max, log_sum, entropy; cotangents: dq, dv, dlog_prob, dentropy; fp32 [...].
+// Seven fp32 tensors [...]. The statistics are row_max, log_sum, entropy; the cotangents dq, dv, dlog_prob, dentropy.
 struct TokenInputs {
   std::vector<at::Tensor> tensors;
   TokenInputs(at::TensorList statistics, at::TensorList cotangents);
@@ -49,13 +52,15 @@ std::vector<at::Tensor> linear_token_values_backward(
     at::TensorList statistics, at::TensorList cotangents, bool needs_hidden, bool needs_weight, bool needs_bias,
     at::TensorList kept);
 
-// The values; and what the backward pass above takes as `kept`, which begins with d_weight, to be (kept.h).
+// The six value tensors, and the tensors `kept` for the backward pass above (kept.h). The first tensor of `kept` is the
+// memory of d_weight.
 std::vector<at::Tensor> linear_keeping(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap);
 
-// The values, and for every unmasked token sum over all words but the action of p * dz/dlogit * weight[word], [M, D]:
-// all of the gradient of its hidden state that does not wait for the cotangents.
+// The six value tensors, and `expected` [M, D] (frozen_head.py): for every unmasked token, the sum over all words
+// except the action of p * dz/dlogit * weight[word]. This sum is the part of the hidden state's gradient that does not
+// depend on the cotangents.
 std::vector<at::Tensor> linear_expected(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& actions,
     const OptionalTensor& mask, double temperature, const OptionalTensor& temperatures, std::optional<double> softcap);

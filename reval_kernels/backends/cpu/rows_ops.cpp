@@ -1,7 +1,7 @@
-// token_values and its gradient: the row kernels over all unmasked tokens.
+// token_values and its gradient: the row kernels, called for all unmasked tokens.
 //
-// A row is cut into segments of fixed length, and (token, segment) pairs are what the threads share out. So a few long
-// rows keep every core busy, and no result depends on the number of threads.
+// A row is cut into segments of fixed length, and the threads share out the pairs (token, segment). So a few long rows
+// keep every core busy, and no result depends on the number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -16,7 +16,7 @@ namespace reval {
 namespace {
 
 constexpr int64_t kSegment = 1 << 15;
-// From here on the gradient is written past the cache: it would not stay there until it is read.
+// A gradient of this size or more is written past the cache, because it would not stay in the cache until it is read.
 constexpr int64_t kStreamingBytes = 8 << 20;
 
 struct Segments {
@@ -24,12 +24,12 @@ struct Segments {
   explicit Segments(int64_t v) : vocabulary(v), per_row((v + kSegment - 1) / kSegment) {}
   int64_t begin(int64_t s) const { return s * kSegment; }
   int64_t length(int64_t s) const { return std::min(kSegment, vocabulary - s * kSegment); }
-  // Items that are worth another thread.
+  // The least number of (token, segment) items for one thread.
   int64_t grain() const { return std::max<int64_t>(1, kSegment / std::min(kSegment, vocabulary)); }
 };
 
-// Runs f(begin, end) on at least `grain` of the items at a time, of which a thread takes the next when it is done with
-// some: a core that is busy elsewhere holds up nobody for long.
+// Calls f(begin, end) for ranges of at least `grain` items. A thread takes the next range when it has finished one. So
+// a core that is busy with other work does not delay the other threads for long.
 template <typename Function>
 void in_turns(int64_t items, int64_t grain, const Function& f) {
   const int64_t threads = at::get_num_threads(), some = std::max(grain, items / (16 * threads));
@@ -101,7 +101,8 @@ void token_values_backward(
       const int64_t own = tokens.actions[i] - first;
       const bool owned = own >= 0 && own < length;
       const char* source = at_entry(logits, from[token] + first);
-      const float logit = owned ? load_scalar(type, source, own) : 0.0f;  // before it may be overwritten
+      // read before `gradient` runs, which overwrites the logit if out is logits
+      const float logit = owned ? load_scalar(type, source, own) : 0.0f;
       kernels().rows.gradient(type, source, length, tokens.transform(i), row, target, streaming);
       if (owned) store_scalar(type, target, own, action_gradient(d, row, logit, tokens.transform(i)));
     }

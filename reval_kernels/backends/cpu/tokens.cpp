@@ -70,7 +70,7 @@ void Sums::add(const Partial& part, float inv_temperature) {
     others += 1.0 + part.others;
     return;
   }
-  if (part.maximum == kLowest || maximum == kLowest) {  // one of the two has next to nothing, and perhaps NaN
+  if (part.maximum == kLowest || maximum == kLowest) {  // one of the two has weight 0, but its sum may be NaN
     const bool nan = std::isnan(part.others) || std::isnan(others);
     if (maximum == kLowest) *this = {part.maximum, part.others, part.spread};
     if (nan) others = std::numeric_limits<double>::quiet_NaN();
@@ -93,7 +93,7 @@ void Sums::add(const Partial& part, float inv_temperature) {
 
 Row Sums::finish(Transform transform, float action_logit, bool with_entropy) const {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  // As in row_values: a row of -inf alone, or one with +inf, is measured from 0.
+  // As in row_values: row_max is 0 for a row of -inf alone, and for a row with +inf.
   const bool infinite = (maximum == kLowest && others < -0.5) || maximum == infinity;
   const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
   const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));
@@ -114,8 +114,8 @@ float action_gradient(Cotangents d, const RowGradient& row, float action_logit, 
   const float capped = kernels().rows.capped(action_logit, transform, &derivative);
   const float log_p = kernels().rows.shifted(capped, transform.inv_temperature, row.row_max) - row.log_sum;
   const float p = std::exp(log_p);
-  // What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
-  // dv * p stands alone, so that an unlikely action keeps its own.
+  // The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
+  // The product dv * p is a term of its own, so an unlikely action keeps its gradient.
   float gradient = d.dq + d.dv * p - d.dlog_prob * std::expm1(log_p);
   if (d.dentropy != 0 && p > 0) gradient -= d.dentropy * p * (log_p + row.entropy);
   return gradient * derivative;

@@ -1,4 +1,7 @@
-// The unmasked tokens of a call: where their rows lie, their actions and their temperatures.
+// The unmasked tokens of a call: the positions of their rows, their actions and their temperatures. And the steps from
+// a row's partial sums to its six numbers and its gradient.
+//
+// Letters: M unmasked tokens, p the probability of a word.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,11 +18,11 @@ namespace reval {
 using OptionalTensor = std::optional<at::Tensor>;
 
 struct Tokens {
-  int64_t all;                         // tokens, masked ones too
-  std::vector<int64_t> index;          // the unmasked among them, [M]
+  int64_t all;                         // number of tokens, masked tokens included
+  std::vector<int64_t> index;          // flat indices of the unmasked tokens, [M]
   std::vector<int64_t> actions;        // [M]
-  std::vector<float> inv_temperature;  // [M], or one for all
-  float softcap;                       // 0: none
+  std::vector<float> inv_temperature;  // [M], or [1] for all tokens
+  float softcap;                       // 0: no softcap
 
   // library.py has checked that the actions lie in the vocabulary and that the temperatures are positive.
   Tokens(
@@ -30,27 +33,28 @@ struct Tokens {
   Transform transform(int64_t i) const { return {softcap, inv_temperature[inv_temperature.size() == 1 ? 0 : i]}; }
 };
 
-// Element offsets of x[..., :]'s rows, for the tokens of these indices.
+// The offsets, in elements, of the rows x[..., :] of the tokens with these flat indices.
 std::vector<int64_t> row_offsets(const at::Tensor& x, const std::vector<int64_t>& index);
 
 DType dtype_of(const at::Tensor& x);
 
-// What one token's logits came to; the statistics of the portable backend's `row_values`.
+// The six numbers of one token, as in `row_values` of backends/rows.py.
 struct Row {
   float q, v, log_prob, entropy, row_max, log_sum;
 };
 
-// A row's parts, merged in double.
+// The Partials of a row's segments, merged in double.
 struct Sums {
-  static constexpr float kLowest = std::numeric_limits<float>::lowest();  // also the maximum of nothing but -inf
+  static constexpr float kLowest = std::numeric_limits<float>::lowest();  // also the maximum of a row of -inf alone
   float maximum = kLowest;
-  double others = -1, spread = 0;  // as in Partial. Entries of kLowest count as they should: nothing but -inf is -1
+  double others = -1, spread = 0;  // as in Partial; others is -1 if all entries are -inf. Entries of kLowest count
 
   void add(const Partial& part, float inv_temperature);
   Row finish(Transform transform, float action_logit, bool with_entropy) const;
 };
 
-// What the action's own entry of the gradient is, and what all others share.
+// Upstream gradients of one token. shared_gradient gives the numbers for the gradients of all logits except the
+// action's, action_gradient the gradient of the action's logit.
 struct Cotangents {
   float dq, dv, dlog_prob, dentropy;
 };

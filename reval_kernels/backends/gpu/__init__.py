@@ -29,9 +29,9 @@ __all__ = [
     "token_values_backward",
 ]
 
-DEVICES: tuple[str, ...] | None = ("cuda",)  # torch calls AMD GPUs by the same name
+DEVICES: tuple[str, ...] | None = ("cuda",)  # torch's name for AMD GPUs too
 LINEAR_CHUNK = 1 << 28
-"""Logits of one chunk, in entries: 1 GiB in float32, 1766 tokens of Qwen's vocabulary. The reason is in
+"""The number of logits in one chunk: 1 GiB in float32, 1766 tokens of Qwen's vocabulary. The reason is in
 docs/kernels.md."""
 
 _FILES = {
@@ -48,7 +48,7 @@ _FILES = {
 
 
 def missing() -> str | None:
-    """Triton is all that these kernels need; a GPU is asked for by the tensors."""
+    """Why the kernels cannot run: they need only Triton. `launch` checks that the tensors are on a GPU."""
     return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 

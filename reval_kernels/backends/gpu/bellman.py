@@ -1,11 +1,12 @@
-"""TD targets and Bellman losses: a few numbers a token, one program a trajectory, one launch.
+"""TD targets and Bellman losses from a few numbers per token: one launch, one program for each trajectory.
 
-A program first lists where its trajectory's actions lie (environment tokens and padding have no place in it), so that
-the next action is always the next in the list, then walks over the list. Reads and writes every number at most twice;
-sums run in a fixed order and only within the trajectory, so the result never varies and segments cannot leak. They run
-in fp64: a few numbers a token cost nothing, and a residual is a small difference of sums over thousands of tokens.
+A program first lists the positions of its trajectory's actions. The list has no environment tokens and no padding, so
+the next action is always the next element. Then the program goes through the list. It reads and writes every number at
+most twice. Sums run in a fixed order and within one trajectory only: the result is the same in every run, and packed
+trajectories cannot affect each other. Sums are in fp64, because a residual is a small difference of sums over thousands
+of tokens; for a few numbers per token fp64 costs nothing.
 
-Letters: N tokens, B trajectories, H actions of one of them.
+Letters: N tokens, B trajectories, b one trajectory, h = 1 ... H its actions, d_h the TD error of action h.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ TRAJECTORY, TOKEN = tl.constexpr(int(Level.TRAJECTORY)), tl.constexpr(int(Level.
 
 @triton.jit
 def _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK: tl.constexpr):
-    """This program's trajectory: its first place in the list, the actions in it; `where` [N] is the list if masked."""
+    """The start of this program's trajectory, and the number of its actions. With a mask, writes the positions of the
+    actions to `where` [N], beginning at where[start]; without a mask every token is an action."""
     b = tl.program_id(0).to(tl.int64)
     start, end = b * length, (b + 1) * length
     if cu_seqlens is not None:
-        # a wrong cu_seqlens must not reach outside the tensors, whoever reports it
+        # a wrong cu_seqlens, which checks.py reports later, must not cause an access outside the tensors
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b).to(tl.int64), 0), tokens)
         end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64), tokens)
     count = tl.maximum(end - start, 0)
@@ -48,13 +50,13 @@ def _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK: tl.constexpr):
             rank = tl.cumsum(taken, 0) - taken
             tl.store(where + start + count + rank, token, mask=taken != 0)
             count += tl.sum(taken, 0)
-        tl.debug_barrier()  # the list is read by other threads than those that wrote it
+        tl.debug_barrier()  # a thread reads positions that other threads wrote
     return start, count
 
 
 @triton.jit
 def _action(where, start, step, count, MASKED: tl.constexpr):
-    """Which token the step-th action is."""
+    """The position of the trajectory's action number `step`, counted from 0."""
     if MASKED:
         return tl.load(where + start + step, mask=step < count, other=0)
     return start + step
@@ -78,7 +80,7 @@ def td_kernel(
     gamma,
     BLOCK: tl.constexpr,
 ):
-    """docs/method.md section 2, for every action of trajectory b."""
+    """The formulas of docs/method.md section 2, for every action of trajectory b."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     outcome = tl.load(outcomes + tl.program_id(0))
     for at in range(0, count, BLOCK):
@@ -94,7 +96,7 @@ def td_kernel(
         reward = q_ref_here - gamma * v_ref_next
         tl.store(endogenous + here, reward, mask=inside)
         tl.store(target + here, reward + earned + gamma * v_next, mask=inside)
-        # policy minus reference before anything else: exactly 0 where they agree
+        # subtract the reference first: each difference is exactly 0 where policy and reference agree
         tl.store(error + here, (q_here - q_ref_here) - gamma * (v_next - v_ref_next) - earned, mask=inside)
 
 
@@ -112,7 +114,7 @@ def td_backward_kernel(
     gamma,
     BLOCK: tl.constexpr,
 ):
-    """dq of every action; dv of the one after it."""
+    """Writes dq of every action, and dv of the next action."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     for at in range(0, count, BLOCK):
         step = at + tl.arange(0, BLOCK)
@@ -122,12 +124,12 @@ def td_backward_kernel(
         of_target = tl.load(d_target + here, mask=inside, other=0.0)
         of_error = tl.load(d_error + here, mask=inside, other=0.0)
         tl.store(dq + here, of_error, mask=inside)
-        tl.store(dv + after, gamma * (of_target - of_error), mask=more)  # dv of the first is 0 from the start
+        tl.store(dv + after, gamma * (of_target - of_error), mask=more)  # dv of the first action stays 0
 
 
 @triton.jit
 def _minus(x, reference, token, inside, PER_TOKEN: tl.constexpr):
-    """x - reference before anything else: exactly 0 where they agree."""
+    """x - reference, subtracted before any sum: exactly 0 where policy and reference agree."""
     difference = tl.load(x + token, mask=inside, other=0.0).to(tl.float64)
     if PER_TOKEN:
         difference -= tl.load(reference + token, mask=inside, other=0.0).to(tl.float64)
@@ -160,7 +162,8 @@ def loss_kernel(
     SEMI_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """docs/method.md sections 3 and 4 for trajectory b: its sum of squares, its residual, its actions' cotangents.
+    """docs/method.md sections 3 and 4 for trajectory b. Writes its sum of squares, its residual, and dq, dv and
+    dlog_prob of its actions.
 
     LEVEL is a `contract.Level`; `scale` is 2 / normalizer.
     """
@@ -201,7 +204,8 @@ def loss_kernel(
                 tl.store(dv + after, -scale * term, mask=more)
         tl.store(loss + b, tl.sum(squares, 0))
     else:
-        # c_h = sum over k >= h of d_k, from the end; dlog_prob_h = sum over k <= h of dv_k, from the beginning
+        # The first loop goes from the last action to the first: c_h = sum over k >= h of d_k. The second loop goes from
+        # the first action to the last: dlog_prob_h = sum over k <= h of dv_k.
         to_go = total * 0
         blocks = tl.cdiv(count, BLOCK)
         for i in range(0, blocks):
@@ -243,7 +247,7 @@ def loss_backward_kernel(
     length,
     BLOCK: tl.constexpr,
 ):
-    """The loss's cotangents times its upstream gradient, plus what comes through the residual."""
+    """The unit gradients times the upstream gradient of the loss, plus the gradient through the residual."""
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     of_loss = tl.load(d_loss)
     of_residual = tl.load(d_residual + tl.program_id(0))
@@ -262,7 +266,7 @@ def loss_backward_kernel(
 
 
 class _Launch:
-    """One program for each trajectory, and how the kernels take the layout."""
+    """A launch of one program for each trajectory; `layout` holds the kernels' arguments for the layout."""
 
     def __init__(self, like: Tensor, layout: Layout):
         mask, cu_seqlens = layout
@@ -369,7 +373,7 @@ def bellman_loss(
 
 
 def loss_constants(options: BellmanOptions) -> dict[str, Any]:
-    """The options that loss_kernel is compiled for."""
+    """The options that are compile-time constants of loss_kernel."""
     return {"LEVEL": int(options.level), "SEMI_GRADIENT": options.semi_gradient}
 
 

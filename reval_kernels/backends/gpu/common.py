@@ -1,10 +1,18 @@
-"""What the kernel files share: launching, and the arithmetic of one row's (max, sum) parts.
+"""Code that the kernel files share: the launch, and the arithmetic of the parts of a row.
 
-Letters: N tokens, V vocabulary, D width. A row's entries x, still before the temperature T, travel as parts: their
-maximum m, s = sum of exp((x - m) / T) over all entries but one at the maximum, and t = sum of exp((x - m) / T) (x - m).
-One top entry stays out of s because next to its 1 the rest would lose the digits in which a confident state's 1 - p is
-written. A part that holds nothing has m = LOWEST rather than -inf, so that m - m is 0 and never NaN; and s = 0, which
-no other part with that m has, since it leaves none of its entries out.
+Letters: N tokens, M rows of logits, V words of the vocabulary, P parts of a row, T the temperature, x a logit
+after the softcap and before the temperature.
+
+A part holds the sums over some entries x of one row:
+    m  the maximum of x
+    s  sum of exp((x - m) / T) over all entries without one entry at the maximum
+    t  sum of exp((x - m) / T) (x - m), which only the entropy needs
+In memory, parts [4, M, P] hold m, s, t and the action's x (0 in the parts without the action).
+
+Reason for s: the weight of the maximum is exp(0) = 1. Beside this 1 the other weights would lose the digits of a
+confident state's 1 - p: float32 cannot hold 1 + 1e-9.
+An empty part (no entry above -inf) has m = LOWEST, not -inf, so that m - m is 0 and never NaN. An empty part has s = 0.
+Another part with m = LOWEST has s > 0, because such a part leaves no entry out of s.
 """
 
 from __future__ import annotations
@@ -19,7 +27,8 @@ from torch import Tensor
 
 from ...contract import RowValues, Transform
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels below are decorated, and never again
+# Triton reads this setting when the kernels below are decorated, and not later.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -28,7 +37,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a kernel on the device of its first argument; on CPU tensors in the interpreter."""
+    """Run a kernel on the device of its first argument. For CPU tensors it runs in Triton's interpreter."""
     device = args[0].device
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -42,18 +51,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             from .interpreter import faithful
 
             stack.enter_context(faithful())
-        # Each product rounded by itself, as in the interpreter: x * scale - row_max must be exactly 0 at the top.
+        # Without fusion each product is rounded by itself, as in the interpreter. So x * scale - row_max is exactly 0
+        # for the largest x.
         kernel[grid](*args, enable_fp_fusion=False, **constants)
 
 
 def temperatures(transform: Transform) -> tuple[Tensor | None, float]:
-    """Temperatures [N] or None, and the one number that a kernel takes where they are None."""
+    """The temperatures [N] or None, and the one temperature that a kernel uses where they are None."""
     each = transform.temperatures
     return (None, transform.temperature) if each is None else (each.reshape(-1).contiguous(), 1.0)
 
 
 def new_values(like: Tensor, mask: Tensor | None) -> RowValues:
-    """Float32 tensors [...] for the numbers of the rows of `like` [..., *]; 0 where no kernel will write."""
+    """New float32 tensors [...] for the six numbers of each row of `like` [..., *]. Masked rows, which no kernel
+    writes, are 0."""
     new = torch.empty if mask is None else torch.zeros
     return RowValues(*(new(like.shape[:-1], dtype=torch.float32, device=like.device) for _ in RowValues._fields))
 
@@ -66,9 +77,9 @@ def merge_parts(
     with_entropy: bool,
     out: RowValues,
 ) -> None:
-    """Join the parts [4, M, P] of M rows and write the numbers of each unmasked row to `out`.
+    """Join the parts [4, M, P] of M rows, and write the six numbers of each unmasked row to `out`.
 
-    Row m goes to the place index[m], or to place m where `index` is None. Temperatures and mask are [M].
+    The numbers of row i go to position index[i], or to position i if `index` is None. Temperatures and mask are [M].
     """
     rows, count = parts.shape[1:]
     padded = triton.next_power_of_2(count)
@@ -97,8 +108,8 @@ def merge_parts(
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 to a few ulp; libdevice has one, but not in the interpreter."""
-    # Taylor to the 8th power: off by x^8 / 9! < 1e-8 of the result
+    """exp(x) - 1 to a few ulp. The interpreter does not have the expm1 of libdevice."""
+    # Taylor series up to x^8 for |x| < 1/2: the relative error is below x^8 / 9! < 1e-8
     near = 0.0013888889 + x * (0.0001984127 + x * 2.4801587e-05)
     near = 0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * near)))
     return tl.where(tl.abs(x) < 0.5, x + x * x * near, tl.exp2(x * LOG2E) - 1)
@@ -110,7 +121,7 @@ def capped(x, softcap):
     y = tl.abs(x) * (-2 / softcap)
     e = expm1(y)
     t = tl.exp2(y * LOG2E)
-    rest = 2 * t / (1 + t)  # 1 - tanh: all that is left of it far out
+    rest = 2 * t / (1 + t)  # 1 - tanh, without cancellation for large |x|
     tanh = tl.where(y > -0.8, -e / (2 + e), 1 - rest)
     slope = tl.where(y > -1, 1 - tanh * tanh, rest * (2 - rest))
     return tl.where(x < 0, -softcap, softcap) * tanh, slope
@@ -118,7 +129,7 @@ def capped(x, softcap):
 
 @triton.jit
 def temperature_at(temperatures, token, inside, temperature):
-    """The temperature of these tokens: loaded, or the one number."""
+    """The temperatures of these tokens if every token has its own, else the one `temperature`."""
     if temperatures is not None:
         return tl.load(temperatures + token, mask=inside, other=1.0).to(tl.float32)
     return temperature
@@ -133,7 +144,7 @@ def exponent_of(temperature):
 @triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, to a few ulp."""
-    # 2 atanh(w); for x < 1/2 the series is off by w^10 / 11 < 1e-8 of the result
+    # 2 atanh(w), as a series for x < 1/2: the relative error is below w^10 / 11 < 1e-8
     w = x / (2 + x)
     w2 = w * w
     near = 2 * w * (1 + w2 * (0.33333334 + w2 * (0.2 + w2 * (0.14285715 + w2 * 0.11111111))))
@@ -142,7 +153,8 @@ def log1p(x):
 
 @triton.jit
 def join(m, s, t, exponent, ROWS: tl.constexpr):
-    """The parts along the last axis as one; `exponent` is log2(e) / T, of each row where there are ROWS."""
+    """Join the parts along the last axis: m, s, t are [P], or [rows, P] if ROWS is 1. `exponent` is log2(e) / T of each
+    row."""
     total_m = tl.max(m, ROWS)
     if ROWS:
         apart = m - total_m[:, None]
@@ -152,25 +164,26 @@ def join(m, s, t, exponent, ROWS: tl.constexpr):
         apart = m - total_m
         weight = tl.exp2(apart * exponent)
         top = m == total_m
-    # Every part's own top has weight 1 beside its s. Of the parts at the very top one stays out, and the others'
-    # weights are counted apart: 1 + 1e-6 would lose the 1e-6.
+    # The total weight of a part is its s, and the 1 of its own maximum. Of the parts with the joint maximum, one leaves
+    # its 1 out, as s requires. The 1s of the other such parts are counted in a separate sum: 1 + 1e-6 would lose digits
+    # of the 1e-6.
     others = tl.sum(tl.where(top, s, (1 + s) * weight), ROWS) + (tl.sum(top.to(tl.float32), ROWS) - 1)
     t = tl.sum(weight * (t + (1 + s) * tl.maximum(apart, LOWEST)), ROWS)
-    return total_m, tl.where(total_m == LOWEST, tl.sum(s, ROWS), others), t  # parts that hold nothing have no tops
+    return total_m, tl.where(total_m == LOWEST, tl.sum(s, ROWS), others), t  # m = LOWEST: no entry is left out
 
 
 @triton.jit
 def numbers(m, s, t, x_action, temperature):
-    """q, v, log_prob, entropy, row_max, log_sum from a whole row's part."""
+    """q, v, log_prob, entropy, row_max, log_sum from the joined part of a whole row."""
     nothing = (m == LOWEST) & (s == 0)
-    s = tl.where((m == LOWEST) & (s > 0), s - 1, s)  # entries of LOWEST itself, none of which was left out
-    # at -inf alone v is -inf, with an infinite logit it is infinite, as logsumexp has it
+    s = tl.where((m == LOWEST) & (s > 0), s - 1, s)  # entries equal to LOWEST: leave one out now
+    # as in logsumexp: v is -inf if all logits are -inf, and +inf if one logit is +inf
     row_max = tl.where(nothing | (m == float("inf")), 0.0, m)
     log_sum = tl.where(nothing, float("-inf"), tl.where(m == float("inf"), m, log1p(s)))
     log_prob = tl.div_rn(x_action - row_max, temperature) - log_sum
     entropy = log_sum - t / temperature / (1 + s)
     v = tl.div_rn(row_max, temperature) + log_sum
-    # row_max is rounded just as the backward rounds x * (1 / temperature), so that their difference is 0 at the top
+    # row_max is rounded as the backward rounds x * (1 / temperature): their difference is exactly 0 for the largest x
     return tl.div_rn(x_action, temperature), v, log_prob, entropy, row_max * (1 / temperature), log_sum
 
 
@@ -193,7 +206,8 @@ def merge(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One row's parts [4, M, P] from several programs -> its numbers, in a fixed order: the result never varies."""
+    """Join the parts [4, M, P] that several programs wrote, and store the six numbers of each row. The order of the
+    sums is fixed, so the result is the same in every run."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     if mask is not None:
@@ -203,7 +217,7 @@ def merge(
     at = parts + row.to(tl.int64)[:, None] * count + part[None, :]
     there = inside[:, None] & (part < count)[None, :]
     plane = rows.to(tl.int64) * count
-    m = tl.load(at, mask=there, other=LOWEST)  # its weight is 0 beside anything real
+    m = tl.load(at, mask=there, other=LOWEST)  # an empty part: its weight is 0 beside a real part
     s = tl.load(at + plane, mask=there, other=0.0)
     t = tl.zeros([ROWS, PADDED], tl.float32)
     if ENTROPY:

@@ -1,9 +1,9 @@
-"""Triton's interpreter, made faithful in bf16, and a count of the bytes that a kernel moves in it.
+"""Correct bf16 in Triton's interpreter, and a count of the bytes that a kernel loads and stores there.
 
-The interpreter keeps bf16 as raw uint16. Left alone it adds and multiplies these raw bits, `tl.dot` included, and its
-fp32 -> bf16 cast truncates where a GPU rounds. `faithful` repairs casts and dots for the length of a launch and makes
-any other arithmetic on bf16 an error, so that a kernel which forgets to widen cannot pass a test by luck. The kernels
-themselves hold no line of code for the interpreter.
+The interpreter keeps bf16 as raw uint16. Without a repair, it adds and multiplies these raw bits, also in `tl.dot`, and
+its fp32 -> bf16 cast truncates where a GPU rounds. `faithful` repairs casts and dots during a launch. All other
+arithmetic on bf16 becomes an error, so that a kernel that forgets to widen cannot pass a test by luck. The kernels
+contain no code for the interpreter.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _faithful_cast(self, src, dst_type):
 
 
 def _faithful_dot(self, a, b, d, *precision):
-    """Narrow operands widened to fp32: products of bf16 and fp16 are exact there, as in a tensor core.
+    """a @ b + d with the operands widened to fp32. Products of bf16 or fp16 are exact there, as in a tensor core.
 
-    Every sum is taken in the same order, whatever the block's shape, as on a GPU. A BLAS does not promise that: on some
-    processors the bits of np.matmul depend on the number of rows.
+    Every sum is taken in the same order for every shape of the block, as on a GPU. A BLAS does not promise this order:
+    on some processors the bits of np.matmul depend on the number of rows.
     """
     wide = [_faithful_cast(self, x, tl.float32).data for x in (a, b)]
     return interpreter.TensorHandle(np.einsum("mk,kn->mn", *wide) + d.data, d.dtype.scalar)
@@ -62,32 +62,33 @@ def _strict_binary(self, lhs, rhs, op):
 
 @contextlib.contextmanager
 def faithful() -> Iterator[None]:
-    """Within: bf16 casts round, bf16 dots multiply numbers, other bf16 arithmetic raises; numpy keeps quiet."""
+    """In this context bf16 casts round, bf16 dots multiply numbers, and other bf16 arithmetic raises TypeError."""
     with (
         mock.patch.object(_BUILDER, "cast_impl", _faithful_cast),
         mock.patch.object(_BUILDER, "create_dot", _faithful_dot),
         mock.patch.object(_BUILDER, "binary_op", _strict_binary),
-        np.errstate(all="ignore"),  # exp2(-inf) and the branch that tl.where does not take
+        np.errstate(all="ignore"),  # no warnings from exp2(-inf), or from the branch that tl.where does not take
     ):
         yield
 
 
 @dataclass
 class Traffic:
-    """Bytes moved between the kernels and each of some tensors."""
+    """Bytes that kernels load from and store to tensors: tensor name -> bytes."""
 
     loaded: dict[str, int] = field(default_factory=dict)
-    """By all load instructions together."""
+    """Bytes of all load instructions."""
     distinct: dict[str, int] = field(default_factory=dict)
-    """The same, but what a program, or a unit of several, loads again counts once: it comes from a cache."""
+    """The same, but bytes that a program, or a unit of programs, loads again count once: a cache serves them."""
     stored: dict[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def counted(unit: Callable[[tuple], Any] = lambda program: program, **tensors: torch.Tensor) -> Iterator[Traffic]:
-    """Count what kernels launched within load from and store to the named tensors, and to "other" memory.
+    """In this context, count the bytes that kernels load from and store to the named tensors, and "other" memory.
 
-    `unit` says which unit a program [three ids] belongs to: those of one unit share a cache large enough for them.
+    `unit` gives the unit of a program (a tuple of three ids). The programs of one unit share a cache that is large
+    enough for all their loads.
     """
     traffic = Traffic()
     spans = {
@@ -110,7 +111,7 @@ def counted(unit: Callable[[tuple], Any] = lambda program: program, **tensors: t
         ]
         if addresses.size:
             size = ptrs.get_element_ty().primitive_bitwidth // 8
-            # addresses repeated within one instruction (a broadcast) are one transaction
+            # an address that repeats within one instruction (a broadcast) is loaded once
             addresses = np.unique(addresses)
             add(traffic.loaded, owner(addresses), addresses.size * size)
             seen.setdefault((owner(addresses), size, unit(tuple(self.grid_idx))), []).append(addresses)

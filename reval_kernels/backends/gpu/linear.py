@@ -1,18 +1,18 @@
-"""Token values and losses from hidden states and the head, without logits in memory or in bf16.
+"""Token values and losses from hidden states and the head. Logits are never rounded to bf16 or stored as a whole.
 
-One kernel, `linear_forward`: a program computes one tile of logits as an fp32 accumulator of a tensor-core product and
-writes, for each of the tile's tokens, the part (max, sum, ...) of its words; `merge_parts` joins a token's parts in a
-fixed order. Where the gradient will need the logits it writes them down as well, a chunk of tokens at a time. So a
-token's numbers never depend on who asks, nor on how many tokens come with it: a policy equal to its reference has loss
-exactly 0, and a logit computed again is the same to the bit, without which a confident state's gradient would be
-noise.
+One kernel, `linear_forward`, computes all logits. A program computes one tile of logits as an fp32 accumulator of a
+tensor-core product. For each token of the tile it writes the part (see common.py) of the tile's words. `merge_parts`
+joins the parts of a token in a fixed order. If the gradient needs the logits, the kernel also stores them, a chunk of
+tokens at a time. So the numbers of a token depend neither on the caller nor on the number of tokens in the call. This
+has two effects. A policy equal to its reference has loss exactly 0. And logits that are computed again are the same to
+the bit; otherwise the gradient of a confident state would be noise.
 
-With gradient: chunks of tokens or whole trajectories through the drivers in chunks.py. `row_backward` of rows.py
-turns a chunk's logits into their gradient, and the library's matmuls turn that into those of hidden and weight: 6 N V D
-operations where the loss is known by trajectory (`linear_reval_loss`; 4 N V D where the head is frozen), 8 N V D where
-the upstream gradient comes later. Only unmasked tokens are worked on.
+With gradient, the drivers of chunks.py cut the tokens into chunks, of whole trajectories where possible. `row_backward`
+of rows.py turns the logits of a chunk into their gradient. torch's matmuls turn that into the gradients of hidden and
+weight. The cost is 6 N V D operations if the loss is known for each trajectory (`linear_reval_loss`), 4 N V D if the
+head is also frozen, and 8 N V D if the upstream gradient comes later. Masked tokens cost nothing.
 
-Letters: N tokens, M of them unmasked, V vocabulary, D width.
+Letters: N tokens, M of them unmasked, V words of the vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def linear_forward(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile: ROWS unmasked tokens (which ones, `index` says), WORDS words.
+    """One tile of logits: ROWS unmasked tokens, whose positions are in `index` [M], times WORDS words.
 
-    Writes logits [M, V] in fp32 and parts [4, M, tiles], either of which may be None.
+    Writes logits [M, V] in fp32, and parts [4, M, tiles]. Either of them may be None.
     """
-    # GROUP blocks of tokens go through the vocabulary together: their hidden states stay in the L2 cache, and the head
-    # comes from memory once a group.
+    # GROUP blocks of tokens go through the vocabulary together. Their hidden states stay in the L2 cache, and the head
+    # is read from memory once per group.
     tiles = tl.cdiv(vocabulary, WORDS)
     group = tl.program_id(0) // (GROUP * tiles)
     size = tl.minimum(GROUP, tl.cdiv(rows, ROWS) - group * GROUP)
@@ -100,7 +100,7 @@ def linear_forward(
     word = tile * WORDS + tl.arange(0, WORDS)
     inside, real = row < rows, word < vocabulary
     token = tl.load(index + row, mask=inside, other=0)
-    # past the end the last word is read again, which costs less than a mask, and is thrown away below
+    # Past the end of the vocabulary the last word is read again, which costs less than a mask. Its result is discarded.
     there = tl.minimum(word, vocabulary - 1).to(tl.int64)
 
     depth = tl.arange(0, DEPTH)
@@ -124,7 +124,7 @@ def linear_forward(
     if parts is not None:
         if SOFTCAP:
             x, _ = capped(x, softcap)
-        x = tl.where(real[None, :], x, float("-inf"))  # only now: softcap makes -inf a finite number
+        x = tl.where(real[None, :], x, float("-inf"))  # after the softcap, which makes -inf finite
         action = tl.load(actions + row, mask=inside, other=0)
         temperature = temperature_at(temperatures, row, inside, temperature) + tl.zeros([ROWS], tl.float32)
         m = tl.maximum(tl.max(x, 1), LOWEST)
@@ -135,8 +135,8 @@ def linear_forward(
         at = parts + row.to(tl.int64) * tiles + tile
         plane = rows.to(tl.int64) * tiles
         tl.store(at, m, mask=inside)
-        # s leaves one of the top entries out, but for LOWEST itself: a tile of -inf alone has none
-        others = count - (m > LOWEST).to(tl.float32)  # tl.where spills on sm_120
+        # s leaves out one of the entries at the maximum, except for m = LOWEST: a tile of -inf alone has no such entry
+        others = count - (m > LOWEST).to(tl.float32)  # tl.where would spill registers on sm_120
         tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + others, mask=inside)
         if ENTROPY:
             tl.store(at + 2 * plane, tl.sum(p * tl.maximum(below, LOWEST), 1), mask=inside)
@@ -147,7 +147,7 @@ def linear_forward(
 
 
 class Tile(NamedTuple):
-    """One program's tile of logits, and how it is compiled."""
+    """The shape of one program's tile of logits, and the compile options."""
 
     rows: int
     words: int
@@ -168,18 +168,18 @@ class Tile(NamedTuple):
 
 
 def tile(dtype: torch.dtype, shared: int) -> Tile:
-    """The tile for operands of this dtype on a GPU with this much shared memory a block. docs/kernels.md says why."""
+    """The tile for operands of this dtype, if a block may use `shared` bytes of shared memory (docs/kernels.md)."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 2)
-    # 256 words a tile would halve the reads of hidden states, but then the epilogue spills
+    # 256 words a tile would halve the reads of hidden states, but the epilogue would spill registers
     return Tile(128, 128, 64, 8, 4 if shared > 160 * 1024 else 3 if shared > 96 * 1024 else 2)
 
 
 def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
-    """The tile, no larger than the head needs. The number of tokens has no say: it must not change a bit."""
+    """The tile, no larger than the head needs. The number of tokens has no influence: it must not change a bit."""
     shape = tile(hidden.dtype, _shared_memory(hidden.device))
     words, depth = (
-        min(most, max(16, triton.next_power_of_2(size)))  # 16 is the least that tl.dot takes
+        min(most, max(16, triton.next_power_of_2(size)))  # tl.dot needs at least 16
         for most, size in zip(shape[1:3], weight.shape, strict=True)
     )
     return Tile(shape.rows, words, depth, shape.warps if words >= 64 else 4, shape.stages)
@@ -188,7 +188,7 @@ def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
 def linear_token_values(
     head: HeadInputs, tokens: Tokens, transform: Transform, with_entropy: bool, with_expected: bool
 ) -> tuple[RowValues, Tensor]:
-    """See Backend.linear_token_values. Without `expected` no logits are written down."""
+    """See Backend.linear_token_values. Without `with_expected` no logits are stored."""
     hidden, weight, _ = head
     if with_expected:
         chunked = _chunked(head, Needs(True, False, False), wide=True)
@@ -218,9 +218,9 @@ def _forward(
     logits: Tensor | None,
     out: RowValues | None,
 ) -> None:
-    """Launch the kernel for the tokens index [M] of hidden [N, D], with actions and temperatures [M].
+    """Launch the kernel for the tokens at `index` [M] of hidden [N, D]. Actions and temperatures are [M].
 
-    Writes logits [M, V] and the values `out`; either may be None.
+    Writes logits [M, V] and the values `out`. Either of them may be None.
     """
     hidden, weight, bias = head
     rows, (vocabulary, width) = len(index), weight.shape
@@ -280,8 +280,8 @@ def linear_reval_loss(
 ) -> LossAndGradients:
     """See Backend.linear_reval_loss.
 
-    A chunk holds trajectories of at most LINEAR_CHUNK // V actions together. A single longer trajectory has its logits
-    computed twice (8 N V D operations).
+    The trajectories of a chunk have at most LINEAR_CHUNK // V actions together. A single longer trajectory has its
+    logits computed twice (8 N V D operations).
     """
     shape = head.hidden.shape
     flat = head._replace(hidden=head.hidden.reshape(-1, shape[-1]))
@@ -290,7 +290,7 @@ def linear_reval_loss(
 
 
 class GPUChunkedHead(ChunkedHead):
-    """One chunk on the GPU: row kernels between matmuls whose operands stay narrow and whose results are float32."""
+    """One chunk on the GPU. Row kernels run between the matmuls, which take bf16 operands and give float32 results."""
 
     bellman_loss = staticmethod(bellman_loss)
 
@@ -300,7 +300,7 @@ class GPUChunkedHead(ChunkedHead):
 
     @property
     def narrow(self) -> bool:
-        # AMD builds of torch have no matmul from bf16 to fp32; there the weight is widened a part at a time
+        # AMD builds of torch have no matmul from bf16 to fp32: there ChunkedHead widens some words at a time
         return self.weight.dtype == torch.bfloat16 and torch.version.hip is None
 
     def logits(self, at: Index) -> Tensor:
@@ -333,13 +333,13 @@ class GPUChunkedHead(ChunkedHead):
     ) -> None:
         narrow = self.narrow and not self.needs.needs_bias
         dlogits = torch.empty_like(logits, dtype=torch.bfloat16) if narrow else logits
-        strides = (len(logits), 0, logits.stride(0))  # one run of rows: see two_strides
+        strides = (len(logits), 0, logits.stride(0))  # one block of consecutive rows: see two_strides
         rows.backward(logits, strides, dlogits, Tokens(actions, None), transform, statistics, cotangents)
         self.add_dlogits(at, dlogits)
 
     def add_dlogits(self, at: Index, dlogits: Tensor) -> None:
-        """bf16 operands stay narrow in the matmuls. The bias takes the sum before dlogits are rounded. fp16 is widened:
-        a rare word's p would be 0 in it."""
+        """With a bf16 weight the matmuls take bf16 operands. The bias gradient is summed before dlogits are rounded.
+        fp16 operands are widened to fp32, because in fp16 the p of a rare word would be 0."""
         if not self.narrow:
             return super().add_dlogits(at, dlogits)
         if self.needs.needs_bias:
@@ -358,7 +358,7 @@ def _chunked(head: HeadInputs, needs: Needs, wide: bool = False) -> ChunkedHead:
 
 
 def _takes(head: HeadInputs) -> bool:
-    """Whether the kernel takes these operands: of one dtype, which is not float64."""
+    """Whether the kernel takes these operands: hidden and weight of the same dtype, which is not float64."""
     hidden, weight, _ = head
     return hidden.dtype == weight.dtype and hidden.dtype != torch.float64 and hidden.shape[-1] > 0
 
@@ -371,7 +371,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, which exists nowhere else."""
+    """total += a @ b, without a tensor for the product."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
@@ -379,7 +379,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _unmasked(tokens: Tokens) -> Tensor:
-    """Flat indices [M] of the unmasked tokens. With a mask the CPU waits here: the grid depends on M."""
+    """Flat indices [M] of the unmasked tokens. With a mask the CPU waits for the GPU here: the grid depends on M."""
     actions, mask = tokens
     if mask is None:
         return torch.arange(actions.numel(), device=actions.device)
@@ -387,10 +387,10 @@ def _unmasked(tokens: Tokens) -> Tensor:
 
 
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that one block may take; an H100's where there is no GPU to ask."""
+    """Bytes of shared memory that one block may use. Without a GPU: the number of an H100."""
     if device.type != "cuda":
         return 227 * 1024
     if torch.version.hip is not None:
         return 64 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the next name
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's type stub lacks the next name
     return properties.shared_memory_per_block_optin

@@ -1,12 +1,14 @@
 """Token values and their gradient from logits.
 
 Forward: one program reads a row of logits once, in blocks, and writes six numbers (q, v, log_prob, entropy, row_max,
-log_sum). Several programs share a long row, so that a few rows keep a GPU busy too, and a second kernel merges their
-parts in a fixed order; the cut depends on V alone, so a row's numbers do not depend on the rest of the batch.
-Backward: reads the row once more and writes its gradient in the logits' dtype.
-Neither probabilities nor an fp32 copy of the logits are ever stored; masked-out rows are not read. One exp2 an entry.
+log_sum). Several programs share a long row, so that a few rows also keep a GPU busy. Then a second kernel merges their
+parts (see common.py) in a fixed order. The number of programs for a row depends on V alone, so a row's numbers do not
+depend on the rest of the batch.
+Backward: a program reads its entries of the row again and writes their gradient in the dtype of the logits.
+Probabilities and fp32 copies of the logits are never stored. Masked rows are not read. An entry costs one exp2.
 
-Letters: N tokens, V vocabulary.
+Letters: N tokens, n one of them, V words of the vocabulary, x a logit, z the logit after softcap and temperature,
+p = softmax(z).
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def row_forward(
     first = split * blocks * BLOCK
     last = tl.minimum(first + blocks * BLOCK, vocabulary)
 
-    # Every lane keeps its own part, so that nothing crosses lanes before the row's end.
+    # Every lane keeps a part (m, s, t) of its own. The lanes exchange data only once, at the end.
     lane = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -83,9 +85,9 @@ def row_forward(
         x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
             x, _ = capped(x, softcap)
-            x = tl.where(inside, x, float("-inf"))  # only now: softcap makes -inf a finite number
+            x = tl.where(inside, x, float("-inf"))  # only now, after the softcap, which makes -inf finite
         rise = x - m
-        # either the old entries shrink by this factor or the new one weighs it: one exp2 serves both
+        # if x is a new maximum, e is the factor of the old sums; else e is the weight of x. So one exp2 serves both
         e = tl.exp2(-tl.abs(rise) * exponent)
         if ENTROPY:
             t = tl.where(rise > 0, (t - (1 + s) * rise) * e, t + e * tl.maximum(rise, LOWEST))
@@ -104,7 +106,7 @@ def row_forward(
         tl.store(at, m)
         tl.store(at + plane, s)
         tl.store(at + 2 * plane, t)
-        tl.store(at + 3 * plane, x)  # 0 where the action is not mine, and for tanh(0)
+        tl.store(at + 3 * plane, x)  # 0 if this program does not read the action; softcap(0) is 0 too
     else:
         a, b, c, d, e, f = numbers(m, s, t, x, temperature)
         tl.store(q + token, a)
@@ -143,7 +145,7 @@ def row_backward(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (n, k) writes the gradient of `blocks` blocks of row n. `out` may be `logits` itself.
+    """Program (n, k) writes the gradient of `blocks` blocks of row n. `out` may be `logits`.
 
     docs/method.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v. And
     d entropy / dz = -p (log p + entropy).
@@ -172,15 +174,15 @@ def row_backward(
     action = tl.load(actions + token).to(tl.int64)
     mine = (action >= first) & (action < last)
     x_action = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # in place, another warp may soon write where this one reads
+    tl.debug_barrier()  # if out is logits, another warp soon overwrites the entry read here
     if SOFTCAP:
         x_action, _ = capped(x_action, softcap)
     log_pi = (x_action * scale - top) - log_total
     p = tl.exp2(log_pi * LOG2E)
-    # What the others lose the action gains: its 1 - p comes from expm1, so that a confident state keeps its gradient.
-    # dv * p stands alone, so that an unlikely action keeps its own.
+    # The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
+    # The product dv * p is a term of its own, so an unlikely action keeps its gradient.
     at_action = d_q + d_v * p - d_log * expm1(log_pi) - d_entropy * p * (tl.maximum(log_pi, -1000.0) + h)
-    # Below, p = exp(z - max) / sum: the exponent is nearly 0, so nearly exact, where p is largest.
+    # The loop computes p = exp(z - max) / sum. Where p is largest, the exponent is near 0, so it is nearly exact.
     share = tl.exp2(-log_total * LOG2E)
     d_all, d_spread, h = (d_v - d_log) * share, d_entropy * share, h - log_total
 
@@ -193,7 +195,7 @@ def row_backward(
             x, slope = capped(x, softcap)
             slope = slope * scale
         below = x * scale - top
-        # p = 0 meets log p = -inf: their product is 0 in the limit, hence the maximum, where p is 0 already
+        # p log p must be 0, its limit, where p = 0 and log p = -inf. So log p is at least -1000, where p is already 0
         g = tl.exp2(below * LOG2E) * (d_all - d_spread * (tl.maximum(below, -1000.0) + h))
         g = tl.where(column == action, at_action, g) * slope
         tl.store(out_row + column.to(tl.int64) * out_stride_v, g.to(out.dtype.element_ty), mask=inside)
@@ -217,7 +219,7 @@ def forward(
     with_entropy: bool,
     out: RowValues,
 ) -> None:
-    """The six numbers of every unmasked row, written to `out`."""
+    """Write the six numbers of every unmasked row to `out`."""
     count, vocabulary = tokens.actions.numel(), logits.shape[-1]
     if count == 0:
         return
@@ -278,7 +280,7 @@ def backward(
     statistics: Statistics,
     cotangents: Cotangents,
 ) -> None:
-    """The gradient of every row, 0 where masked out, written to `out` (of any dtype; it may be the logits)."""
+    """Write the gradient of every row to `out`, 0 for masked rows. `out` has any dtype, and may be the logits."""
     count, vocabulary = tokens.actions.numel(), logits.shape[-1]
     if count == 0:
         return
@@ -310,7 +312,7 @@ def backward(
 
 
 def row_blocks(vocabulary: int) -> tuple[int, int, int, int]:
-    """Block size, warps, blocks a program, programs a row. docs/kernels.md says why."""
+    """Block size, warps, blocks per program, programs per row. docs/kernels.md gives the reasons."""
     block = min(4096, triton.next_power_of_2(vocabulary))
     blocks = triton.cdiv(vocabulary, block)
     each = triton.cdiv(blocks, triton.cdiv(blocks, 16))
@@ -318,7 +320,8 @@ def row_blocks(vocabulary: int) -> tuple[int, int, int, int]:
 
 
 def two_strides(logits: Tensor) -> tuple[int, int, int] | None:
-    """[..., V] as rows (n // inner, n % inner): inner and the two strides; None where two are not enough."""
+    """(inner, stride_outer, stride_inner) of logits [..., V]: row n begins at n // inner * stride_outer + n % inner *
+    stride_inner. None if two strides cannot describe the rows."""
     dims: list[tuple[int, int]] = []
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         if size == 1:
