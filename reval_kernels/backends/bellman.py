@@ -27,25 +27,27 @@ def td_targets(
     """See Backend.td_targets."""
     assert reference.q_ref is not None and reference.v_ref is not None, "td_targets takes the reference's token values"
     q, v = values.q, values.v
-    of = Trajectories(q.shape, q.device, layout)
-    q_ref, v_ref = (of.rows(x.to(q.dtype)) for x in (reference.q_ref, reference.v_ref))
-    q, v_next, v_ref_next = of.rows(q), next_state(of.rows(v)), next_state(v_ref)
-    outcome = torch.where(of.last, _scaled(rewards, beta, q)[:, None], 0)
+    trajectories = Trajectories(q.shape, q.device, layout)
+    q_ref, v_ref = (trajectories.rows(x.to(q.dtype)) for x in (reference.q_ref, reference.v_ref))
+    q, v_next, v_ref_next = trajectories.rows(q), next_state(trajectories.rows(v)), next_state(v_ref)
+    outcome = torch.where(trajectories.last, _scaled(rewards, beta, q)[:, None], 0)
     endogenous = q_ref - gamma * v_ref_next
     # subtract the reference first: each difference is exactly 0 where policy and reference agree
     error = (q - q_ref) - gamma * (v_next - v_ref_next) - outcome
     return (
-        of.tokens(endogenous + outcome + gamma * v_next),
-        of.tokens(error),
-        of.tokens(torch.where(of.valid, endogenous, 0)),
+        trajectories.tokens(endogenous + outcome + gamma * v_next),
+        trajectories.tokens(error),
+        trajectories.tokens(torch.where(trajectories.valid, endogenous, 0)),
     )
 
 
 def td_targets_backward(d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float) -> tuple[Tensor, Tensor]:
     """See Backend.td_targets_backward."""
-    of = Trajectories(d_error.shape, d_error.device, layout)
-    d_error = of.rows(d_error)
-    return of.tokens(d_error), of.tokens(_previous_state(gamma * (of.rows(d_target) - d_error)))
+    trajectories = Trajectories(d_error.shape, d_error.device, layout)
+    d_error = trajectories.rows(d_error)
+    return trajectories.tokens(d_error), trajectories.tokens(
+        _previous_state(gamma * (trajectories.rows(d_target) - d_error))
+    )
 
 
 def bellman_loss(
@@ -56,8 +58,8 @@ def bellman_loss(
     options: BellmanOptions,
 ) -> LossTerms:
     """See Backend.bellman_loss."""
-    of = Trajectories(values.q.shape, values.q.device, layout)
-    q, v, log_prob = (of.rows(x) for x in values[:3] if x is not None)
+    trajectories = Trajectories(values.q.shape, values.q.device, layout)
+    q, v, log_prob = (trajectories.rows(x) for x in values[:3] if x is not None)
     outcome = _scaled(rewards, options.beta, q)
     if reference.returns is not None:
         d_q, d_v, d_log = q, v, log_prob
@@ -65,12 +67,12 @@ def bellman_loss(
     else:
         # subtract the reference first: each difference is exactly 0 where policy and reference agree
         d_q, d_v, d_log = (
-            x - of.rows(ref.to(x.dtype))
+            x - trajectories.rows(ref.to(x.dtype))
             for x, ref in zip((q, v, log_prob), reference[:3], strict=True)
             if ref is not None
         )
         residual = _first(d_v) + d_log.sum(1) - outcome
-    residual = torch.where(of.counts > 0, residual, 0)
+    residual = torch.where(trajectories.counts > 0, residual, 0)
 
     divisor = options.divisor(len(rewards))
     scale = 2 / divisor
@@ -80,7 +82,9 @@ def bellman_loss(
         dv[:, :1] = scale * residual[:, None]
         dlog += scale * residual[:, None]
     elif options.level == Level.TOKEN:
-        terms = torch.where(of.valid, d_q - next_state(d_v) - torch.where(of.last, outcome[:, None], 0), 0)
+        terms = torch.where(
+            trajectories.valid, d_q - next_state(d_v) - torch.where(trajectories.last, outcome[:, None], 0), 0
+        )
         dq += scale * terms
         if not options.semi_gradient:
             dv = _previous_state(-scale * terms)
@@ -88,19 +92,21 @@ def bellman_loss(
         assert options.level == Level.SUBTRAJECTORY, options.level
         # the sum over k >= h of the TD errors d_k telescopes
         to_go = d_log.flip(1).cumsum(1).flip(1)
-        terms = torch.where(of.valid, d_v + to_go - outcome[:, None], 0)
+        terms = torch.where(trajectories.valid, d_v + to_go - outcome[:, None], 0)
         dv += scale * terms
         dlog = (scale * terms).cumsum(1)
     loss = terms.square().sum() / divisor
-    return LossTerms(loss, residual, of.tokens(dq), of.tokens(dv), of.tokens(dlog))
+    return LossTerms(loss, residual, trajectories.tokens(dq), trajectories.tokens(dv), trajectories.tokens(dlog))
 
 
 def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
     """See Backend.bellman_loss_backward."""
-    of = Trajectories(unit.dq.shape, unit.dq.device, layout)
-    dq, dv, dlog = (of.rows(d_loss * x) for x in unit)
+    trajectories = Trajectories(unit.dq.shape, unit.dq.device, layout)
+    dq, dv, dlog = (trajectories.rows(d_loss * x) for x in unit)
     dv[:, :1] += d_residual[:, None]
-    return UnitGradients(of.tokens(dq), of.tokens(dv), of.tokens(dlog + d_residual[:, None]))
+    return UnitGradients(
+        trajectories.tokens(dq), trajectories.tokens(dv), trajectories.tokens(dlog + d_residual[:, None])
+    )
 
 
 def _scaled(rewards: Tensor, beta: float, like: Tensor) -> Tensor:

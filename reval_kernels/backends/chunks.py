@@ -197,8 +197,8 @@ def whole_trajectory_loss(
         for piece, at in pieces:
             if logits is None or len(pieces) > 1:
                 logits = head.logits(at)
-            of = transform.at(at)
-            head.add_gradient_(at, logits, taken[piece], of, values.statistics.at(piece), cotangents.at(piece))
+            own = transform.at(at)
+            head.add_gradient_(at, logits, taken[piece], own, values.statistics.at(piece), cotangents.at(piece))
     d_hidden, d_weight, d_bias = head.gradients()
     d_hidden = d_hidden.view(shape) if head.needs.needs_hidden else d_hidden
     return LossAndGradients(loss, residual, d_hidden, d_weight, d_bias)

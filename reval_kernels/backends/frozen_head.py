@@ -39,13 +39,13 @@ def gradient_of_hidden(
     rows, actions = unmasked(tokens)
     d_hidden = hidden.new_zeros(hidden.shape)
     for piece, at in chunks(rows, ENTRIES // max(1, hidden.shape[-1])):
-        word, of = weight[actions[piece]].to(expected.dtype), transform.at(at)
+        action_weight, own = weight[actions[piece]].to(expected.dtype), transform.at(at)  # [C, D], temperatures [C]
         log_pi, dq, dv, dlog = (x[at][:, None] for x in (log_prob, *by))
         at_action = dq + dv * log_pi.exp() - dlog * log_pi.expm1()  # as in row_gradient_
-        if of.softcap is not None:
-            logit = (widened(hidden[at]) * word).sum(-1, keepdim=True)
+        if own.softcap is not None:
+            logit = (widened(hidden[at]) * action_weight).sum(-1, keepdim=True)
             logit = logit if bias is None else logit + bias[actions[piece]][:, None]
-            at_action = at_action * softcap_slope(logit, of.softcap)
-        at_action = at_action / divisor_of(of)
-        d_hidden[at] = ((dv - dlog) * expected[at] + at_action * word).to(hidden.dtype)
+            at_action = at_action * softcap_slope(logit, own.softcap)
+        at_action = at_action / divisor_of(own)
+        d_hidden[at] = ((dv - dlog) * expected[at] + at_action * action_weight).to(hidden.dtype)
     return d_hidden
