@@ -22,10 +22,10 @@ def small_blocks(request, monkeypatch):
     """Blocks of 16 words, this many a program."""
     from reval_kernels.backends.gpu import rows
 
-    def layout(vocabulary):
+    def row_blocks(vocabulary):
         return 16, 1, request.param, triton.cdiv(triton.cdiv(vocabulary, 16), request.param)
 
-    monkeypatch.setattr(rows, "row_blocks", layout)
+    monkeypatch.setattr(rows, "row_blocks", row_blocks)
 
 
 OPTIONS = [{}, {"softcap": 5.0, "temperature": 0.7}, {"temperature": torch.tensor([0.5, 1, 2])}]
