@@ -1,8 +1,10 @@
-"""What the tests here share: the backends, random inputs, evaluation with gradients, and how errors are measured.
+"""Shared by the tests here: the backends, random inputs, evaluation with gradients, and the measure of errors.
 
-Three results per case: the definition (reference.py) in float64, which is the truth; the definition in the dtype of the
-test, which is what plain PyTorch achieves; and ours. Ours may err at most twice as much as plain PyTorch, plus one unit
-in the last place of the quantity's scale.
+Three results per case are compared: the definition (reference.py) in float64, called the truth; the definition in the
+dtype of the test, called plain PyTorch; and ours, the backend's result. Our error may be at most twice the error of
+plain PyTorch, plus one unit in the last place of the quantity's scale.
+
+Letters: `...` is [B, T] or [N], V words of the vocabulary, D features.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ def chosen_backends() -> list[str]:
     found = reval_kernels.backends()
     available = [name for name, info in found.items() if info.available]
     chosen = os.environ.get("REVAL_TEST_BACKENDS", ",".join(available)).split(",")
-    for name in set(chosen) - set(available):  # or every test would be skipped and nobody the wiser
+    for name in set(chosen) - set(available):  # without this error every test would be skipped silently
         raise ValueError(f"REVAL_TEST_BACKENDS: {name!r} cannot run here: {found.get(name)}")
     return chosen
 
 
 BACKENDS = chosen_backends()
 
-# The most entries of logits that a test gives to a backend too slow for more (triton runs in its interpreter here).
+# The largest number of logits in a test of a slow backend: on a CPU, triton runs in its interpreter.
 LARGEST = {"triton": 1 << 14} if DEVICE == "cpu" else {}
 
 Tensors = dict[str, Tensor]
@@ -42,7 +44,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def on_backends(cases: Iterable[tuple[int, ...]], entries: Callable[[tuple[int, ...]], int] = math.prod):
-    """Parametrises `backend` and `shape`: every backend with the shapes that are not too large for it."""
+    """Parametrise `backend` and `shape`: every backend with the shapes that are not too large for this backend."""
     pairs = [(b, s) for b in BACKENDS for s in cases if entries(s) <= LARGEST.get(b, math.inf)]
     return pytest.mark.parametrize(("backend", "shape"), pairs, ids=lambda x: x if isinstance(x, str) else str(list(x)))
 
@@ -56,14 +58,14 @@ def logits_and_actions(*shape: int, dtype: torch.dtype = torch.float32, scale: f
 
 
 def head(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [..., D], weight [V, D] and actions [...] for the shape (..., V, D); the logits have deviation 2."""
+    """hidden [..., D], weight [V, D] and actions [...] for the shape (..., V, D); logits of standard deviation 2."""
     *tokens, vocabulary, width = shape
     hidden, weight = torch.randn(*tokens, width), torch.randn(vocabulary, width) * 2 / width**0.5
     return hidden.to(dtype), weight.to(dtype), torch.randint(vocabulary, tokens)
 
 
 def upstream(shape: torch.Size, *names: str, dtype: torch.dtype = torch.float32) -> Tensors:
-    """A random gradient for each output, a third of them 0; one token gets none at all."""
+    """A random gradient for each output; a third of its entries is 0. The second token has gradient 0."""
     out = {}
     for name in names or ("q", "v", "log_prob", "entropy"):
         out[name] = torch.randn(shape, dtype=dtype) * (torch.rand(shape) < 2 / 3)
@@ -73,7 +75,7 @@ def upstream(shape: torch.Size, *names: str, dtype: torch.dtype = torch.float32)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float64, vocabulary: int = 5) -> TokenValues:
-    """Token values that some logits have."""
+    """Token values [...] of random logits."""
     return reference.token_values(*logits_and_actions(*shape, vocabulary, dtype=dtype))
 
 
@@ -81,7 +83,7 @@ def values(*shape: int, dtype: torch.dtype = torch.float64, vocabulary: int = 5)
 
 
 def evaluate(function: Callable, inputs: Tensors, upstream: Tensors, **options) -> Tensors:
-    """The named outputs of `function`, and as "d <name>" the gradients of sum(output * upstream) for its inputs."""
+    """The outputs named in `upstream`, and "d <name>", the gradient of sum(output * upstream) for each float input."""
     leaves = {k: x.detach().requires_grad_() if x.is_floating_point() else x for k, x in inputs.items()}
     out = function(**leaves, **options)
     results = {name: getattr(out, name) for name in upstream}
@@ -99,7 +101,7 @@ def float64_truth(name: str, inputs: Tensors, upstream: Tensors, **options) -> T
 
 
 def compare(backend: str, name: str, inputs: Tensors, upstream: Tensors, **options) -> Tensors:
-    """Check outputs and gradients of reval_kernels.<name>; returns ours."""
+    """Check outputs and gradients of reval_kernels.<name>. Returns our results."""
     ours = evaluate(getattr(reval_kernels, name), inputs, upstream, backend=backend, **options)
     plain = evaluate(getattr(reference, name), inputs, upstream, **options)
     truth = float64_truth(name, inputs, upstream, **options)
@@ -111,7 +113,7 @@ def compare(backend: str, name: str, inputs: Tensors, upstream: Tensors, **optio
 
 
 def logit_error(inputs: Tensors) -> float:
-    """What a float32 logit that is a sum of products is off by, and a probability in units of itself."""
+    """The error of a float32 logit, a sum of products. It is also the relative error of a probability."""
     if "hidden" not in inputs or not inputs["hidden"].numel():
         return 0.0
     products = inputs["hidden"].double().nan_to_num().abs() @ inputs["weight"].double().abs().T
@@ -119,10 +121,12 @@ def logit_error(inputs: Tensors) -> float:
 
 
 def natural_scales(name: str, inputs: Tensors, truth: Tensors, upstream: Tensors, **options) -> Tensors:
-    """What errors are measured against, where it is not the largest entry: what was added up to get there.
+    """The scales of the errors: the size of the terms whose sum is the result. (The default scale of a result without
+    one is its largest entry.)
 
-    Of v, log_prob and entropy, a logit and the logarithm of a sum over the vocabulary; of a row of dlogits, its largest
-    entry; of the gradients of the head's inputs, the sum of the magnitudes of the products.
+    - v, log_prob, entropy: the largest entry plus log V, for a logit and the logarithm of a sum over the vocabulary
+    - a row of dlogits: its largest entry
+    - gradients of the head's inputs: the sum of the magnitudes of the products
     """
     if "logits" in inputs:
         vocabulary = inputs["logits"].shape[-1]
@@ -134,7 +138,8 @@ def natural_scales(name: str, inputs: Tensors, truth: Tensors, upstream: Tensors
         vocabulary, on_logits = logits.shape[-1], {"logits": logits, **rest}
         on = name.removeprefix("linear_")
         d_logits = sum(float64_truth(on, on_logits, {k: g}, **options)["d logits"].abs() for k, g in upstream.items())
-        # dv p and dlog_prob p may cancel, and log p + entropy: what was added is about as large as p times the rest
+        # dv p and dlog_prob p may cancel, and so may log p + entropy. So the terms before the sum are about as large as
+        # p times the sum of all upstream gradients.
         size = d_logits.amax(-1) + (upstream["entropy"].abs() * (1 + truth["entropy"]) if "entropy" in upstream else 0)
         about_values = {k: x for k, x in options.items() if k in ("mask", "temperature", "softcap")}
         d_logits = d_logits + float64_truth("token_values", on_logits, {"v": size}, **about_values)["d logits"]
@@ -150,8 +155,8 @@ def natural_scales(name: str, inputs: Tensors, truth: Tensors, upstream: Tensors
 
 
 def torch_error(x: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
-    """The largest error in units of `scale` (by default, of the largest entry); must be exact where the scale is 0."""
-    smallest = torch.finfo(x.dtype).smallest_normal  # below it, the last place is worth no less
+    """The largest error in units of `scale` (default: the largest entry). Where the scale is 0, x must be exact."""
+    smallest = torch.finfo(x.dtype).smallest_normal  # below this number the spacing of floats no longer shrinks
     x, truth = x.detach().double(), truth.detach().double()
     if not x.numel():
         return 0.0
@@ -181,13 +186,13 @@ def assert_no_worse_than_torch(
     assert ours.shape == truth.shape, f"{what}: {ours.shape}, the definition has {truth.shape}"
     mine, theirs = torch_error(ours, truth, scale), torch_error(plain, truth, scale)
     bound = slack * theirs + floor + torch.finfo(ours.dtype).eps
-    if ours.dtype == torch.float64 and theirs < 1e-12:  # the truth has no more digits than we have
+    if ours.dtype == torch.float64 and theirs < 1e-12:  # the truth has no more digits than ours
         bound = 1024 * torch.finfo(ours.dtype).eps
     assert mine <= bound, f"{what}: error {mine:.3g} of the scale, plain PyTorch {theirs:.3g}, bound {bound:.3g}"
 
 
 def assert_same_bits(a: object, b: object) -> None:
-    """Two results, of tensors in tuples or dicts, are the same to the last bit."""
+    """Check that two results (tensors, in tuples or dicts) have the same bits."""
     if isinstance(a, Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), f"{a} != {b}"
     elif a is None or b is None:
@@ -199,6 +204,6 @@ def assert_same_bits(a: object, b: object) -> None:
 
 
 def assert_close(ours: Tensor, truth: Tensor, tolerance: float = 1e-12) -> None:
-    """Equal up to rounding, relative to the largest entry: for arithmetic on float64."""
+    """Check that two float64 results are equal up to rounding, relative to the largest entry."""
     error = torch_error(ours, truth)
     assert error <= tolerance, f"error {error:.3g} of the scale"

@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything imports triton: its kernels run on CPU tensors in the interpreter.
+# Set before the first import of triton, so that its kernels run on CPU tensors, in the interpreter.
 if os.environ.get("REVAL_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
@@ -12,13 +12,13 @@ import pytest
 import torch
 from cases import BACKENDS, DEVICE
 
-if DEVICE != "cpu":  # REVAL_TEST_DEVICE=cuda runs all of this on a GPU
+if DEVICE != "cpu":  # REVAL_TEST_DEVICE=cuda runs all tests here on a GPU
     torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """torch.empty and its like return NaN (integers: the largest), so that a result read before it is written shows."""
+    """torch.empty and similar functions return NaN (integers: the largest), so that a read before a write shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,4 +1,4 @@
-"""Which backends exist, which one serves a device, and what is said when one is missing or misspelt."""
+"""The list of backends, the choice of a backend for a device, and the errors for missing and unknown names."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def names() -> str:
 
 
 def test_every_backend_is_reported():
-    """One default for each device type, and one for all that no backend claims; a reason wherever one is missing."""
+    """Each device type has one default. One backend, "*", serves all other types. A missing backend has a reason."""
     found = reval_kernels.backends()
     assert list(found) == list(BACKENDS)
     claimed = [device for info in found.values() for device in info.default_for]
@@ -27,13 +27,13 @@ def test_every_backend_is_reported():
         assert info.available or info.default_for == ()
 
 
-def test_portable_serves_what_is_left():
+def test_portable_serves_every_other_device():
     assert reval_kernels.backends()["portable"] == (True, ("*",), None)
     assert backend_for(None, "some new device") is portable
     assert list(BACKENDS)[-1] == "portable", "it serves every device, so nothing after it would ever be chosen"
 
 
-def test_the_default_is_the_one_that_is_reported():
+def test_the_reported_default_is_used():
     for device in ("cpu", "cuda", "mps"):
         serving = [name for name, info in reval_kernels.backends().items() if {device, "*"} & set(info.default_for)]
         assert backend_for(None, device) is backend_for(serving[0], device)
@@ -56,7 +56,7 @@ def test_unknown_name():
 
 
 def test_a_missing_backend(monkeypatch):
-    """It is passed over as a default, and named with the reason when asked for."""
+    """It is not chosen as a default. A request for it raises an error with the reason."""
     first = next(iter(BACKENDS))
     monkeypatch.setattr(BACKENDS[first], "missing", lambda: "it rains")
     assert reval_kernels.backends()[first] == (False, (), "it rains")

@@ -1,7 +1,7 @@
-"""td_targets and bellman_loss against their definition, and the identities that docs/method.md promises.
+"""td_targets and bellman_loss against their definition, and the identities of docs/method.md.
 
-Everything here is arithmetic on a few numbers a token, so nearly all of it runs in float64, where a wrong term cannot
-hide behind rounding. Trajectories have 0 to 6 actions, padded or packed, with gaps or without; hypothesis picks them.
+The functions compute from a few numbers per token. So nearly all tests run in float64, where no rounding error can hide
+a wrong term. hypothesis chooses the trajectories: 0 to 6 actions, padded or packed, with or without gaps.
 """
 
 import pytest
@@ -21,16 +21,16 @@ def leaves(v: TokenValues) -> TokenValues:
 
 
 def gradients(out, v: TokenValues, **by) -> tuple:
-    """Of sum(output * by) with respect to q, v and log_prob; 0 where nothing depends on one of them."""
+    """The gradients of sum(output * by) for q, v and log_prob; 0 for a tensor that the outputs do not depend on."""
     outputs = [getattr(out, name) for name in by]
-    if not any(x.requires_grad for x in outputs):  # the definition of an empty batch is a constant
+    if not any(x.requires_grad for x in outputs):  # for an empty batch the definition returns a constant
         return tuple(torch.zeros_like(x) for x in v[:3])
     found = torch.autograd.grad(outputs, v[:3], list(by.values()), allow_unused=True, retain_graph=True)
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, v, strict=False))
 
 
 def returns_of(v: TokenValues, actions: list[list[int]]) -> torch.Tensor:
-    """V(s_1) + sum log pi of each trajectory; 0 for one without actions."""
+    """V(s_1) + sum log pi of each trajectory; 0 for a trajectory without actions."""
     v1, log_prob = v.v.flatten(), v.log_prob.flatten()
     sums = [v1[a[0]] + log_prob[a].sum() if a else v1.new_zeros(()) for a in actions]
     return torch.stack(sums) if sums else v1.new_zeros(0)
@@ -49,7 +49,7 @@ def returns_of(v: TokenValues, actions: list[list[int]]) -> torch.Tensor:
     seed=st.integers(0, 2**16),
 )
 def test_bellman_loss(backend, layout, level, semi_gradient, cached, normalizer, seed):
-    """Loss, residual and the gradients of both together; what no action holds is NaN and never read."""
+    """Loss, residual, and the gradients through both. Tokens that are no actions hold NaN and are not read."""
     torch.manual_seed(seed)
     shape, mask, cu_seqlens = layout
     actions = actions_of(*layout)
@@ -92,7 +92,7 @@ def test_td_targets(backend, layout, gamma, seed):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_float32_is_as_precise_as_plain_pytorch(backend, level):
-    """200 actions: the sums are long enough for rounding to matter."""
+    """The sums over 200 actions are so long that rounding matters."""
     wide, ref = values(4, 200, vocabulary=50), values(4, 200, vocabulary=50)
     rewards, mask = torch.randn(4), torch.rand(4, 200) < 0.8
     results = {}
@@ -101,7 +101,7 @@ def test_float32_is_as_precise_as_plain_pytorch(backend, level):
         ("plain", reference.bellman_loss, torch.float32),
         ("truth", reference.bellman_loss, torch.float64),
     ):
-        # the truth sees the numbers that float32 sees
+        # the truth starts from the same numbers, rounded to float32
         v, anchor = (TokenValues(*(x.float().to(dtype) for x in t[:3])) for t in (wide, ref))
         v = leaves(v)
         out = function(v, anchor, rewards, mask=mask, beta=0.02, level=level)
@@ -116,7 +116,7 @@ def test_float32_is_as_precise_as_plain_pytorch(backend, level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_policy_equal_to_its_reference_has_no_loss(backend, level, dtype):
-    """Calibrated initialisation: exactly 0, to the last bit."""
+    """Loss, residuals, gradients and TD errors are exactly 0."""
     ref = values(3, 7, dtype=dtype, vocabulary=40)
     v, mask = leaves(ref), torch.rand(3, 7) < 0.7
     out = bellman_loss(v, ref, torch.zeros(3), mask=mask, beta=0.02, level=level, backend=backend)
@@ -125,7 +125,7 @@ def test_a_policy_equal_to_its_reference_has_no_loss(backend, level, dtype):
     assert (td_targets(v, ref, torch.zeros(3), mask=mask, beta=0.02, backend=backend).error == 0).all()
 
 
-def test_cached_returns_of_the_policy_itself_leave_the_reward(backend):
+def test_returns_of_the_policy_itself_leave_only_the_reward(backend):
     v, rewards = values(3, 7), torch.tensor([1.0, 0.0, -2.0])
     returns = returns_of(v, actions_of(v.q.shape, None, None))
     out = bellman_loss(v, returns, rewards, beta=0.25, backend=backend)
@@ -133,8 +133,8 @@ def test_cached_returns_of_the_policy_itself_leave_the_reward(backend):
     assert_close(out.loss, (rewards.double() / 0.25).square().mean())
 
 
-def test_a_constant_added_to_the_logits_moves_the_residual_by_itself(backend):
-    """V(s_1) is in the loss: values on a grid, so that 2 may be added to every logit without rounding."""
+def test_a_constant_added_to_the_logits_moves_the_residual_by_the_constant(backend):
+    """The residual contains V(s_1). The logits are multiples of 1/64, so that 2 can be added without rounding."""
     logits, actions = logits_and_actions(2, 4, 5, dtype=torch.float64)
     logits, ref = (logits * 64).round() / 64, values(2, 4)
     constant = torch.tensor([2.0, -0.5], dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_a_constant_added_to_the_logits_moves_the_residual_by_itself(backend):
 @settings(max_examples=25)
 @given(layout=layouts(), seed=st.integers(0, 2**16))
 def test_errors_sum_to_the_residual(backend, layout, seed):
-    """Sum of d_h = residual = Eq. 2 written out; e_h = log pi_ref + V_ref(s_h) - V_ref(s_{h+1})."""
+    """Sum of the TD errors d_h = residual = Eq. 2 written out. And e_h = log pi_ref + V_ref(s_h) - V_ref(s_{h+1})."""
     torch.manual_seed(seed)
     shape, mask, cu_seqlens = layout
     actions = actions_of(*layout)
@@ -168,7 +168,7 @@ def test_errors_sum_to_the_residual(backend, layout, seed):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("gaps", [False, True])
 def test_padded_equals_packed_equals_without_gaps(backend, level, gaps):
-    """Right-padded rows with several turns; the same packed; the same with the environment's tokens cut out."""
+    """The same trajectories: right-padded with several turns; packed; and packed without the environment's tokens."""
     lengths = torch.tensor([6, 0, 3, 1])
     inside = torch.arange(6) < lengths[:, None]
     mask = inside & (torch.rand(4, 6) < 0.6) if gaps else inside
@@ -199,7 +199,7 @@ def test_padded_equals_packed_equals_without_gaps(backend, level, gaps):
             assert_close(a, b)
 
 
-def test_semi_gradient_sees_q_alone(backend):
+def test_semi_gradient_reaches_q_only(backend):
     v, ref, rewards = leaves(values(2, 4)), values(2, 4), torch.ones(2)
     out = bellman_loss(v, ref, rewards, beta=0.5, level="token", semi_gradient=True, backend=backend)
     dq, dv, dlog = gradients(out, v, loss=torch.ones((), dtype=torch.float64))
@@ -209,7 +209,7 @@ def test_semi_gradient_sees_q_alone(backend):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_micro_batches_add_up(backend, level):
-    """With the number of trajectories in the whole batch as the normalizer."""
+    """The normalizer is the number of trajectories in the whole batch."""
     v, ref, rewards = leaves(values(5, 4)), values(5, 4), torch.randn(5)
     one = torch.ones((), dtype=torch.float64)
     options = {"beta": 0.5, "level": level, "backend": backend}
@@ -226,8 +226,9 @@ def test_micro_batches_add_up(backend, level):
 
 @settings(max_examples=25)
 @given(layout=layouts(), level=st.sampled_from(LEVELS), reward=st.booleans(), data=st.data())
-def test_trajectories_never_leak_into_each_other(backend, layout, level, reward, data):
-    """Another reward or other values in one of them change its own residual and gradient, and no bit of the rest."""
+def test_trajectories_do_not_affect_each_other(backend, layout, level, reward, data):
+    """Another reward, or other values, of one trajectory change its own residual and gradient, and no bit of the
+    others."""
     shape, mask, cu_seqlens = layout
     actions = actions_of(*layout)
     if not actions:
@@ -261,7 +262,7 @@ def test_trajectories_never_leak_into_each_other(backend, layout, level, reward,
     ("shape", "cu_seqlens"), [((0, 5), None), ((3, 0), None), ((0,), [0]), ((0,), [0, 0, 0]), ((2,), [0, 0, 2, 2])]
 )
 def test_empty_batches_and_trajectories(backend, shape, cu_seqlens, level):
-    """No trajectory, no token, no action: nothing breaks and nothing is NaN."""
+    """Batches without trajectories, tokens or actions raise no error and give no NaN."""
     count = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     v, ref, rewards = leaves(values(*shape)), values(*shape), torch.ones(count)
     layout = {"cu_seqlens": None if cu_seqlens is None else torch.tensor(cu_seqlens)}
@@ -301,7 +302,7 @@ def test_same_bits_every_time_and_with_either_width_of_cu_seqlens(backend, level
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_reference_and_rewards_of_other_dtypes(backend, dtype):
-    """They are widened to the dtype of the policy's values, which is that of the results."""
+    """They are converted to the dtype of the policy's values, which is also the dtype of the results."""
     v, ref = values(2, 3, dtype=torch.float32), values(2, 3)
     ref, rewards = TokenValues(*(x.to(dtype) for x in ref[:3])), torch.tensor([1.0, -1.0], dtype=dtype)
     wide = TokenValues(*(x.double() for x in v[:3])), TokenValues(*(x.double() for x in ref[:3])), rewards.double()

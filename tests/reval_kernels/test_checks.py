@@ -1,6 +1,6 @@
-"""What is said about arguments that do not fit: every message in full, for it is the part of the code that users read.
+"""The messages about wrong arguments. Every message is compared in full, because users read these messages.
 
-B = 2, T = 3, V = 7, D = 4: all different, so that a message which mixes them up shows.
+B = 2, T = 3, V = 7, D = 4 are all different, so that a message that confuses two sizes fails.
 """
 
 import pytest
@@ -21,7 +21,7 @@ B, T, V, D = 2, 3, 7, 4
 
 
 def good() -> dict:
-    """Arguments that fit, for every function; tests replace one."""
+    """Valid arguments for every function. A test replaces one of them."""
     hidden, weight, actions = head(B, T, V, D)
     logits, _ = logits_and_actions(B, T, V)
     v = TokenValues(*values(B, T, dtype=torch.float32)[:3])
@@ -65,7 +65,7 @@ FLAT = TokenValues(*(x.flatten() for x in values(B, T, dtype=torch.float32)[:3])
 META, HERE = torch.device("meta"), torch.zeros(1).device
 
 CASES = [
-    # the tensors of the heavy half
+    # logits, hidden states and the head
     *on(ON_LOGITS, "logits", LIST, ValueError, "logits must be a tensor of shape [..., V], got <class 'list'>"),
     *on(ON_LOGITS, "logits", torch.zeros(7), ValueError,
         "logits must be a tensor of shape [..., V], got torch.Size([7])"),
@@ -164,7 +164,7 @@ def test_cu_seqlens(cu_seqlens, error, text):
     assert message(bellman_loss, error, values=FLAT, reference=FLAT, cu_seqlens=cu_seqlens) == text
 
 
-# --- what only the data says, so that the ops check it --------------------------------------------------------------
+# --- checks of the data, which the ops make -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", ON_TOKENS, ids=lambda f: f.__name__)
@@ -178,7 +178,7 @@ def test_action_outside_the_vocabulary(backend, function, action):
     mask[0, 0] = False
     assert message(function, ValueError, actions=actions, mask=mask, backend=backend) == text
     everything = good()
-    mask[1, 2] = False  # and it may be anything where it is masked out
+    mask[1, 2] = False  # a masked action may have any value
     arguments = {k: everything[k] for k in TAKES[function]} | {"actions": actions, "mask": mask}
     out = function(**arguments, backend=backend)
     assert all(x.isfinite().all() for x in out if x is not None)
@@ -196,7 +196,7 @@ def test_temperature_of_a_token(backend, function, bad):
 @pytest.mark.parametrize("bad", [[0, 2, 5], [1, 2, 6], [0, 4, 3, 6], [0, 7], [6]])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cu_seqlens_that_do_not_cover_the_tokens(backend, bad, masked):
-    """In every function that takes them; the mask makes no difference."""
+    """Every function with cu_seqlens refuses them, with and without a mask."""
     everything, count = good(), len(bad) - 1
     flat = {k: everything[k].flatten(0, 1) for k in ("logits", "hidden", "actions")}
     changes = {"cu_seqlens": torch.tensor(bad), "rewards": torch.zeros(count), "backend": backend}
@@ -209,8 +209,8 @@ def test_cu_seqlens_that_do_not_cover_the_tokens(backend, bad, masked):
         assert text == f"cu_seqlens must start at 0, never fall and end at N = 6, got {bad}"
 
 
-def test_nothing_has_happened_when_data_is_refused(backend):
-    """Inputs and gradients are as before, and the next call works."""
+def test_refused_data_leaves_inputs_and_gradients_unchanged(backend):
+    """And the next call with valid data works."""
     arguments = good()
     hidden, weight = arguments["hidden"].requires_grad_(), arguments["weight"].requires_grad_()
     before = hidden.detach().clone(), weight.detach().clone()

@@ -1,7 +1,7 @@
 """reval_loss and linear_reval_loss against their definition, and the whole path from logits to gradient.
 
-B x T is 3 x 6 with right padding, gaps and an empty trajectory; V = 129 ends in the middle of a block, 1000 and D = 123
-in the middle of several. Chunks smaller than the input are test_portable.py's subject.
+B x T is 3 x 6 with right padding, gaps and an empty trajectory. V = 129 ends in the middle of a block; V = 1000 and
+D = 123 need several blocks and end in the middle of one. test_portable.py tests chunks that are smaller than the input.
 """
 
 import pytest
@@ -35,13 +35,13 @@ ONE = {"loss": torch.ones(())}
 
 
 def lengths_mask(gaps: bool = True) -> torch.Tensor:
-    """[3, 6]: an action at both ends of a row, a row without any, a short one; with gaps or without."""
+    """A mask [3, 6]: a row with actions at both ends, a row without actions, and a short row; with or without gaps."""
     rows = [[1, 1, 0, 0, 1, 1], [0] * 6, [1, 0, 1, 1, 0, 0]] if gaps else [[1] * 6, [0] * 6, [1] * 4 + [0] * 2]
     return torch.tensor(rows, dtype=torch.bool)
 
 
 def anchor_of(actions, mask, cached: bool) -> TokenValues | torch.Tensor:
-    """Another model's token values, or its returns."""
+    """The token values of another model, or (`cached`) its returns."""
     v = reference.token_values(torch.randn(*actions.shape, 129), actions.clamp(0, 128), mask=mask)
     if not cached:
         return v
@@ -58,7 +58,7 @@ def inputs_of(dtype=torch.float32, vocabulary=129, width=31, bias=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("level", "cached"), [("trajectory", True), *((level, False) for level in LEVELS)])
 def test_from_hidden_states(backend, level, cached, dtype):
-    """NaN hidden states and impossible actions wherever no action is."""
+    """Tokens that are no actions have NaN hidden states and impossible actions."""
     inputs, mask = inputs_of(dtype, vocabulary=1000, width=123, bias=level == "token"), lengths_mask()
     options = {"mask": mask, "rewards": REWARDS, "beta": 0.2, "level": level}
     options["reference"] = anchor_of(inputs["actions"], mask, cached)
@@ -128,7 +128,7 @@ def test_padded_equals_packed(backend, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("route", ["token_values", "reval_loss", "linear_reval_loss"])
 def test_a_policy_equal_to_its_reference_has_no_loss(backend, route, level, dtype):
-    """Calibrated initialisation: the loss, the residuals and every gradient are 0 to the last bit."""
+    """The loss, the residuals and every gradient are exactly 0."""
     inputs, mask = inputs_of(dtype, bias=True), lengths_mask()
     options = {"mask": mask, "beta": 0.002, "level": level, "backend": backend}
     if route == "linear_reval_loss":
@@ -149,7 +149,8 @@ def test_a_policy_equal_to_its_reference_has_no_loss(backend, route, level, dtyp
 
 
 def test_the_gradient_of_equation_2(backend):
-    """g onehot at s_1, where V(s_1) + log pi is Q; g (onehot - softmax) later; else 0 (docs/method.md section 3)."""
+    """docs/method.md section 3, g = 2 * residual / B. At s_1 the gradient is g onehot, because V(s_1) + log pi is Q.
+    At later actions it is g (onehot - softmax), elsewhere 0."""
     logits, actions = logits_and_actions(3, 6, 7, dtype=torch.float64)
     mask = lengths_mask()
     anchor = anchor_of(actions, mask, True).double()
@@ -167,8 +168,8 @@ def test_the_gradient_of_equation_2(backend):
     assert_close(ours["d logits"], expected)
 
 
-def test_one_trajectory_never_touches_another(backend):
-    """Other hidden states in one change its own residual and gradient, and no bit of the others'."""
+def test_one_trajectory_does_not_affect_another(backend):
+    """Other hidden states of one trajectory change its own residual and gradient, and no bit of the others."""
     inputs, mask = inputs_of(), lengths_mask(gaps=False)
     options = {"reference": anchor_of(inputs["actions"], mask, True), "rewards": REWARDS, "mask": mask, "beta": 0.5}
     changed = inputs | {"hidden": inputs["hidden"].clone()}
@@ -196,7 +197,7 @@ def test_only_the_gradients_asked_for(backend, wanted):
     assert loss.requires_grad == bool(wanted) and not residual.requires_grad
     if wanted:
         loss.backward()
-    if wanted == ("hidden",):  # with a frozen head a backend may add up in another order, and save a matmul
+    if wanted == ("hidden",):  # frozen head: a backend may sum in another order, to save a matmul
         torch.testing.assert_close(leaves["hidden"].grad, expected["d hidden"], rtol=1e-4, atol=1e-5)
         return
     for name in ("hidden", "weight", "bias"):
@@ -215,7 +216,7 @@ def test_no_gradient_is_computed_under_no_grad(backend):
 
 
 def test_two_backwards_with_different_gradients(backend):
-    """The gradient is ready after the forward; a backward scales it and leaves it as it was."""
+    """The forward computes the gradient. A backward scales a copy of it, so a second backward is right too."""
     inputs = inputs_of()
     leaves = [inputs[k].requires_grad_() for k in ("hidden", "weight")]
     options = {"reference": anchor_of(inputs["actions"], None, True), "rewards": REWARDS, "beta": 0.5}
@@ -227,7 +228,7 @@ def test_two_backwards_with_different_gradients(backend):
 
 
 def test_a_loss_scale_saves_small_gradients_in_fp16(backend):
-    """At a normalizer of 1e10 every gradient of the loss is 0 in fp16; times a scale of 2^33 it is not."""
+    """With normalizer 1e10 every gradient of the loss is 0 in fp16. With a loss scale of 2^33 it is not 0."""
     inputs = inputs_of(torch.float16, bias=True)
     options = {"reference": anchor_of(inputs["actions"], None, True), "rewards": REWARDS, "beta": 0.5}
     unscaled = evaluate(linear_reval_loss, inputs, ONE, normalizer=1e10, backend=backend, **options)
@@ -303,7 +304,7 @@ def test_empty_batches(backend, function, shape, cu_seqlens):
 
 
 def test_common_offset_costs_no_precision(backend):
-    """+1e4 on every logit moves the residual, but nothing of its gradient: not a digit of it may be lost."""
+    """1e4 added to every logit changes the residual but not its gradient: no digit of the gradient may be lost."""
     logits, actions = logits_and_actions(3, 6, 129)
     logits = (logits * 256).round() / 256
     options = {"reference": torch.zeros(3), "rewards": REWARDS, "beta": 0.5}
@@ -315,8 +316,8 @@ def test_common_offset_costs_no_precision(backend):
 
 
 @pytest.mark.parametrize("retain", [False, True])
-def test_the_heads_gradient_is_in_memory_once(retain):
-    """What was saved becomes the gradient, unless another backward may ask for it."""
+def test_the_gradient_of_the_head_is_in_memory_once(retain):
+    """The saved tensor becomes the gradient, unless the graph is retained for another backward."""
     hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     saved = []
 
@@ -339,7 +340,7 @@ def loss_of(backend, hidden, weight, actions):
 
 
 def test_a_second_order_gradient_is_refused(backend):
-    """It would be 0 without a word: the gradient is computed with the loss, and then a constant."""
+    """Without the error it would silently be 0: the forward computes the gradient, which is then a constant."""
     inputs = inputs_of()
     leaves = [inputs[k].requires_grad_() for k in ("hidden", "weight")]
     loss = loss_of(backend, *leaves, inputs["actions"])
@@ -352,7 +353,7 @@ def test_a_second_order_gradient_is_refused(backend):
 
 
 def test_gradients_that_are_absent_or_batched(backend):
-    """As gradcheck and is_grads_batched have them."""
+    """gradcheck passes absent upstream gradients, is_grads_batched passes batched ones."""
 
     class Nothing(torch.autograd.Function):
         forward = staticmethod(lambda ctx, x: x.clone())

@@ -1,8 +1,8 @@
-"""The torch.library ops: their schemas, fakes and autograd by opcheck, and that torch.compile changes no bit.
+"""opcheck tests the schemas, fakes and autograd of the torch.library ops; other tests compare compiled with eager bits.
 
-Sizes differ in every dimension (T = 5, V = 7, D = 3), so that a fake which mixes two of them up cannot pass. A compiled
-case costs seconds, so each public function has one through inductor, and the variants run through the same tracing
-without code generation ("aot_eager").
+All sizes differ (T = 5, V = 7, D = 3), so that a fake that confuses two of them cannot pass. A compiled case takes
+seconds. So each public function has one case with inductor. The variants use the same tracing without code generation
+("aot_eager").
 """
 
 import pytest
@@ -35,7 +35,7 @@ B, T, V, D = 2, 5, 7, 3
 
 
 def tensors(dtype=torch.float32, requires_grad=True) -> dict[str, torch.Tensor]:
-    """Everything the ops take, for a batch [B, T]."""
+    """All tensors that the ops take, for a batch [B, T]."""
     torch.manual_seed(0)
     floats = {"logits": (B, T, V), "hidden": (B, T, D), "weight": (V, D), "bias": (V,)}
     out = {name: torch.randn(shape).to(dtype).requires_grad_(requires_grad) for name, shape in floats.items()}
@@ -64,7 +64,7 @@ def tokens_of(t: dict, optional: bool) -> Tokens:
 
 
 def head_of(t: dict, optional: bool) -> HeadInputs:
-    """Strided and with a bias, or neither."""
+    """`optional`: hidden states with a stride, and a bias. Otherwise neither."""
     if optional:
         return HeadInputs(strided(t["hidden"]), t["weight"], t["bias"])
     return HeadInputs(t["hidden"], t["weight"], None)
@@ -72,7 +72,7 @@ def head_of(t: dict, optional: bool) -> HeadInputs:
 
 @pytest.mark.parametrize(("dtype", "optional"), [(torch.float64, False), (torch.bfloat16, True)])
 def test_token_values(backend, optional, dtype):
-    """With every optional argument None, and with all of them given and the logits strided."""
+    """Once with every optional argument None; once with all of them given, and logits with a stride."""
     t = tensors(dtype)
     logits = strided(t["logits"]) if optional else t["logits"]
     given = (tokens_of(t, optional), transform(t, optional))
@@ -92,7 +92,7 @@ def test_token_values(backend, optional, dtype):
     ],
 )
 def test_linear_token_values(backend, optional, dtype, needs, expected):
-    """`expected` is of use for the second of these, and must do no harm in the others."""
+    """The second case (a frozen head) uses `expected`. In the other cases `expected` must change nothing."""
     t = tensors(dtype, requires_grad=False)
     for name, need in zip(("hidden", "weight", "bias"), needs, strict=True):
         t[name].requires_grad_(need)
@@ -162,7 +162,7 @@ def test_linear_reval_loss(backend, optional, dtype):
 
 
 def test_backends_run_without_autocast(monkeypatch):
-    """Inside an op a matmul is what it says; a backend need not think of autocast."""
+    """An op turns autocast off, so a backend's matmuls keep their dtype."""
     seen = []
 
     def values(logits, *_):
@@ -180,7 +180,7 @@ def test_backends_run_without_autocast(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """torch.compile keeps at most 8 graphs of one function, and here a function is compiled for every backend."""
+    """torch.compile keeps at most 8 graphs of one function. Here it compiles each function for every backend."""
     torch.compiler.reset()
 
 
@@ -195,7 +195,7 @@ CASES = {
 
 
 def call(name: str, t: dict[str, torch.Tensor], backend: str, **options) -> tuple:
-    """The public function in the middle of other computation."""
+    """Call the public function on the results of other operations."""
     policy = TokenValues(t["q"] * 2, -t["v"], t["log_prob"])
     anchor = TokenValues(t["q_ref"], t["v_ref"], t["log_ref"])
     arguments = {
@@ -210,7 +210,7 @@ def call(name: str, t: dict[str, torch.Tensor], backend: str, **options) -> tupl
 
 
 def results(function, t: dict[str, torch.Tensor]) -> list:
-    """Every output and every gradient."""
+    """All outputs and all gradients."""
     outputs = [x for x in function(t) if x is not None]
     leaves = [x for x in t.values() if x.requires_grad]
     total = sum(x.double().sum() for x in outputs if x.requires_grad)
@@ -218,7 +218,7 @@ def results(function, t: dict[str, torch.Tensor]) -> list:
 
 
 def test_compiled_code_gives_the_same_bits(backend):
-    """All six functions in one graph, through inductor and its C++ compiler, with a mask."""
+    """All six functions in one graph, compiled by inductor and its C++ compiler, with a mask."""
     t = tensors()
 
     def everything(t):
@@ -229,7 +229,7 @@ def test_compiled_code_gives_the_same_bits(backend):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_function_is_one_graph(backend, name):
-    """Without the optional arguments, and in bf16."""
+    """Without optional arguments, in bf16."""
     t, options = tensors(torch.bfloat16), {"beta": 0.5} if "beta" in CASES[name] else {}
 
     def function(t):
@@ -240,7 +240,7 @@ def test_every_function_is_one_graph(backend, name):
 
 
 def test_a_frozen_head_is_one_graph(backend):
-    """Whether the head is frozen is known while the graph is made."""
+    """torch.compile knows whether the head is frozen when it makes the graph."""
     t = tensors(torch.bfloat16) | {"weight": tensors(torch.bfloat16)["weight"].detach()}
 
     def function(t):
@@ -254,7 +254,7 @@ def test_a_frozen_head_is_one_graph(backend):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_dynamic_shapes(backend, fused):
-    """One forward and one backward graph serve batches of any size and length."""
+    """One forward graph and one backward graph serve batches of every size and length."""
     weight = tensors(torch.float64)["weight"]
 
     def loss(hidden, weight, actions, returns, rewards):
@@ -277,9 +277,9 @@ def test_dynamic_shapes(backend, fused):
 
 
 @pytest.mark.parametrize("function", ["bellman_loss", "linear_reval_loss"])
-def test_a_normalizer_that_changes_needs_no_graph_of_its_own(function):
-    """The number of tokens or trajectories of the whole batch, another one in every step: nothing compiled after the
-    second, and the values of eager code."""
+def test_a_new_normalizer_needs_no_new_graph(function):
+    """The normalizer is the number of tokens or trajectories of the whole batch, so every step has another one. After
+    the second step nothing is compiled, and the values are those of eager code."""
     t = tensors()
 
     def loss(normalizer):

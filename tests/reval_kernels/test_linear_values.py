@@ -1,7 +1,7 @@
 """linear_token_values against its definition.
 
-Vocabularies as in test_values.py. Widths: 1, 31 and 123 end in the middle of any block of a matmul, 576 is that of a
-small model; N, V and D are paired so that every one of them is odd somewhere and the truth stays affordable.
+Vocabularies are those of test_values.py. Widths: 1, 31 and 123 end in the middle of every block of a matmul, 576 is
+that of a small model. N, V and D are combined so that each of them is odd in some case, and the truth is not too slow.
 """
 
 import math
@@ -72,7 +72,7 @@ def test_softcap_temperature_and_bias(backend, bias, temperature, softcap, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [0.6, 0.0])
 def test_masked_tokens_are_never_read(backend, kept, dtype):
-    """Nor do NaN hidden states there reach the weight's gradient."""
+    """NaN hidden states of masked tokens do not reach the weight's gradient."""
     inputs = inputs_of(3, 6, 129, 31, dtype=dtype, bias=True)
     mask = torch.rand(3, 6) < kept
     inputs["hidden"][~mask], inputs["actions"][~mask] = torch.nan, -100
@@ -87,14 +87,14 @@ def test_masked_tokens_are_never_read(backend, kept, dtype):
     "wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "bias"), ("weight", "bias")]
 )
 def test_only_the_gradients_asked_for(backend, wanted):
-    """A frozen head, frozen hidden states, and every pair: the same bits as with all of them."""
+    """Every single input and every pair: the gradients have the same bits as when all inputs need one."""
     inputs, by = inputs_of(4, 129, 31, bias=True), upstream((4,), "q", "v", "log_prob")
     expected = evaluate(linear_token_values, inputs, by, backend=backend)
     leaves = {k: x.detach().requires_grad_(k in wanted) for k, x in inputs.items()}
     out = linear_token_values(**leaves, backend=backend)
     torch.autograd.backward(out[:3], list(by.values()))
     for name in ("hidden", "weight", "bias"):
-        if wanted == ("hidden",) == (name,):  # the head is frozen: another sum, held by the tests of frozen heads below
+        if wanted == ("hidden",) == (name,):  # a frozen head sums in another order; the frozen_head tests check it
             torch.testing.assert_close(leaves[name].grad, expected[f"d {name}"], rtol=1e-4, atol=1e-5)
         else:
             assert_same_bits(leaves[name].grad, expected[f"d {name}"] if name in wanted else None)
@@ -112,7 +112,7 @@ def test_only_the_gradients_asked_for(backend, wanted):
     ids=str,
 )
 def test_mixed_dtypes(backend, hidden, weight, bias):
-    """Each gradient has the dtype of its input; the outputs follow the hidden states."""
+    """Each gradient has the dtype of its input. The dtype of the outputs depends on the hidden states."""
     inputs = inputs_of(5, 129, 31, bias=True)
     for name, dtype in {"hidden": hidden, "weight": weight, "bias": bias}.items():
         inputs[name] = inputs[name].to(dtype)
@@ -155,7 +155,7 @@ def test_actions_of_either_width(backend):
 
 
 def test_common_offset_costs_no_precision(backend):
-    """Hidden states, weights and bias on a grid, so that float32 holds every logit exactly, at 1e4 as well."""
+    """Hidden states, weights and bias are multiples of 1/8: float32 holds every logit exactly, also near 1e4."""
     inputs = inputs_of(6, 1000, 31, bias=True)
     inputs |= {name: (inputs[name] * 8).round() / 8 for name in ("hidden", "weight", "bias")}
     by = upstream((6,), "v", "log_prob", "entropy")
@@ -168,7 +168,7 @@ def test_common_offset_costs_no_precision(backend):
 
 
 def test_words_at_minus_infinity(backend):
-    """A bias of -inf, as a padded vocabulary has: over a first block, a middle one, and all but one word."""
+    """A bias of -inf, as for a padded vocabulary: in the first blocks, in the last blocks, for all words but one."""
     for finite in (slice(600, None), slice(0, 300), slice(700, 701)):
         inputs = inputs_of(4, 1000, 31, bias=True)
         inputs["bias"] = torch.full((1000,), -torch.inf)
@@ -180,7 +180,7 @@ def test_words_at_minus_infinity(backend):
 
 
 def test_words_at_the_lowest_number(backend):
-    """What masks are often made of: every word of a state at it is as likely as the others, as in torch."""
+    """Masks often use the lowest float32. If all logits of a state are this number, all words are equally likely."""
     inputs = inputs_of(4, 400, 31, bias=True)
     inputs["bias"] = torch.full((400,), torch.finfo(torch.float32).min)
     by = upstream((4,), "log_prob")
@@ -190,12 +190,12 @@ def test_words_at_the_lowest_number(backend):
 
 def test_bias_gradient_of_many_tokens(backend):
     inputs = inputs_of(20_000 if backend != "triton" else 500, 17, 4, bias=True)
-    inputs["hidden"] = inputs["hidden"].abs()  # the same sign on average: nothing cancels
+    inputs["hidden"] = inputs["hidden"].abs()  # all positive, so that the sum does not cancel
     compare(backend, "linear_token_values", inputs, {"v": torch.ones(inputs["actions"].shape)})
 
 
 def test_logits_are_never_rounded_to_the_dtype_of_the_hidden_states(backend):
-    """Logits near 20 in bf16 are off by up to 0.06. The outputs have the precision of float32 inputs."""
+    """Logits near 20 rounded to bf16 would be off by up to 0.06. The outputs are as precise as for float32 inputs."""
     inputs = inputs_of(8, 129, 123, dtype=torch.bfloat16)
     inputs["hidden"] = inputs["hidden"] * 16
     truth = float64_truth("linear_token_values", inputs, upstream((8,)), with_entropy=True)
@@ -206,7 +206,7 @@ def test_logits_are_never_rounded_to_the_dtype_of_the_hidden_states(backend):
 
 
 def test_weight_gradient_accumulates_in_float32(backend):
-    """2,000 tokens that all push the same way: a bf16 sum stops growing at 256 of them."""
+    """2,000 tokens whose gradients have the same sign. A bf16 sum of them stops growing at 256 tokens."""
     inputs = inputs_of(2000, 7, 3, dtype=torch.bfloat16, bias=True)
     inputs["hidden"] = inputs["hidden"].abs() * 0.1
     inputs["actions"][:] = 3
@@ -237,7 +237,7 @@ def test_same_bits_every_time(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_no_bit(backend, dtype):
-    """It would turn the matmuls inside into bf16."""
+    """Autocast would run the inner matmuls in bf16."""
     inputs, by = inputs_of(4, 129, 31, dtype=dtype, bias=True), upstream((4,), "q", "v", "log_prob")
     expected = evaluate(linear_token_values, inputs, by, backend=backend)
     with torch.autocast(inputs["hidden"].device.type, dtype=torch.bfloat16):
@@ -248,7 +248,7 @@ def test_autocast_changes_no_bit(backend, dtype):
 
 
 def frozen(backend, inputs, by, **options) -> dict[str, torch.Tensor]:
-    """The named outputs and "d hidden" with nothing but the hidden states asking for a gradient."""
+    """The outputs named in `by`, and "d hidden", when only the hidden states need a gradient."""
     leaves = inputs | {"hidden": inputs["hidden"].detach().requires_grad_()}
     out = linear_token_values(**leaves, backend=backend, **options)
     results = {name: getattr(out, name) for name in by}
@@ -258,7 +258,7 @@ def frozen(backend, inputs, by, **options) -> dict[str, torch.Tensor]:
 
 
 def check_frozen(backend, inputs, by, **options) -> dict[str, torch.Tensor]:
-    """As `compare`; and the outputs have the bits that they have without any gradient."""
+    """As `compare`, and the outputs have the same bits as without any gradient."""
     ours = frozen(backend, inputs, by, **options)
     truth = float64_truth("linear_token_values", inputs, by, **options)
     plain = evaluate(reference.linear_token_values, inputs, by, **options)
@@ -282,7 +282,7 @@ def no_logits_in_backward(backend, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @on_backends(SHAPES, entries=lambda shape: math.prod(shape[:-1]))
 def test_frozen_head(backend, shape, dtype):
-    """Each output's gradient alone as well: they take different parts of what the forward summed up."""
+    """All outputs together, and each output alone: their gradients use different terms of `expected`."""
     inputs = inputs_of(*shape, dtype=dtype, bias=len(shape) == 4)
     for names in (("q", "v", "log_prob"), ("q",), ("v",), ("log_prob",)):
         check_frozen(backend, inputs, upstream(shape[:-2], *names))
@@ -292,7 +292,7 @@ def test_frozen_head(backend, shape, dtype):
 @pytest.mark.parametrize("softcap", [None, 1.0, 5.0, 30.0])
 @pytest.mark.parametrize("temperature", [0.7, "per token"])
 def test_frozen_head_options(backend, no_logits_in_backward, temperature, softcap, dtype):
-    """With a bias and a mask, NaN behind it."""
+    """With a bias, and with a mask whose masked hidden states are NaN."""
     inputs = inputs_of(3, 6, 129, 31, dtype=dtype, bias=True)
     mask = torch.rand(3, 6) < 0.6
     inputs["hidden"][~mask], inputs["actions"][~mask] = torch.nan, -100
@@ -310,7 +310,7 @@ def test_frozen_head_without_any_action(backend):
 @pytest.mark.parametrize("excluded", [-torch.inf, -2e38])
 @pytest.mark.parametrize("temperature", [0.7, "per token"])
 def test_frozen_head_that_begins_with_excluded_words(backend, temperature, excluded):
-    """A tile of words whose logits are -inf, or are after the temperature, is the first that is seen."""
+    """The first tile of words has only logits that are -inf, before or after the division by the temperature."""
     inputs = inputs_of(5, 400, 31, bias=True)
     inputs["bias"][:200] = excluded
     inputs["actions"].clamp_(200)
@@ -321,7 +321,7 @@ def test_frozen_head_that_begins_with_excluded_words(backend, temperature, exclu
 @pytest.mark.parametrize("p", [0.9, 0.999, 1 - 1e-6])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_frozen_head_of_a_confident_state(backend, p, softcap):
-    """Each entry keeps its digits: the hidden states pick columns of the head, so that every logit is exact."""
+    """Each entry of the gradient keeps its digits. The hidden states are unit vectors, so that every logit is exact."""
     inputs = inputs_of(12, 129, 31)
     inputs["hidden"], inputs["actions"] = torch.eye(12, 31), torch.arange(12) * 10
     weight, at = inputs["weight"], torch.arange(12)
@@ -338,7 +338,7 @@ def test_frozen_head_of_a_confident_state(backend, p, softcap):
 
 
 def test_frozen_head_twice(backend, no_logits_in_backward):
-    """Two backwards with different gradients, and the first again: what the forward kept is as it was."""
+    """Two backwards with different gradients, and the first one again: no backward changes the kept tensor."""
     inputs = inputs_of(4, 129, 31)
     hidden = inputs.pop("hidden").requires_grad_()
     out = linear_token_values(hidden, **inputs, backend=backend)
@@ -351,33 +351,33 @@ def test_frozen_head_twice(backend, no_logits_in_backward):
 
 
 def test_frozen_head_with_entropy(backend):
-    """Asked for, its gradient may come, which needs the logits again."""
+    """With with_entropy, a gradient of the entropy is possible, and needs the logits again."""
     inputs = inputs_of(4, 129, 31, bias=True)
     for names in (("entropy",), ("log_prob",), ("q", "v", "log_prob", "entropy")):
         check_frozen(backend, inputs, upstream((4,), *names), with_entropy=True)
 
 
 class Products(TorchDispatchMode):
-    """Counts the operations in matrix products, in-place ones included."""
+    """Counts the operations of matrix products, also of in-place products."""
 
     operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "mm" in function.__name__:  # mm, addmm_ and those that write to `out`
+        if "mm" in function.__name__:  # mm, addmm_, and variants that write to `out`
             a, b = args[-2:]
             self.operations += 2 * a.numel() * b.shape[1]
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])  # whose matmuls torch does not see
-def test_frozen_head_costs_two_products_and_no_more(backend, monkeypatch):
-    """Logits once and the sum over the head once, both forward: 4 N V D operations. Backward no product at all."""
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])  # its matmuls are not torch functions
+def test_frozen_head_costs_exactly_two_products(backend, monkeypatch):
+    """The forward has two products, the logits and `expected`: 4 N V D operations. The backward has no product."""
     tokens, words, width, logits = 24, 129, 16, 0
     hidden, weight, actions = head(tokens, words, width)
     module = BACKENDS_BY_NAME[backend]
     for holder in (chunks, gpu):
         monkeypatch.setattr(holder, "LINEAR_CHUNK", 10 * words)  # chunks of 10, 10 and 4
-    if backend == "triton":  # logits come from its own kernel
+    if backend == "triton":  # its logits come from a kernel of its own, which is no torch function
         from reval_kernels.backends.gpu import linear
 
         def counting(head, *rest, forward=linear._forward):

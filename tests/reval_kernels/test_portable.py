@@ -1,7 +1,7 @@
-"""The chunked backend: chunks change nothing but the room that is needed.
+"""The portable backend: the size of the chunks changes the memory, and nothing else.
 
-V = 129 and D = 31, with chunks of 1 token, of a few, and of a size that leaves a last piece of 1. Trajectories are
-longer and shorter than a chunk, empty ones among them; peak memory is what the allocator saw.
+V = 129 and D = 31. Chunks have 1 token, 4 tokens, or 29 tokens, which leaves a last piece of 1. Trajectories are longer
+than a chunk, shorter, or empty. Peak memory is the sum of the allocations that torch's profiler records.
 """
 
 import pytest
@@ -19,7 +19,7 @@ LENGTHS = [0, 3, 0, 11, 1, 0, 0, 8, 2, 5, 0]
 
 @pytest.fixture(params=[1, 4, 29])
 def small_chunks(request, monkeypatch):
-    """Chunks of so many tokens."""
+    """The parameter is the number of tokens of a chunk."""
     monkeypatch.setattr(portable, "ROWS_CHUNK", request.param * V)
     monkeypatch.setattr(chunks, "LINEAR_CHUNK", request.param * V)
 
@@ -40,7 +40,7 @@ def test_token_values_by_chunks(small_chunks, dtype):
     chunked = compare("portable", "token_values", inputs, by, **options)
     portable.ROWS_CHUNK = 1 << 21
     whole = evaluate(reval_kernels.token_values, inputs, by, backend="portable", **options)
-    assert_same_bits(chunked, whole)  # a row is computed alone, whatever its neighbours
+    assert_same_bits(chunked, whole)  # each row is computed on its own
 
 
 def test_inplace_gradient_by_chunks(small_chunks):
@@ -66,7 +66,7 @@ def test_linear_token_values_by_chunks(small_chunks, dtype):
 @pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_linear_reval_loss_by_chunks(small_chunks, level, cached):
-    """Trajectories within a chunk, of several chunks, and none: the loss, residuals and gradients of one big chunk."""
+    """Loss, residuals and gradients are those of one big chunk. Some trajectories need several small chunks."""
     if cached and level != "trajectory":
         return
     n, ends = sum(LENGTHS), torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -86,7 +86,8 @@ def test_linear_reval_loss_by_chunks(small_chunks, level, cached):
 
 
 def test_gaps_and_needs_by_chunks(small_chunks):
-    """Padded with gaps, NaN in them, bf16, and the head frozen: each trajectory's tokens are found again."""
+    """Padded bf16 trajectories with NaN in the gaps, with all gradients and with a frozen head: the gradients reach the
+    right tokens."""
     inputs, mask = masked_batch()
     inputs = {k: x.bfloat16() if x.is_floating_point() else x for k, x in inputs.items()}
     options = {"mask": mask, "rewards": torch.randn(5), "reference": torch.randn(5), "beta": 0.3}
@@ -98,7 +99,7 @@ def test_gaps_and_needs_by_chunks(small_chunks):
 
 @pytest.mark.parametrize("size", [1, 5, 64, 1000])
 def test_a_narrow_head_is_widened_in_parts(monkeypatch, size):
-    """Parts of 1 word, of a few, with a last part, and all at once."""
+    """Parts of 1, 5 and 64 words, with a smaller last part, and one part of all words."""
     monkeypatch.setattr(chunks, "LINEAR_CHUNK", size * 4 * D)
     hidden, weight, actions = head(6, V, D, dtype=torch.bfloat16)
     tiles = [words for words, _ in chunks.tiles(weight, torch.float32)]
@@ -127,8 +128,8 @@ def test_whole_trajectories(counts, size, expected):
 
 
 def peak_bytes(function) -> int:
-    """The most that the allocator held during the call, beyond what it held before."""
-    function()  # anything cached is cached now
+    """The largest number of bytes that the call held at one time, not counting bytes held before the call."""
+    function()  # the first call fills all caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -142,13 +143,13 @@ def peak_bytes(function) -> int:
 
 
 def sizes(backend: str) -> tuple[int, int, int]:
-    """Tokens, words and width: logits of 8 MiB beside a head of 256 KiB and hidden states of 32 KiB; of 64, 4 and 1
-    KiB for a backend too slow for that."""
+    """Tokens, words and width. The logits have 8 MiB, the head 256 KiB, the hidden states 32 KiB. For a slow backend
+    they have 64, 4 and 1 KiB."""
     return (512, 4096, 16) if backend not in LARGEST else (64, 256, 4)
 
 
 @pytest.mark.parametrize("size", ["portable", *LARGEST])
-def test_the_measure_sees_the_logits(size):
+def test_peak_bytes_counts_the_logits(size):
     tokens, words, width = sizes(size)
     hidden, weight, actions = head(tokens, words, width)
     assert peak_bytes(lambda: reference.linear_token_values(hidden, weight, actions)) > 4 * tokens * words
@@ -158,7 +159,7 @@ def test_the_measure_sees_the_logits(size):
 @pytest.mark.parametrize("function", ["linear_token_values", "frozen head", "linear_reval_loss"])
 @pytest.mark.parametrize("trajectories", [32, 1])
 def test_the_logits_never_exist_as_a_whole(backend, monkeypatch, function, trajectories, dtype):
-    """Forward and backward of 512 tokens, in trajectories of 16 and in one of 512, in half of their logits' room."""
+    """Forward and backward of 512 tokens, in 32 trajectories or one, need less than half of the logits' memory."""
     tokens, words, width = sizes(backend)
     for module in (chunks, gpu):
         monkeypatch.setattr(module, "LINEAR_CHUNK", tokens // 16 * words)

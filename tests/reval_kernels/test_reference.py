@@ -1,7 +1,7 @@
-"""The definition itself, against answers worked by hand from docs/method.md and against sympy.
+"""The definition itself, against results computed by hand from docs/method.md and against sympy.
 
-Everything else here trusts reference.py, so nothing in this file uses the package to compute what is expected. Three
-words and three actions are the smallest case in which a first, a middle and a last action differ.
+All other tests trust reference.py. So no test in this file uses the package to compute an expected result. Three words
+and three actions are the smallest case in which the first, a middle and the last action differ.
 """
 
 import math
@@ -46,7 +46,7 @@ def test_gradient_rule_by_hand():
 
 
 def test_words_at_minus_infinity():
-    """They drop out, of the entropy and of its gradient as well; no 0 * inf is left behind."""
+    """They contribute nothing, also not to the entropy and its gradient. No 0 * inf gives NaN."""
     inf = torch.inf
     logits = torch.tensor([[-inf, 0.3, -inf, 1.0], [-inf, -inf, 2.0, -inf]], dtype=torch.float64, requires_grad=True)
     out = reference.token_values(logits, torch.tensor([3, 2]), with_entropy=True)
@@ -75,7 +75,7 @@ def test_masked_tokens_are_never_read():
     assert all(g.isfinite().all() for g in gradients) and (gradients[0][0, 1] == 0).all()
 
 
-# Three states of which the middle one belongs to the environment: H = 2. Log-probabilities are q - v.
+# Three states; the middle one belongs to the environment, so H = 2. Log-probabilities are q - v.
 MASK = torch.tensor([[True, False, True]])
 POLICY = TokenValues(*(torch.tensor([x], dtype=torch.float64) for x in ([1, 77, 4], [2, 88, 5], [-1, 99, -1])))
 ANCHOR = TokenValues(*(torch.tensor([x], dtype=torch.float64) for x in ([0.5, 66, 1], [1, 55, 2], [-0.5, 44, -1])))
@@ -83,7 +83,7 @@ REWARD = torch.tensor([1.0])
 
 
 def test_td_targets_by_hand():
-    """e_1 = 0.5 - 2, e_2 = 1 - 0; r / beta = 2 comes with the last action; the middle state is no action's."""
+    """e_1 = 0.5 - 2, e_2 = 1 - 0. r / beta = 2 arrives at the last action. The middle state belongs to no action."""
     out = reference.td_targets(POLICY, ANCHOR, REWARD, mask=MASK, beta=0.5)
     assert out.endogenous_reward.tolist() == [[-1.5, 0, 1]]
     assert out.target.tolist() == [[-1.5 + 5, 0, 1 + 2]]
@@ -121,7 +121,8 @@ def test_losses_by_hand(level, loss):
     ],
 )
 def test_gradients_by_hand(level, dq, dv, dlog):
-    """Twice the term times its derivative: V(s_1) counts, V(s_2) is in d_1's target, the reference is constant."""
+    """Each gradient is twice a term times its derivative. V(s_1) has a gradient, V(s_2) is in the target of d_1, and
+    the reference is constant."""
     policy, anchor = (TokenValues(*(x.clone().requires_grad_() for x in t[:3])) for t in (POLICY, ANCHOR))
     rewards = REWARD.clone().requires_grad_()
     loss = reference.bellman_loss(policy, anchor, rewards.detach(), mask=MASK, beta=0.5, level=level).loss
@@ -146,7 +147,7 @@ def test_semi_gradient_stops_at_the_target():
     assert dv is None or (dv == 0).all()
 
 
-def test_gradient_of_equation_2_as_sympy_derives_it(backend):
+def test_gradient_of_equation_2_by_sympy(backend):
     """V = 3, H = 3: dL/dlogits of Eq. 2 by symbolic differentiation, by docs/method.md section 3, and ours."""
     z = sympy.symbols("z:3:3")
     states = [z[0:3], z[3:6], z[6:9]]

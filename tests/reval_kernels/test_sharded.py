@@ -1,7 +1,7 @@
-"""linear_token_values with the vocabulary spread over 2 and 4 processes, against one process that has all of it.
+"""linear_token_values with the vocabulary split over 2 and 4 processes, against one process with the whole vocabulary.
 
-130 words cut in uneven slices, one of them a single word, so that rank and offset cannot be mixed up unnoticed. The
-processes start once per world size and run every case; they talk over gloo.
+The slices of the 130 words differ in size, and one slice is a single word, so that a confusion of rank and offset
+fails. The processes start once for each number of processes and run every case. They communicate with gloo.
 """
 
 import math
@@ -44,7 +44,7 @@ def shard(inputs: dict[str, torch.Tensor], world: int, rank: int) -> dict[str, t
 
 
 def check(inputs, backend, by=None, truth=None, **options) -> None:
-    """Outputs and hidden's gradient are those of the whole vocabulary, the head's gradients are those of the slice."""
+    """Outputs and d hidden must be those of the whole vocabulary, d weight and d bias those of the slice."""
     world, rank = dist.get_world_size(), dist.get_rank()
     by = upstream(TOKENS) if by is None else by
     options["with_entropy"] = "entropy" in by
@@ -93,7 +93,7 @@ def masked(backend):
 
 
 def minus_infinity(backend):
-    """Whole slices at -inf, the first and the last among them, and all words but one."""
+    """All logits of some slices are -inf: of the first, of the last, and all logits but one."""
     for finite in (slice(100, 130), slice(0, 40), slice(40, 41), slice(20, 110)):
         inputs = inputs_of()
         bias = torch.full((V,), -torch.inf)
@@ -103,14 +103,14 @@ def minus_infinity(backend):
 
 
 def tied(backend):
-    """The first word and the last, in different slices, share the maximum, to the bit."""
+    """The first and the last word, in different slices, have exactly the same logit, the maximum."""
     inputs = inputs_of()
     inputs["weight"][[0, -1]], inputs["bias"][[0, -1]] = 0.0, 20.0
     check(inputs, backend)
 
 
 def common_offset(backend):
-    """1e4 on every logit, on a grid that float32 holds exactly, changes q and v alone."""
+    """1e4 added to every logit changes only q and v. The logits are on a grid that float32 holds exactly."""
     inputs = inputs_of()
     inputs |= {name: (inputs[name] * 8).round() / 8 for name in ("hidden", "weight", "bias")}
     by = upstream(TOKENS, "log_prob", "entropy")
@@ -119,7 +119,8 @@ def common_offset(backend):
 
 
 def confident(backend):
-    """p = 1 - 1e-6 at actions of every rank: each entry of the gradient keeps its digits, 1 - p and the others' p."""
+    """p = 1 - 1e-6, with actions in every rank's slice. Each entry of the gradient keeps its digits: 1 - p of the
+    action, and p of the other words."""
     inputs, rank, world = inputs_of(), dist.get_rank(), dist.get_world_size()
     actions = torch.arange(12) * 11
     inputs |= {"hidden": torch.eye(12, D).view(*TOKENS, D), "actions": actions.view(TOKENS)}
@@ -138,7 +139,7 @@ def confident(backend):
 
 
 def wanted(backend):
-    """Only some gradients, and none at all."""
+    """Some gradients only, and no gradient."""
     inputs, by = inputs_of(), upstream(TOKENS)
     own = shard(inputs, dist.get_world_size(), dist.get_rank())
     options = {"process_group": dist.group.WORLD, "with_entropy": True, "backend": backend}
@@ -154,7 +155,7 @@ def wanted(backend):
 
 
 def refused(backend):
-    """Every rank refuses an action outside the whole vocabulary; nobody waits for the others."""
+    """Every rank refuses an action outside the whole vocabulary, so no rank waits for another one."""
     inputs = shard(inputs_of(), dist.get_world_size(), dist.get_rank())
     inputs["actions"][1, 1] = V
     with pytest.raises(ValueError, match=r"actions must lie in \[0, 130\) where they are not masked out; got 130"):
@@ -162,7 +163,7 @@ def refused(backend):
 
 
 def repeated(backend):
-    """Two runs give the same bits, and so does every rank."""
+    """Two runs give the same bits, and all ranks have the same bits."""
     own = shard(inputs_of(), dist.get_world_size(), dist.get_rank())
     by = upstream(TOKENS)
     options = {"process_group": dist.group.WORLD, "with_entropy": True, "backend": backend}
@@ -176,7 +177,7 @@ def repeated(backend):
 
 def rank_main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # scratch memory is NaN here as well
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN here too
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
         for backend in BACKENDS:
@@ -184,7 +185,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
             cases(backend)
     except BaseException:
         (Path(folder) / f"rank{rank}").write_text(traceback.format_exc())
-        os._exit(1)  # without a wait for ranks that wait for this one
+        os._exit(1)  # exit at once: the other ranks may wait for this one
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""torch's private names that the library uses: are they still there, and does the library do without them?"""
+"""torch still has the private names that the library uses, and the library also works without them."""
 
 import pytest
 import torch

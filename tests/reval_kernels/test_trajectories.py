@@ -1,6 +1,6 @@
-"""One row a trajectory: which tokens are whose h-th action, against a loop in plain Python.
+"""Trajectories, which puts the actions of each trajectory into one row, against a loop in plain Python.
 
-Lengths from 0, so that empty trajectories come first, last, next to each other and alone.
+Lengths may be 0, so that empty trajectories come first, last, next to each other and alone.
 """
 
 import torch
@@ -25,7 +25,7 @@ def layouts(draw):
 
 
 def actions_of(shape, mask, cu_seqlens) -> list[list[int]]:
-    """For each trajectory the flat indices of its actions."""
+    """The flat indices of each trajectory's actions."""
     bounds = [b * shape[1] for b in range(shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     kept = [True] * shape.numel() if mask is None else mask.flatten().tolist()
     return [[i for i in range(a, b) if kept[i]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -57,7 +57,7 @@ def test_rows_and_tokens(layout, dtype):
     assert torch.equal(ours.tokens(rows), x.where(kept.view(shape), 0))
 
 
-def test_what_no_action_holds_is_never_read():
+def test_tokens_that_are_no_actions_are_never_read():
     mask = torch.tensor([[True, False, True], [False, False, True]])
     x = torch.randn(2, 3).masked_fill(~mask, torch.nan)
     layout = Trajectories(x.shape, x.device, Layout(mask, None))
@@ -65,6 +65,6 @@ def test_what_no_action_holds_is_never_read():
     assert (layout.tokens(layout.rows(x))[~mask] == 0).all()
 
 
-def test_the_next_state_of_the_last_is_terminal():
+def test_the_state_after_the_last_action_is_terminal():
     assert next_state(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[2, 3, 0]]
     assert next_state(torch.zeros(2, 0)).shape == (2, 0)

@@ -1,8 +1,8 @@
 """token_values against its definition.
 
-Vocabularies: 1 and 7 fit into less than any block, 129 and 1000 end in the middle of one, 32,001 needs several blocks
-and is odd, 151,936 is Qwen's and no multiple of 256. Tokens: none, one, a few, and [B, T]. Most tests use V = 129,
-where the last block holds a single word.
+Vocabularies: 1 and 7 are smaller than every block, 129 and 1000 end in the middle of a block, 32,001 needs several
+blocks and is odd, 151,936 is that of Qwen and no multiple of 256. Tokens: none, one, a few, and [B, T]. Most tests use
+V = 129, where the last block holds a single word.
 """
 
 import math
@@ -29,7 +29,7 @@ SHAPES = [(5, 1), (0, 7), (1, 7), (2, 3, 7), (6, 129), (3, 5, 129), (4, 1000), (
 
 
 def gradient(logits, actions, output="log_prob", by=None, **options):
-    """The gradient of one output's sum, or of its product with `by`."""
+    """The gradient of one output's sum, or of sum(output * by)."""
     leaf = logits.detach().requires_grad_()
     out = getattr(token_values(leaf, actions, **options), output)
     return torch.autograd.grad(out, leaf, torch.ones_like(out) if by is None else by)[0]
@@ -47,7 +47,7 @@ def test_values_and_gradients(backend, shape, dtype):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 1.0, 5.0, 30.0])
 def test_softcap_and_temperature(backend, softcap, temperature):
-    """The temperature is a number, or a tensor of one per token of this dtype."""
+    """The temperature is a number. Or the parameter is the dtype of a tensor with one temperature per token."""
     logits, actions = logits_and_actions(2, 4, 129, scale=6.0)
     if isinstance(temperature, torch.dtype):
         temperature = (0.5 + torch.rand(2, 4)).to(temperature)
@@ -57,7 +57,7 @@ def test_softcap_and_temperature(backend, softcap, temperature):
 
 @pytest.mark.parametrize("output", ["q", "v", "log_prob", "entropy"])
 def test_one_output_alone(backend, output):
-    """With p near 1e-3, an error that looks small beside the upstream gradient is large beside that of v."""
+    """p is near 1e-3, so an error that is small relative to the upstream gradient is large relative to that of v."""
     logits, actions = logits_and_actions(6, 1000)
     compare(
         backend,
@@ -119,7 +119,7 @@ def test_masked_tokens_are_never_read(backend, kept, dtype):
     logits[~mask], actions[~mask] = torch.nan, -100
     temperature = torch.rand(3, 6).add(0.5).where(mask, torch.nan)
     inputs, by = {"logits": logits, "actions": actions}, upstream(actions.shape)
-    by["v"][~mask] = torch.inf  # 0 * inf would show
+    by["v"][~mask] = torch.inf  # 0 * inf would give NaN
     ours = evaluate(token_values, inputs, by, mask=mask, with_entropy=True, temperature=temperature, backend=backend)
     assert all((x[~mask] == 0).all() for x in ours.values())
     by["v"][~mask] = 0
@@ -131,8 +131,8 @@ def test_masked_tokens_are_never_read(backend, kept, dtype):
 
 
 def test_common_offset_costs_no_precision(backend):
-    """Logits on a grid that float32 still has at 1e4: the offset must change q and v alone. An implementation that
-    keeps v instead of its two parts loses 3 digits here."""
+    """The logits are multiples of 1/256, which float32 holds exactly also near 1e4. The offset may change only q and v.
+    An implementation that keeps v, and not row_max and log_sum, loses 3 digits here."""
     logits, actions = logits_and_actions(8, 1000)
     logits = (logits * 256).round() / 256
     by = upstream(actions.shape, "log_prob", "v", "entropy")
@@ -149,7 +149,7 @@ def test_common_offset_costs_no_precision(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("finite", [slice(600, None), slice(0, 300), slice(700, 701)], ids=["end", "start", "one"])
 def test_words_at_minus_infinity(backend, finite, dtype):
-    """A first block that is all -inf, a last one, and all words but one; a block in the middle of row 0."""
+    """Rows whose first or last block, or all words but one, are -inf. In row 0 a block in the middle is -inf."""
     logits, actions = logits_and_actions(4, 1000, dtype=dtype)
     logits[1:] = torch.full_like(logits[1:], -torch.inf).index_copy(1, torch.arange(1000)[finite], logits[1:, finite])
     logits[0, 200:800] = -torch.inf
@@ -161,7 +161,7 @@ def test_words_at_minus_infinity(backend, finite, dtype):
 
 
 def test_action_at_minus_infinity(backend):
-    """It has probability 0; its log_prob says so, and the gradient stays finite."""
+    """The action has probability 0: log_prob is -inf, and the gradient is finite."""
     logits, actions = logits_and_actions(3, 129)
     logits[torch.arange(3), actions] = -torch.inf
     inputs = {"logits": logits, "actions": actions}
@@ -171,7 +171,7 @@ def test_action_at_minus_infinity(backend):
 
 @pytest.mark.parametrize("vocabulary", [5, 1000])
 def test_a_state_of_the_lowest_numbers(backend, vocabulary):
-    """What masks are often made of: all words of that state are equally likely, as in torch."""
+    """Masks often use the lowest float32. If all logits of a state are this number, all words are equally likely."""
     logits, actions = logits_and_actions(3, vocabulary)
     logits[1] = torch.finfo(torch.float32).min
     inputs = {"logits": logits, "actions": actions}
@@ -179,15 +179,15 @@ def test_a_state_of_the_lowest_numbers(backend, vocabulary):
     assert ours["v"][1] == torch.finfo(torch.float32).min
 
 
-def test_a_state_that_its_temperature_leaves_without_any_word(backend):
-    """Every logit divided by 0.5 is -inf: so is the value, and not NaN."""
+def test_a_temperature_that_makes_all_logits_infinite(backend):
+    """Every logit divided by 0.5 is -inf. The value is -inf too, not NaN."""
     logits, actions = torch.full((2, 129), -2e38), torch.tensor([3, 4])
     out = token_values(logits, actions, temperature=0.5, backend=backend)
     assert (out.v == -torch.inf).all() and (out.q == -torch.inf).all()
 
 
 def test_a_state_without_any_word(backend):
-    """All at -inf: its value is -inf, not NaN, and the rows around it are as they were."""
+    """All logits are -inf: the value is -inf, not NaN. The numbers of the other rows do not change."""
     logits, actions = logits_and_actions(3, 129)
     before = token_values(logits, actions, backend=backend)
     logits[1] = -torch.inf
@@ -199,8 +199,8 @@ def test_a_state_without_any_word(backend):
 
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 1 - 1e-6])
 def test_confident_action_keeps_its_gradient(backend, p):
-    """d log_prob is 1 - p at the action. It has 24 bits of its own, also where p as a float32 has none left for it;
-    so has log_prob itself. (Plain PyTorch is off by 17% at the last p.)"""
+    """The gradient of log_prob at the action is 1 - p. It has 24 correct bits, even if float32 p is too close to 1 to
+    give any. The same holds for log_prob. (At the last p, plain PyTorch is off by 17%.)"""
     logits, _ = logits_and_actions(8, 1000)
     actions = torch.tensor([0, 1, 127, 128, 500, 777, 998, 999])
     others = logits.double().scatter(1, actions[:, None], -torch.inf).logsumexp(1)
@@ -215,7 +215,7 @@ def test_confident_action_keeps_its_gradient(backend, p):
 
 @pytest.mark.parametrize("output", ["v", "log_prob", "entropy"])
 def test_unlikely_action_keeps_its_gradient(backend, output):
-    """p = 1e-6 to 1e-9 at the action: every entry is right by its own scale, not by the largest one's."""
+    """The action has p = 1e-6 to 1e-9. Every entry is right relative to its own size, not only to the largest entry."""
     logits, actions = logits_and_actions(4, 129)
     logits[torch.arange(4), actions] = -torch.tensor([9.0, 11.0, 13.0, 15.0])
     by = upstream(actions.shape, output)
@@ -251,9 +251,9 @@ def test_same_bits_every_time(backend, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrow_dtype_costs_one_rounding(backend, dtype):
-    """Everything is float32 inside: outputs have the bits of float32 logits, the gradient is theirs, rounded.
+    """The computation is float32. Outputs have the bits that float32 logits give; the gradient is the same, rounded.
 
-    The cpu backend adds up bfloat16 in another order: the even entries, the odd ones.
+    The cpu backend sums bfloat16 logits in another order: the even entries, then the odd entries.
     """
     logits, actions = logits_and_actions(6, 129, dtype=dtype)
     by = upstream(actions.shape)
@@ -280,7 +280,7 @@ def test_autocast_changes_no_bit(backend):
 
 
 def test_without_gradient(backend):
-    """Nothing is recorded where nothing asks for it; entropy comes only where it was asked for."""
+    """No graph is recorded if no input needs a gradient. entropy is None unless with_entropy is true."""
     logits, actions = logits_and_actions(2, 3, 7)
     expected = token_values(logits, actions, backend=backend)
     assert expected.entropy is None and not expected.v.requires_grad
@@ -299,7 +299,7 @@ def test_inplace_gradient_overwrites_the_logits(backend, masked, dtype):
     mask = torch.rand(3, 4) < 0.5 if masked else None
     expected = gradient(source, actions, mask=mask, backend=backend)
 
-    logits = source.clone().requires_grad_() * 1  # as a model's output is: not a leaf
+    logits = source.clone().requires_grad_() * 1  # not a leaf, like the output of a model
     logits.retain_grad()
     out = token_values(logits, actions, mask=mask, inplace_grad=True, backend=backend)
     assert torch.equal(logits, source), "the forward must not write"
@@ -323,8 +323,8 @@ def test_inplace_gradient_of_strided_logits_leaves_their_neighbours(backend):
     assert torch.equal(whole, source)
 
 
-def test_inplace_gradient_has_no_second(backend):
-    """The logits that it would be taken at are no more."""
+def test_inplace_gradient_has_no_second_order_gradient(backend):
+    """The backward has overwritten the logits, at which a second-order gradient would be taken."""
     leaf = torch.randn(3, 129).requires_grad_()
     out = token_values(leaf * 1, torch.zeros(3, dtype=torch.long), inplace_grad=True, backend=backend)
     with pytest.raises(RuntimeError, match="inplace_grad=True has no second-order gradient"):
@@ -337,7 +337,7 @@ def test_inplace_gradient_refuses_memory_shared_between_tokens(backend):
         token_values(logits, torch.zeros(3, dtype=torch.long), inplace_grad=True, backend=backend)
 
 
-def test_the_default_backend_is_one_of_them():
+def test_the_default_backend_gives_the_same_bits_as_its_name():
     logits, actions = logits_and_actions(2, 7)
     named = next(n for n, info in reval_kernels.backends().items() if {"*", logits.device.type} & {*info.default_for})
     assert_same_bits(token_values(logits, actions), token_values(logits, actions, backend=named))

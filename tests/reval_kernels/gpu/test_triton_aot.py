@@ -1,4 +1,4 @@
-"""Facts about the machine code of every GPU kernel, on a machine without a GPU. The whole table:
+"""Checks of the machine code of every GPU kernel, on a machine without a GPU. This command prints the whole table:
 
 python -m reval_kernels.aot
 """
@@ -12,7 +12,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-# The block sizes were chosen with 3.9. Triton 3.6 compiles them all, but leaves two kernels 8 and 40 bytes of stack.
+# The block sizes were chosen with Triton 3.9. Triton 3.6 also compiles all kernels, but two of them use 8 and 40 bytes
+# of stack.
 STRICT = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9)
 KEYS = {
     "kernel",
@@ -41,7 +42,7 @@ def compiled(*arguments: str) -> list[dict]:
 def check(reports: list[dict]) -> None:
     for r in reports:
         assert set(r) == KEYS
-        assert r["spill_bytes"] == r["stack_bytes"] == 0 or not STRICT, r  # nothing in local memory
+        assert r["spill_bytes"] == r["stack_bytes"] == 0 or not STRICT, r  # no local memory is used
         assert r["occupancy"] > 0, r
         if r["kernel"].startswith("row_"):
             assert r["load_bits"] == 128, r
@@ -69,7 +70,7 @@ OTHERS = ["loss_kernel", "td_kernel", "td_backward_kernel", "loss_backward_kerne
 
 
 @pytest.mark.parametrize("kernels", [ROWS, OTHERS], ids=["rows", "others"])
-def test_the_rest_on_an_h100(kernels):
+def test_row_bellman_and_merge_kernels_on_an_h100(kernels):
     reports = compiled("--target", "sm_90", "--kernel", *kernels)
     assert {r["kernel"] for r in reports} == set(kernels)
     check(reports)
@@ -77,15 +78,15 @@ def test_the_rest_on_an_h100(kernels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"])
-def test_everything(target):
+def test_all_kernels(target):
     reports = compiled("--target", target)
-    if target == "gfx942":  # its masks cut the widest loads where softcap comes between
+    if target == "gfx942":  # masks split its widest loads in kernels with softcap
         assert all(r["spill_bytes"] == r["stack_bytes"] == 0 for r in reports)
     else:
         check(reports)
 
 
-def test_it_says_that_the_interpreter_is_in_its_way():
+def test_triton_interpret_is_refused():
     command = [sys.executable, "-m", "reval_kernels.aot", "--kernel", "merge"]
     done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode != 0 and "TRITON_INTERPRET" in done.stderr

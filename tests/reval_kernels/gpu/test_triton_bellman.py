@@ -1,4 +1,6 @@
-"""The Bellman kernels over several blocks: with blocks of 4, trajectories of 0, 1, 4, 5, 11 actions end anywhere."""
+"""The Bellman kernels over several blocks. With blocks of 4, trajectories of 0, 1, 4, 5 and 11 actions end at every
+kind of position in a block.
+"""
 
 import pytest
 import torch
@@ -42,12 +44,12 @@ def test_against_the_definition(block, function, options, packed, masked):
     shape = (21,) if packed else (3, 9)
     options = dict(options)
     count = 6 if packed else 3
-    policy, behaviour = narrow(values(*shape)), narrow(values(*shape))
+    policy, ref = narrow(values(*shape)), narrow(values(*shape))
     rewards = torch.randn(count)
     layout = {"mask": torch.rand(shape) < 0.6 if masked else None}
     if packed:
         layout["cu_seqlens"] = torch.tensor(CUTS, dtype=torch.int32)
-    anchor = torch.randn(count) if options.pop("returns", False) else behaviour
+    anchor = torch.randn(count) if options.pop("returns", False) else ref
 
     def call(module, q, v, log_prob, **extra):
         def to(x):
@@ -66,7 +68,7 @@ def test_against_the_definition(block, function, options, packed, masked):
     touched = {k: x + 0 * x for k, x in inputs.items()}
 
     def anchored(module, **more):
-        # every input takes part, so that autograd finds a (zero) gradient for each
+        # every input is part of the output, so that autograd finds a gradient (perhaps 0) for each
         def run(**leaves):
             out = call(module, **leaves, **{k: x.to(leaves["q"].dtype) for k, x in extra.items()}, **more)
             silent = 0 * sum(x.sum() for x in leaves.values())
@@ -81,10 +83,10 @@ def test_against_the_definition(block, function, options, packed, masked):
 
 
 def test_a_long_trajectory_loses_no_digits():
-    """5000 tokens whose log-probabilities nearly cancel against the reference's."""
+    """5000 tokens whose log-probabilities nearly equal those of the reference, so that their difference is small."""
     policy = narrow(values(1, 5000))
-    behaviour = TokenValues(*(x + 1e-3 * torch.randn_like(x) for x in policy[:3]))
-    ours = reval_kernels.bellman_loss(policy, behaviour, torch.zeros(1), beta=1.0, backend="triton")
-    wide = [TokenValues(*(x.double() for x in y[:3])) for y in (policy, behaviour)]
+    ref = TokenValues(*(x + 1e-3 * torch.randn_like(x) for x in policy[:3]))
+    ours = reval_kernels.bellman_loss(policy, ref, torch.zeros(1), beta=1.0, backend="triton")
+    wide = [TokenValues(*(x.double() for x in y[:3])) for y in (policy, ref)]
     truth = reference.bellman_loss(*wide, torch.zeros(1).double(), beta=1.0)
     assert torch_error(ours.residual, truth.residual) < 1e-7

@@ -1,7 +1,8 @@
-"""The linear kernel beyond what test_linear_values.py asks of every backend.
+"""Cases of the linear kernel that test_linear_values.py, which runs on every backend, does not have.
 
-Widths: 1, 31 and 123 are no multiples of a tile's depth, 576 is nine times 64. Vocabularies: 1 and 7 fit the least
-tile, 129 and 300 end within one, 50,257 is GPT-2's. 130 and 300 tokens need two and three blocks of 128.
+Widths: 1, 31 and 123 are no multiples of a tile's depth, 576 is nine times 64. Vocabularies: 1 and 7 fit into the
+smallest tile, 129 and 300 end in the middle of a tile, 50,257 is that of GPT-2. 130 and 300 tokens need two and three
+blocks of 128.
 """
 
 import pytest
@@ -42,7 +43,7 @@ def test_strides(layout):
         weight = weight.T.contiguous().T
     elif layout == "strided hidden":
         hidden = torch.stack([hidden, hidden], dim=-1)[..., 0]
-    else:  # what lies beside the slice is not read
+    else:  # the entries beside the slice are NaN: they must not be read
         for x in (hidden, weight):
             x[:, :3] = x[:, 20:] = torch.nan
         hidden, weight = hidden[::2, 3:20], weight[:, 3:20]
@@ -52,7 +53,7 @@ def test_strides(layout):
 
 
 def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch):
-    """300 tokens take three blocks in two groups, token 270 alone one. The cut of the chunks has no say either."""
+    """300 tokens need three blocks in two groups, token 270 alone one block. The size of the chunks has no effect."""
     from reval_kernels.backends import gpu
     from reval_kernels.backends.gpu import linear
 
@@ -72,7 +73,7 @@ def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch):
 
 @pytest.mark.parametrize("p", [0.999, 1 - 1e-6])
 def test_a_confident_state_keeps_its_gradient_through_the_head(p):
-    """The logits near 20 are off by 2e-6 if computed another way: more than this state's 1 - p."""
+    """Another way to compute the logits near 20 would change them by 2e-6, which is more than this state's 1 - p."""
     width, words = 64, 129
     hidden, weight = torch.randn(1, width), torch.randn(words, width) / 8
     gap = torch.tensor(p / (1 - p) * (words - 1)).log()
@@ -88,26 +89,26 @@ def test_trajectories_longer_than_a_chunk(monkeypatch, chunk, level):
 
     monkeypatch.setattr(gpu, "LINEAR_CHUNK", chunk)
     hidden, weight, actions = head(3, 5, 129, 31)
-    behaviour, rewards = values(3, 5, dtype=torch.float32), torch.randn(3)
+    reference, rewards = values(3, 5, dtype=torch.float32), torch.randn(3)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
-    options = {"reference": behaviour, "rewards": rewards, "beta": 0.5, "level": level}
+    options = {"reference": reference, "rewards": rewards, "beta": 0.5, "level": level}
     compare("triton", "linear_reval_loss", inputs, {"loss": torch.tensor(1.5)}, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_policy_equal_to_its_reference_has_no_loss_whatever_the_chunks(monkeypatch, dtype):
-    """The reference is scored all at once, the policy two trajectories at a time: still exactly 0."""
+def test_a_policy_equal_to_its_reference_has_no_loss_with_any_chunks(monkeypatch, dtype):
+    """The reference is scored in one chunk, the policy two trajectories at a time. The loss is still exactly 0."""
     from reval_kernels.backends import gpu
 
     hidden, weight, actions = head(4, 5, 129, 31, dtype=dtype)
-    behaviour = linear_token_values(hidden, weight, actions, backend="triton")
+    reference = linear_token_values(hidden, weight, actions, backend="triton")
     monkeypatch.setattr(gpu, "LINEAR_CHUNK", 129 * 10)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     ours = evaluate(
         linear_reval_loss,
         inputs,
         {"loss": torch.tensor(1.0)},
-        reference=behaviour,
+        reference=reference,
         rewards=torch.zeros(4),
         beta=0.1,
         backend="triton",
@@ -115,9 +116,9 @@ def test_a_policy_equal_to_its_reference_has_no_loss_whatever_the_chunks(monkeyp
     assert all((ours[k] == 0).all() for k in ("loss", "d hidden", "d weight"))
 
 
-def test_where_no_matmul_goes_from_bf16_to_fp32(monkeypatch):
-    """AMD builds of torch have none: the head is widened in parts, and the logits come from the same kernel all the
-    same, so that a policy equal to its reference has loss exactly 0 there as well."""
+def test_torch_without_a_matmul_from_bf16_to_fp32(monkeypatch):
+    """AMD builds of torch have no such matmul, so a few words of the head are widened at a time. The logits still come
+    from the same kernel: a policy equal to its reference has loss exactly 0."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     hidden, weight, actions = head(2, 5, 129, 31, dtype=torch.bfloat16)
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}

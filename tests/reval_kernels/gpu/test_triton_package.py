@@ -1,6 +1,7 @@
-"""What the Triton backend says about itself, and that the interpreter it is tested in can be trusted.
+"""The Triton backend's report about itself, and the correctness of the interpreter that its tests use.
 
-The folder is not called `triton`: the parent lies on sys.path, and a folder of that name would pass for the package.
+This folder is not named `triton`: its parent is on sys.path, so Python would import a folder of that name as the
+package.
 """
 
 import os
@@ -22,7 +23,7 @@ interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter"
 
 
 def run(code: str, **environment: str) -> str:
-    """What a fresh Python prints."""
+    """The output of a new Python process that runs the code."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -34,7 +35,7 @@ def test_importing_the_library_imports_no_triton():
     assert run(code).strip() == "False"
 
 
-def test_without_triton_the_backend_says_so():
+def test_the_reason_without_triton():
     code = """
 import importlib.util, reval_kernels
 find = importlib.util.find_spec
@@ -57,7 +58,7 @@ except ValueError as error:
     assert "CUDA" in message and "cpu" in message and "TRITON_INTERPRET=1" in message
 
 
-def test_it_serves_gpus_by_default():
+def test_triton_is_the_default_for_gpus():
     assert reval_kernels.backends()["triton"].default_for == ("cuda",)
 
 
@@ -85,7 +86,7 @@ def to_bf16(x, out):
 
 @interpreted
 def test_canary_unpatched_bf16_arithmetic_is_wrong():
-    """If this goes red, the interpreter has learnt bf16, and interpreter.py may go."""
+    """If this test fails, the interpreter computes bf16 correctly, and the repairs in interpreter.py can be deleted."""
     x, y, out = torch.ones(16).bfloat16(), torch.ones(16).bfloat16(), torch.zeros(16)
     bf16_arithmetic[(1,)](x, y, out, ADD=True)
     assert not torch.equal(out, torch.full((16,), 2.0))
@@ -104,7 +105,7 @@ def test_patched_bf16_arithmetic_is_an_error():
 
 
 @interpreted
-def test_patched_bf16_dot_and_rounding_are_torch_s():
+def test_patched_bf16_dot_and_rounding_match_torch():
     from reval_kernels.backends.gpu.interpreter import faithful
 
     x, y, out = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.zeros(16, 16)

@@ -1,7 +1,7 @@
-"""The row kernels beyond what test_values.py asks of every backend.
+"""Cases of the row kernels that test_values.py, which runs on every backend, does not have.
 
-Rows here take several blocks and several programs: with blocks of 16 words, V = 129 ends one word into the ninth, and
-two blocks a program make five programs. The real cut at V = 151,936 (38 blocks, three programs) has a case of its own.
+Rows here need several blocks and several programs. With blocks of 16 words, V = 129 ends one word into the ninth block,
+and two blocks per program make five programs. One case has the real V = 151,936: 38 blocks, three programs.
 """
 
 import os
@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 @pytest.fixture(params=[1, 2, 9])
 def small_blocks(request, monkeypatch):
-    """Blocks of 16 words, this many a program."""
+    """Blocks of 16 words; the parameter is the number of blocks per program."""
     from reval_kernels.backends.gpu import rows
 
     def row_blocks(vocabulary):
@@ -35,13 +35,13 @@ OPTIONS = [{}, {"softcap": 5.0, "temperature": 0.7}, {"temperature": torch.tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_shared_by_programs(small_blocks, dtype, options):
     logits, actions = logits_and_actions(3, 129, dtype=dtype)
-    mask = torch.tensor([False, True, True])  # upstream() leaves the first token its gradient
+    mask = torch.tensor([False, True, True])  # upstream() gives the second token gradient 0, so the first is masked
     inputs = {"logits": logits, "actions": actions}
     compare("triton", "token_values", inputs, upstream(actions.shape), mask=mask, with_entropy=True, **options)
 
 
 def test_words_that_tie_for_the_top(small_blocks):
-    """In one lane, across lanes and across programs: all but one of them count."""
+    """The ties are in one lane, across lanes and across programs. All of these words but one count in s (common.py)."""
     logits, actions = torch.zeros(2, 129), torch.tensor([0, 128])
     logits[1, ::7] = 3.0
     inputs = {"logits": logits, "actions": actions}
@@ -64,14 +64,15 @@ def test_blocks_at_minus_infinity(small_blocks, where):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_vocabulary(dtype):
-    """One row, and an action in its last, partial block."""
+    """One row; its action is in the last block, which is not full."""
     logits, _ = logits_and_actions(1, 151_936, dtype=dtype)
     inputs = {"logits": logits, "actions": torch.tensor([151_900])}
     compare("triton", "token_values", inputs, upstream(torch.Size([1])), with_entropy=True)
 
 
 def test_softcap_comes_before_the_padding():
-    """Cut short at V = 50257, the last block's rest must weigh nothing: exp(-softcap) of each would be seen."""
+    """V = 50257 ends in the middle of the last block. The padding must have weight 0: softcap(-inf) would give each
+    padding entry the weight exp(-softcap)."""
     logits, actions = logits_and_actions(1, 50_257, scale=0.01)
     inputs = {"logits": logits, "actions": actions}
     compare("triton", "token_values", inputs, upstream(actions.shape, "v", "log_prob"), softcap=1.0)
@@ -84,7 +85,7 @@ def test_a_token_s_numbers_do_not_depend_on_its_company():
     assert_same_bits([x[3:4] for x in together], list(alone))
 
 
-def test_labels_at_unaligned_addresses():
+def test_actions_at_unaligned_addresses():
     logits, _ = logits_and_actions(4, 129)
     for dtype in (torch.int32, torch.int64):
         actions = torch.randint(129, (5,), dtype=dtype)[1:]
@@ -101,8 +102,9 @@ def test_more_dimensions_than_a_kernel_addresses(shape):
     compare("triton", "token_values", {"logits": logits, "actions": actions}, upstream(actions.shape, "q", "v"))
 
 
-def test_in_place_in_pieces(small_blocks):
-    """Every program overwrites its part of the row; none may read the action's logit from another's."""
+def test_in_place_gradient_by_several_programs(small_blocks):
+    """Every program overwrites its blocks of the row. No program may read the action's logit from another program's
+    blocks."""
     logits, actions = logits_and_actions(2, 129, dtype=torch.bfloat16)
     wanted = evaluate(
         token_values, {"logits": logits, "actions": actions}, upstream(actions.shape, "log_prob"), backend="triton"
@@ -123,7 +125,7 @@ WIDE = """
 import mmap, torch
 import reval_kernels
 rows, words, stride = 3, 7, 2**30
-pages = mmap.mmap(-1, 2 * ((rows - 1) * stride + words))  # only those that are touched exist
+pages = mmap.mmap(-1, 2 * ((rows - 1) * stride + words))  # only pages that are touched use memory
 memory = torch.frombuffer(pages, dtype=torch.bfloat16)
 logits = memory.as_strided((rows, words), (stride, 1))
 logits.copy_(torch.randn(rows, words))

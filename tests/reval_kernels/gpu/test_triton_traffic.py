@@ -1,7 +1,7 @@
-"""Bytes that the kernels move, as the interpreter sees them, against the least possible: within 2%.
+"""The bytes that the kernels load and store in the interpreter are within 2% of the least possible.
 
-V = 8192 in the row tests, two blocks, so that the few numbers a token besides its logits are below 1% of them. In the
-linear test D is one tile deep and V is large enough (V D against 128 D) that the head is nearly all there is to read.
+The row tests have V = 8192, two blocks: the few other numbers of a token are below 1% of its logits. In the linear
+test D is the depth of one tile, and V is so large (V D against 128 D) that nearly all bytes read are of the head.
 """
 
 import pytest
@@ -58,9 +58,9 @@ def test_masked_rows_are_not_read():
     assert within(traffic.loaded["logits"], 2 * logits.nbytes // 2)
 
 
-def test_linear_forward_issues_the_head_once_per_block_of_tokens():
-    """What the load instructions ask for, of the L2 cache or of memory: the head once per block of 128 tokens, the
-    hidden states once per tile of 128 words. No program asks for the same twice."""
+def test_linear_forward_loads_the_head_once_per_block_of_tokens():
+    """The bytes of the load instructions, from the L2 cache or from memory: the head once per block of 128 tokens, the
+    hidden states once per tile of 128 words. No program loads the same bytes twice."""
     from reval_kernels.backends.gpu.interpreter import counted
 
     hidden, weight, actions = head(200, 8192, 64, dtype=torch.bfloat16)
@@ -77,8 +77,8 @@ def test_linear_forward_issues_the_head_once_per_block_of_tokens():
 
 @pytest.mark.parametrize("blocks", [1, 2, 16])
 def test_linear_forward_needs_head_and_hidden_states_once_per_group_of_blocks(monkeypatch, blocks):
-    """What memory must supply when the hidden states of a group of `blocks` blocks stay in the L2 cache: the head once
-    per group, the hidden states once in all. 300 tokens are three blocks: three groups, two, or one."""
+    """The bytes from memory, if the hidden states of a group of `blocks` blocks stay in the L2 cache: the head once per
+    group, the hidden states once. 300 tokens are three blocks, in three groups, in two, or in one."""
     from reval_kernels.backends.gpu import linear
     from reval_kernels.backends.gpu.interpreter import counted
 
@@ -97,26 +97,26 @@ READ = {
     "token": {"q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref"},
     "subtrajectory": {"v", "log_prob", "v_ref", "log_prob_ref"},
 }
-"""What each level reads: its residual needs v and log_prob, its TD errors q and v."""
+"""The tensors that each level reads. The residual needs v and log_prob, the TD errors need q and v."""
 
 
 @pytest.mark.parametrize("level", READ)
 def test_bellman_reads_each_number_at_most_twice_and_writes_it_once(level):
-    """Two trajectories of 600 actions. Besides the cotangents a program writes its residual and, in float64, its sum of
-    squares."""
+    """Two trajectories of 600 actions. A program writes the cotangents of its actions, its residual, and its sum of
+    squares in float64."""
     from reval_kernels.backends.gpu.interpreter import counted
 
     numbers = [torch.randn(2, 600) for _ in range(6)]
     names = ("q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref")
     with counted(**dict(zip(names, numbers, strict=True))) as traffic:
-        values, behaviour = TokenValues(*numbers[:3]), TokenValues(*numbers[3:])
-        bellman_loss(values, behaviour, torch.randn(2), beta=1.0, level=level, backend="triton")
+        values, reference = TokenValues(*numbers[:3]), TokenValues(*numbers[3:])
+        bellman_loss(values, reference, torch.randn(2), beta=1.0, level=level, backend="triton")
     each = numbers[0].nbytes
     assert {n for n in names if traffic.loaded.get(n)} == READ[level]
-    # of v the trajectory's residual needs the first state alone
+    # the residual needs v of the first state only: 4 bytes for each of two trajectories
     least = {n: 8 if level == "trajectory" and n.startswith("v") else each for n in READ[level]}
     assert all(least[n] <= traffic.loaded[n] <= 2 * each for n in READ[level] - {"log_prob", "log_prob_ref"})
     assert all(each <= traffic.loaded[n] <= 2 * each for n in ("log_prob", "log_prob_ref"))
-    # dlog_prob and the first dv; dq and all dv but the first; dv and dlog_prob
+    # trajectory: dlog_prob and the first dv. token: dq, and every dv but the first. subtrajectory: dv and dlog_prob
     cotangents = {"trajectory": each + 8, "token": 2 * each - 8, "subtrajectory": 2 * each}[level]
     assert traffic.stored == {"other": cotangents + 2 * (4 + 8)}
