@@ -145,7 +145,7 @@ class RowValues(NamedTuple):
     v: Tensor
     log_prob: Tensor
     entropy: Tensor
-    """0 where no entropy was asked for."""
+    """0 unless `with_entropy` is true."""
     row_max: Tensor
     """The largest transformed logit. v = row_max + log_sum. The backward needs both terms: in a sum near 1e4 the last
     digits of log_sum are lost."""
@@ -170,7 +170,7 @@ class Statistics(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Gradients of the loss by the outputs of token_values, [...] each."""
+    """Gradients of the loss with respect to the outputs of token_values, [...] each."""
 
     dq: Tensor
     dv: Tensor
@@ -191,7 +191,7 @@ class HeadGradients(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """A Bellman loss, and its gradients by q, v and log_prob of every token."""
+    """A Bellman loss, and its gradients with respect to q, v and log_prob of every token."""
 
     loss: Tensor
     """[]"""
@@ -208,7 +208,7 @@ class LossTerms(NamedTuple):
 
 
 class UnitGradients(NamedTuple):
-    """Gradients of a Bellman loss by q, v and log_prob, [...] each, for an upstream gradient of 1."""
+    """Gradients of a Bellman loss with respect to q, v and log_prob, [...] each, for an upstream gradient of 1."""
 
     dq: Tensor
     dv: Tensor
@@ -310,7 +310,7 @@ class Backend(Protocol):
         options: BellmanOptions,
         /,
     ) -> LossTerms:
-        """The loss, the residuals and the gradients by q, v and log_prob (docs/method.md sections 3 and 4)."""
+        """Loss, residuals, and the gradients with respect to q, v and log_prob (docs/method.md sections 3 and 4)."""
 
     def bellman_loss_backward(
         self, d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout, /

@@ -314,7 +314,7 @@ def bellman_loss(
     options: BellmanOptions,
     backend: str | None,
 ) -> LossTerms:
-    """The loss [] and the residuals [B], both differentiable; and the gradients of the loss by q, v and log_prob."""
+    """The differentiable loss [] and residuals [B], and the gradients of the loss with respect to q, v and log_prob."""
     check_cu_seqlens(layout, values.q)
     with _computing(backend, values.q) as kernels:
         return kernels.bellman_loss(values, reference, rewards, layout, options)

@@ -176,7 +176,7 @@ def tile(dtype: torch.dtype, shared: int) -> Tile:
 
 
 def fitted_tile(hidden: Tensor, weight: Tensor) -> Tile:
-    """The tile, no larger than the head needs. The number of tokens has no influence: it must not change a bit."""
+    """The tile, no larger than the head needs. The number of tokens must not change it: the bits would change too."""
     shape = tile(hidden.dtype, _shared_memory(hidden.device))
     words, depth = (
         min(most, max(16, triton.next_power_of_2(size)))  # tl.dot needs at least 16
