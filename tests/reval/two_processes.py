@@ -22,8 +22,8 @@ from reval.reference_policy import ReferencePolicy
 from reval.replay import Trajectory
 from reval.rollout.probe import log_probs
 
-# AdamW divides a gradient by its own size. Where a gradient is rounding alone, about 1e-9 here, its direction is random,
-# and with the default eps of 1e-8 the step would be random and as long as any other. This eps makes such a step 0.
+# AdamW divides a gradient by its own size. Where a gradient is rounding alone, about 1e-9 here, its direction is
+# random. With the default eps of 1e-8 its step would be as long as any other; this eps makes the step nearly 0.
 ADAM = ["optim.eps=1e-5"]
 CASES = {
     "plain": [],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -107,8 +108,9 @@ def compare(backend: str, name: str, inputs: Tensors, upstream: Tensors, **optio
     truth = float64_truth(name, inputs, upstream, **options)
     scales = natural_scales(name, inputs, truth, upstream, **options)
     for what in truth:
-        slack = {"scale": scales.get(what), "floor": logit_error(inputs), "what": what}
-        assert_no_worse_than_torch(ours[what], plain[what], truth[what], **slack)
+        assert_no_worse_than_torch(
+            ours[what], plain[what], truth[what], scale=scales.get(what), floor=logit_error(inputs), what=what
+        )
     return ours
 
 
@@ -137,7 +139,8 @@ def natural_scales(name: str, inputs: Tensors, truth: Tensors, upstream: Tensors
         logits = reference._head(head["hidden"], head["weight"], head.get("bias"), options.get("mask"))
         vocabulary, on_logits = logits.shape[-1], {"logits": logits, **rest}
         on = name.removeprefix("linear_")
-        d_logits = sum(float64_truth(on, on_logits, {k: g}, **options)["d logits"].abs() for k, g in upstream.items())
+        one_by_one = [float64_truth(on, on_logits, {k: g}, **options)["d logits"] for k, g in upstream.items()]
+        d_logits = torch.stack(one_by_one).abs().sum(0)
         # dv p and dlog_prob p may cancel, and so may log p + entropy. So the terms before the sum are about as large as
         # p times the sum of all upstream gradients.
         size = d_logits.amax(-1) + (upstream["entropy"].abs() * (1 + truth["entropy"]) if "entropy" in upstream else 0)
@@ -191,7 +194,7 @@ def assert_no_worse_than_torch(
     assert mine <= bound, f"{what}: error {mine:.3g} of the scale, plain PyTorch {theirs:.3g}, bound {bound:.3g}"
 
 
-def assert_same_bits(a: object, b: object) -> None:
+def assert_same_bits(a: Any, b: Any) -> None:
     """Check that two results (tensors, in tuples or dicts) have the same bits."""
     if isinstance(a, Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), f"{a} != {b}"
