@@ -10,8 +10,9 @@ The method is ReVal (arXiv 2603.23355; docs/method.md). ReVal reads a language m
     Q(s, a) = logit(s)[a]        V(s) = logsumexp_a Q(s, a)        log pi(a|s) = Q(s, a) - V(s)
 
 The action a_h is a response token. The state s_h is the prompt with the response tokens before a_h. The Bellman
-equation compares Q(s_h, a_h) = V(s_h) + log pi(a_h|s_h) with V(s_{h+1}). ReVal sums the errors along the response. In
-the sum the values of all states cancel, except V(s_1). The loss is the mean over responses of residual^2:
+equation asks Q(s_h, a_h) = V(s_h) + log pi(a_h|s_h) to equal the reward plus V(s_{h+1}). ReVal sums the errors along
+the response. In the sum the values of all states cancel, except V(s_1). The reference policy pi_ref is a frozen copy of
+the policy; beta weighs it against the reward. The loss is the mean over responses of residual^2:
 
     residual = V(s_1) + sum_h log pi(a_h|s_h) - reference return - reward / beta
     reference return = V_ref(s_1) + sum_h log pi_ref(a_h|s_h)
@@ -44,8 +45,8 @@ P, H = 3, 3
 HELD_OUT = 20
 PROMPTS, RESPONSES = 32, 8  # prompts of an iteration, and responses to each prompt
 BUFFER = 512  # responses: two iterations
-BETA = 1.0  # for normalised rewards and 3 tokens; long responses need a smaller beta (docs/method.md)
-RESET_EVERY = 5  # iterations until the reference becomes the policy; at this beta a fixed one holds the policy back
+BETA = 1.0  # for normalized rewards and 3 tokens; long responses need a smaller beta (docs/method.md)
+RESET_EVERY = 5  # iterations between copies of the policy into the reference: an old reference holds the policy back
 LEARNING_RATE, MAX_GRAD_NORM = 3e-3, 1.0
 
 
@@ -92,7 +93,7 @@ def generate(policy: LlamaForCausalLM, prompts_BP: Tensor) -> tuple[Tensor, Tens
         probabilities_BV = policy(tokens_BT).logits[:, -1].softmax(-1)  # of the next token
         tokens_BT = torch.cat([tokens_BT, torch.multinomial(probabilities_BV, 1)], 1)
     ends_BH = (tokens_BT[:, P:] == EOS).long()
-    return tokens_BT, ends_BH.cumsum(1) - ends_BH == 0  # no EOS before this token
+    return tokens_BT, ends_BH.cumsum(1) - ends_BH == 0  # no EOS before this token; EOS itself is not before itself
 
 
 def right_tokens(tokens_BT: Tensor, mask_BH: Tensor) -> Tensor:
