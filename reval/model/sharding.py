@@ -32,7 +32,8 @@ from ..distributed import World
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of the transformer: the modules that transformers itself marks as not to be split."""
     kinds = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    # fully_shard gives a module a subclass of its class with another name: FSDPLlamaDecoderLayer
+    return [m for m in model.modules() if any(c.__name__ in kinds for c in type(m).__mro__)]
 
 
 def shard(

@@ -63,6 +63,12 @@ def test_two_processes_compute_what_one_does(results, case):
     assert torch.allclose(torch.tensor(ours["log_probs"][0]), torch.tensor(one["log_probs"][0]), atol=1e-3)
 
 
+def test_activations_are_checkpointed_in_shards_too(results):
+    """Forward passes of a layer in one micro-batch: the second one recomputes the activations for the backward."""
+    assert load(results, "plain")["passes"] == 1
+    assert load(results, "checkpointed activations")["passes"] == 2
+
+
 def test_mixed_precision_keeps_float32_masters_and_stays_near_float32(results):
     """The layers' rounding is all that differs: 8 bits, against which the whole gradient is bounded."""
     mixed, exact = load(results, "bf16 compute"), load(results, "plain")

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
+from reval.batching import plan
 from reval.config import Config, load_config
 from reval.distributed import World, world
 from reval.learner import Learner
 from reval.model.loading import load_model
 from reval.model.saving import whole_weights
-from reval.model.sharding import whole
+from reval.model.sharding import layers_of, whole
 from reval.reference_policy import ReferencePolicy
 from reval.replay import Trajectory
 from reval.rollout.probe import log_probs
@@ -53,6 +54,14 @@ def batch_for(case: str) -> list[Trajectory]:
 def updates(config: Config, processes: World, case: str, folder: Path | None = None) -> dict[str, Any]:
     """Three updates with a reset in between. The state after two of them goes into `folder`."""
     model, _ = load_model(config.model, 0, config.lora, processes)
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    attention: Any = layers_of(model)[0].self_attn
+    attention.register_forward_hook(count)
     reference, learner = ReferencePolicy(model, config, processes), Learner(model, config, processes)
     trajectories, done, gradients = batch_for(case), [], {}
 
@@ -64,6 +73,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
         if step == 2 and folder is not None:
             dcp.save({"optimizer": learner.state(), "weights": model.state_dict()}, checkpoint_id=folder)
         reference.annotate(trajectories)
+        passes = 0
         out = learner.update(trajectories)
         done.append((out["loss"], out["grad_norm"], out["residual_terms"]["residual"].sort().values))
         if step == 1:
@@ -71,6 +81,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
     ids = trajectories[0].token_ids.tolist()
     return {
         "updates": done,
+        "passes": passes / len(plan(trajectories, processes, model.device, config)),
         "gradients": gradients,
         "weights": {name: w.clone() for name, w in whole_weights(model)},
         "dtypes": {p.dtype for p in model.parameters()},
