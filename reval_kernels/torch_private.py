@@ -5,6 +5,8 @@ tests/reval_kernels/test_torch_private.py fails when torch drops one of the name
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def second_order_refused(gradient: Tensor, message: str) -> Tensor:
     Without this node, autograd would treat the gradient as a constant and return 0 as the second-order gradient.
     """
     leaf = gradient.detach().requires_grad_()
-    delayed_error = getattr(torch._C._functions, "DelayedError", None)
+    delayed_error = _private("_functions", "DelayedError")
     return _Refusing.apply(leaf, message) if delayed_error is None else delayed_error(message, 1)(leaf)
 
 
@@ -37,7 +39,7 @@ def is_batched(x: Tensor) -> bool:
 
     Fallback: true. The caller then runs the code that is right for both kinds of tensor.
     """
-    question = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+    question = _private("_functorch", "is_legacy_batchedtensor")
     return True if question is None else question(x)
 
 
@@ -46,5 +48,10 @@ def backward_keeps_graph() -> bool:
 
     Fallback: true. The caller then keeps the tensors that another backward would need.
     """
-    question = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    question = _private("_autograd", "_get_current_graph_task_keep_graph")
     return True if question is None else question()
+
+
+def _private(module: str, name: str) -> Any:
+    """torch._C.<module>.<name>, or None where torch lacks the module or the name."""
+    return getattr(getattr(torch._C, module, None), name, None)

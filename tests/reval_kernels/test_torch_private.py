@@ -3,44 +3,67 @@
 import pytest
 import torch
 
-from reval_kernels import linear_reval_loss
+from reval_kernels import linear_reval_loss, torch_private
 
 NAMES = {
-    "second_order_refused": (torch._C._functions, "DelayedError"),
-    "is_batched": (torch._C._functorch, "is_legacy_batchedtensor"),
-    "backward_keeps_graph": (torch._C._autograd, "_get_current_graph_task_keep_graph"),
+    "second_order_refused": ("_functions", "DelayedError"),
+    "is_batched": ("_functorch", "is_legacy_batchedtensor"),
+    "backward_keeps_graph": ("_autograd", "_get_current_graph_task_keep_graph"),
 }
 
 
 @pytest.mark.parametrize("helper", NAMES)
 def test_torch_still_has_the_name(helper):
     module, name = NAMES[helper]
-    assert hasattr(module, name), (
-        f"torch {torch.__version__} has no {module.__name__}.{name} any more: torch_private.{helper} now takes its "
+    assert hasattr(getattr(torch._C, module, None), name), (
+        f"torch {torch.__version__} has no torch._C.{module}.{name} any more: torch_private.{helper} now takes its "
         "fallback, which is right but may cost memory. Find the new name, or keep the fallback alone"
     )
 
 
-def gradient(create_graph: bool = False, retain_graph: bool | None = None, batched: bool = False) -> torch.Tensor:
+def loss_and_hidden() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4)
     actions = torch.randint(7, (2, 3))
-    loss = linear_reval_loss(hidden, weight, actions, torch.randn(2), torch.rand(2), beta=0.5).loss
-    upstream = torch.tensor([2.0, 3.0]) if batched else torch.tensor(2.0)
-    options = {"create_graph": create_graph, "retain_graph": retain_graph, "is_grads_batched": batched}
-    return torch.autograd.grad(loss, hidden, upstream, **options)[0]
+    return linear_reval_loss(hidden, weight, actions, torch.randn(2), torch.rand(2), beta=0.5).loss, hidden
 
 
-@pytest.mark.parametrize("options", [{}, {"retain_graph": True}, {"batched": True}], ids=str)
-def test_gradients_without_the_names(monkeypatch, options):
-    with_names = gradient(**options)
+def gradients(case: str) -> list[torch.Tensor]:
+    """Once; twice on a graph that is kept, where the first gradient must leave the second one as it is; batched."""
+    loss, hidden = loss_and_hidden()
+    if case == "batched":
+        return list(torch.autograd.grad(loss, hidden, torch.tensor([2.0, 3.0]), is_grads_batched=True))
+    if case == "twice":
+        first = torch.autograd.grad(loss, hidden, torch.tensor(2.0), retain_graph=True)[0].clone()
+        return [first, *torch.autograd.grad(loss, hidden, torch.tensor(2.0))]
+    return list(torch.autograd.grad(loss, hidden, torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("case", ["once", "twice", "batched"])
+def test_gradients_without_the_names(monkeypatch, case):
+    with_names = gradients(case)
+    assert case != "twice" or torch.equal(*with_names)
     for module, name in NAMES.values():
-        monkeypatch.delattr(module, name)
-    assert torch.equal(gradient(**options), with_names)
+        monkeypatch.delattr(getattr(torch._C, module), name)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(case), with_names, strict=True))
+
+
+def test_a_gradient_that_is_taken_twice_needs_the_answer(monkeypatch):
+    """Without the question, scaling in place would double the second gradient: the test above can fail."""
+    monkeypatch.setattr(torch_private, "backward_keeps_graph", lambda: False)
+    first, second = gradients("twice")
+    assert not torch.equal(first, second)
+
+
+def test_a_missing_module_is_a_missing_name(monkeypatch):
+    monkeypatch.setattr(torch_private.torch, "_C", object())
+    assert torch_private.is_batched(torch.ones(())) and torch_private.backward_keeps_graph()
 
 
 def test_a_second_order_gradient_is_refused_without_the_name(monkeypatch):
-    monkeypatch.delattr(*NAMES["second_order_refused"])
-    first = gradient(create_graph=True)
+    module, name = NAMES["second_order_refused"]
+    monkeypatch.delattr(getattr(torch._C, module), name)
+    loss, hidden = loss_and_hidden()
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="linear_reval_loss has no second-order gradient"):
         first.sum().backward()
