@@ -9,7 +9,7 @@ every op that takes the group.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
@@ -29,13 +29,15 @@ class GroupedOp(Generic[P, R]):
 
     def __init__(self, name: str, function: Callable[P, R], mutates: Sequence[str]):
         kinds = get_type_hints(function)
-        self._returned = kinds.pop("return")
-        self._groups: list[tuple[Any, Any]] = []  # (group, its slice of the flat arguments), or (None, the place)
+        returned = kinds.pop("return")
+        self._arguments = _places(kinds.values())
+        self._results = _places(get_args(returned) or [returned])
+        self._returns_tuple = bool(get_args(returned))
         flat: dict[str, Any] = {}
         for parameter, kind in kinds.items():
-            start = len(flat)
-            flat |= get_type_hints(kind) if _is_group(kind) else {parameter: kind}
-            self._groups.append((kind, slice(start, len(flat))) if _is_group(kind) else (None, start))
+            fields = get_type_hints(kind) if _is_group(kind) else {parameter: kind}
+            assert not fields.keys() & flat.keys(), f"two arguments of {name} are named {fields.keys() & flat.keys()}"
+            flat |= fields
         self._inputs = len(flat)
 
         takes_groups: Callable[..., R] = function
@@ -47,11 +49,17 @@ class GroupedOp(Generic[P, R]):
         parameters = [
             inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in flat.items()
         ]
-        setattr(run, "__signature__", inspect.Signature(parameters, return_annotation=_flat_result(self._returned)))  # noqa: B010
+        setattr(run, "__signature__", inspect.Signature(parameters, return_annotation=_flat_result(returned)))  # noqa: B010
         self.definition = torch.library.custom_op(f"reval_kernels::{name}", run, mutates_args=mutates)
 
     def __call__(self, *groups: P.args, **none: P.kwargs) -> R:
-        return regrouped(self._returned, self.definition(*flatten(groups)))
+        assert not none, "an op takes positional arguments only"
+        out: Any = self.definition(*flatten(groups))
+        if self._returns_tuple:
+            out = tuple(group(*out[place]) if group else out[place] for group, place in self._results)
+        elif self._results[0][0]:
+            out = self._results[0][0](*out)
+        return out
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         """`function` takes the groups and returns new tensors of the results' shapes and dtypes."""
@@ -74,7 +82,7 @@ class GroupedOp(Generic[P, R]):
 
     def _grouped(self, inputs: Sequence[Any]) -> list[Any]:
         """The arguments of the function, from the flat arguments of the op."""
-        return [group._make(inputs[place]) if group else inputs[place] for group, place in self._groups]
+        return [group._make(inputs[place]) if group else inputs[place] for group, place in self._arguments]
 
 
 def flatten(groups: Sequence[Any]) -> list[Any]:
@@ -87,16 +95,15 @@ def tuple_of(result: Any) -> Any:
     return tuple(flatten(result)) if isinstance(result, tuple) else result
 
 
-def regrouped(kind: Any, result: Any) -> Any:
-    """Turn the plain tuple that an op returns into `kind`: a group, or a tuple of groups and tensors."""
-    if _is_group(kind):
-        return kind(*result)
-    out, start = [], 0
-    for part in get_args(kind):
-        size = len(part._fields) if _is_group(part) else 1
-        out.append(part(*result[start : start + size]) if _is_group(part) else result[start])
+def _places(kinds: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Where each argument or result lies in the flat list: (group, its slice), or (None, its place)."""
+    out: list[tuple[Any, Any]] = []
+    start = 0
+    for kind in kinds:
+        size = len(kind._fields) if _is_group(kind) else 1
+        out.append((kind, slice(start, start + size)) if _is_group(kind) else (None, start))
         start += size
-    return tuple(out) if out else result
+    return out
 
 
 def _is_group(kind: Any) -> bool:
