@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Layout, Tokens, Transform
+from .contract import Layout, Tokens, Transform, wide_dtype
 from .types import TokenValues
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -135,15 +135,19 @@ def bellman_arguments(
 # as in torch's own losses: a RuntimeError at some later call. Until then no kernel reads outside its tensors.
 
 
-def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int) -> None:
-    """Check that every unmasked action is in [0, vocabulary), and that every unmasked temperature is positive."""
+def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int, like: Tensor) -> None:
+    """Check that every unmasked action is in [0, vocabulary), and that every unmasked temperature is positive.
+
+    `like` are the logits or hidden states. The kernels take temperatures in the dtype that they compute in, where 1e-60
+    may be 0.
+    """
     (actions, mask), temperatures = tokens, transform.temperatures
     if not actions.numel():
         return
     seen = actions if mask is None else actions * mask  # a masked-out action counts as 0, which every vocabulary has
     (low, high), coldest = seen.aminmax(), None
     if temperatures is not None:
-        coldest = (temperatures if mask is None else torch.where(mask, temperatures, 1)).min()
+        coldest = (temperatures if mask is None else torch.where(mask, temperatures, 1)).min().to(wide_dtype(like))
     if actions.device.type == "cuda":
         good = (low >= 0) & (high < vocabulary)
         good = good if coldest is None else good & (coldest > 0)
@@ -163,8 +167,9 @@ def check_cu_seqlens(layout: Layout, like: Tensor) -> None:
     cu_seqlens, tokens = layout.cu_seqlens, like.numel()
     if cu_seqlens is None:
         return
-    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
+    never_falls = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()  # a difference of int32 could overflow
     if cu_seqlens.device.type == "cuda":
+        good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & never_falls
         torch._assert_async(good, "cu_seqlens must be 0, ..., N and never fall")
-    elif not good:
+    elif not (int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and never_falls):
         raise ValueError(f"cu_seqlens must start at 0, never fall and end at N = {tokens}, got {cu_seqlens.tolist()}")

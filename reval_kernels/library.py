@@ -71,7 +71,7 @@ def token_values(
     backend: str | None,
 ) -> RowValues:
     """From logits [..., V]. The first four results are differentiable in the logits."""
-    check_token_data(tokens, transform, logits.shape[-1])
+    check_token_data(tokens, transform, logits.shape[-1], logits)
     with _computing(backend, logits) as kernels:
         return kernels.token_values(logits, tokens, transform, with_entropy)
 
@@ -162,7 +162,7 @@ def linear_token_values(
     backend: str | None,
 ) -> tuple[RowValues, Tensor]:
     """The values, and `expected` [..., D] (frozen_head.py), which is empty unless `with_expected`."""
-    check_token_data(tokens, transform, head.weight.shape[0])
+    check_token_data(tokens, transform, head.weight.shape[0], head.hidden)
     with _computing(backend, head.hidden) as kernels:
         return kernels.linear_token_values(head, tokens, transform, with_entropy, with_expected)
 
@@ -210,17 +210,15 @@ def linear_expected_backward(
     tokens: Tokens,
     transform: Transform,
     log_prob: Tensor,
-    dq: Tensor,
-    dv: Tensor,
-    dlog_prob: Tensor,
+    by: UnitGradients,
 ) -> Tensor:
     """dhidden [..., D] for a frozen head. No logits are needed, so one PyTorch function serves every backend."""
     with torch.autocast(head.hidden.device.type, enabled=False):
-        return gradient_of_hidden(expected, head, tokens, transform, log_prob, UnitGradients(dq, dv, dlog_prob))
+        return gradient_of_hidden(expected, head, tokens, transform, log_prob, by)
 
 
 @linear_expected_backward.register_fake
-def _(expected, head, tokens, transform, log_prob, dq, dv, dlog_prob):
+def _(expected, head, tokens, transform, log_prob, by):
     return head.hidden.new_empty(head.hidden.shape)
 
 
@@ -242,7 +240,8 @@ def _linear_token_values_gradient(ctx, *upstream):
     needs = Needs(*ctx.needs_input_grad[:3])
     cotangents = Cotangents(*(torch.zeros_like(log_prob) if g is None else g for g in upstream[:4]))
     if ctx.with_expected and upstream[3] is None and needs.frozen_head:
-        return (linear_expected_backward(expected, head, tokens, transform, log_prob, *cotangents[:3]),)
+        by = UnitGradients(*cotangents[:3])
+        return (linear_expected_backward(expected, head, tokens, transform, log_prob, by),)
     gradients = linear_token_values_backward(
         head, tokens, transform, Statistics(*statistics), cotangents, needs, ctx.backend
     )
@@ -373,7 +372,7 @@ def linear_reval_loss(
     backend: str | None,
 ) -> LossAndGradients:
     """The loss [], differentiable in the head's inputs; the residuals [B]; and the gradients that `needs` names."""
-    check_token_data(Tokens(actions, layout.mask), transform, head.weight.shape[0])
+    check_token_data(Tokens(actions, layout.mask), transform, head.weight.shape[0], head.hidden)
     check_cu_seqlens(layout, actions)
     with _computing(backend, head.hidden) as kernels:
         return kernels.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)

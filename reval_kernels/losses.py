@@ -51,14 +51,15 @@ def td_targets(
         and `error` are differentiable in values.q and values.v. Detach `target` for a semi-gradient.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
+            GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
     if not isinstance(reference, TokenValues):
         raise TypeError(f"reference must be TokenValues (returns are not enough), got {type(reference).__name__}")
     _check_values(values)
     checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
     target, error, endogenous = library.td_targets(
-        values._replace(entropy=None),
+        TokenValues(values.q, values.v, values.log_prob.detach()),
         Reference.of(reference),
         rewards,
         Layout(mask, cu_seqlens),
@@ -109,13 +110,14 @@ def bellman_loss(
         BellmanLoss(loss [], residual [B]), both differentiable. A trajectory without actions has residual 0.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
+            GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
     _check_values(values)
     checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
     options = _options(beta, level, semi_gradient, normalizer, reference)
     out = library.bellman_loss(
-        values._replace(entropy=None),
+        TokenValues(values.q, values.v, values.log_prob),
         Reference.of(reference),
         rewards,
         Layout(mask, cu_seqlens),
@@ -156,7 +158,8 @@ def reval_loss(
         BellmanLoss(loss [], residual [B]), both differentiable in the logits.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
+            GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
     values = token_values(
         logits,
@@ -217,7 +220,8 @@ def linear_reval_loss(
         residual, use `linear_token_values` and `bellman_loss`. A second-order gradient raises RuntimeError.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
+            GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
     checks.head_arguments(hidden, weight, bias)
     checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
@@ -242,7 +246,7 @@ def _options(
     beta: float, level: str, semi_gradient: bool, normalizer: float | None, reference: TokenValues | Tensor
 ) -> BellmanOptions:
     """Check the options of a loss and pack them for the ops."""
-    if level not in LEVELS:
+    if level not in list(LEVELS):  # a list: `level` may be unhashable
         raise ValueError(checks.unknown("level", level, list(LEVELS)))
     if level != "trajectory" and not isinstance(reference, TokenValues):
         raise ValueError(f"level {level!r} needs the reference's TokenValues, got its returns (a tensor)")

@@ -22,7 +22,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, hidden, weight, bias, tokens, transform, with_entropy, backend):
         offset, vocabulary = _slice(group, weight)
-        check_token_data(tokens, transform, vocabulary)
+        check_token_data(tokens, transform, vocabulary, hidden)  # the op below sees only `local`, which always passes
         actions, mask = tokens
         mask = torch.ones_like(actions, dtype=torch.bool) if mask is None else mask
         local = actions.long() - offset

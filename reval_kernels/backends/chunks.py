@@ -43,8 +43,8 @@ LINEAR_CHUNK = 1 << 24
 class ChunkedHead:
     """Logits = hidden @ weight.T + bias, a chunk at a time, and the gradients that add up over the chunks.
 
-    A backend with better kernels overrides `size`, `logits`, `values`, `add_gradient_` and `add_dlogits`. The weight's
-    gradient adds up in float32 (float64).
+    A backend with better kernels overrides `size`, `logits`, `values`, `add_gradient_`, `add_dlogits` and
+    `bellman_loss`. The weight's gradient adds up in float32 (float64).
     """
 
     bellman_loss = staticmethod(bellman_loss)

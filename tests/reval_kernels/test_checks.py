@@ -191,15 +191,18 @@ def test_temperature_of_a_token(backend, function, bad):
     temperature[1, 0] = bad
     text = "temperature must be positive at every unmasked token"
     assert message(function, ValueError, temperature=temperature, backend=backend) == text
+    too_small = torch.full((B, T), 1e-60, dtype=torch.float64)  # 0 in the float32 of the kernels
+    assert message(function, ValueError, temperature=too_small, backend=backend) == text
 
 
-@pytest.mark.parametrize("bad", [[0, 2, 5], [1, 2, 6], [0, 4, 3, 6], [0, 7], [6]])
+@pytest.mark.parametrize("bad", [[0, 2, 5], [1, 2, 6], [0, 4, 3, 6], [0, 7], [6], [0, 2**31 - 1, -2, 6]])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cu_seqlens_that_do_not_cover_the_tokens(backend, bad, masked):
     """Every function with cu_seqlens refuses them, with and without a mask."""
     everything, count = good(), len(bad) - 1
     flat = {k: everything[k].flatten(0, 1) for k in ("logits", "hidden", "actions")}
-    changes = {"cu_seqlens": torch.tensor(bad), "rewards": torch.zeros(count), "backend": backend}
+    cu_seqlens = torch.tensor(bad, dtype=torch.int32)  # in which differences of the last case overflow
+    changes = {"cu_seqlens": cu_seqlens, "rewards": torch.zeros(count), "backend": backend}
     if masked:
         changes["mask"] = torch.zeros(B * T, dtype=torch.bool)
     for function in ON_TRAJECTORIES:

@@ -6,12 +6,22 @@ than a chunk, shorter, or empty. Peak memory is the sum of the allocations that 
 
 import pytest
 import torch
-from cases import LARGEST, assert_close, assert_same_bits, compare, evaluate, head, logits_and_actions, upstream
+from cases import (
+    LARGEST,
+    assert_close,
+    assert_same_bits,
+    compare,
+    evaluate,
+    head,
+    logits_and_actions,
+    torch_error,
+    upstream,
+)
 from torch.profiler import ProfilerActivity, profile
 
 import reval_kernels
-from reval_kernels import linear_reval_loss, reference
-from reval_kernels.backends import chunks, gpu, portable
+from reval_kernels import linear_reval_loss, linear_token_values, reference
+from reval_kernels.backends import chunks, frozen_head, gpu, portable
 
 V, D = 129, 31
 LENGTHS = [0, 3, 0, 11, 1, 0, 0, 8, 2, 5, 0]
@@ -22,6 +32,7 @@ def small_chunks(request, monkeypatch):
     """The parameter is the number of tokens of a chunk."""
     monkeypatch.setattr(portable, "ROWS_CHUNK", request.param * V)
     monkeypatch.setattr(chunks, "LINEAR_CHUNK", request.param * V)
+    monkeypatch.setattr(frozen_head, "ENTRIES", request.param * D)
 
 
 def masked_batch():
@@ -54,6 +65,24 @@ def test_inplace_gradient_by_chunks(small_chunks):
     out = reval_kernels.token_values(logits.requires_grad_(), actions, inplace_grad=True, backend="portable")
     out.log_prob.sum().backward()
     assert_same_bits(logits.grad, expected)
+
+
+def test_a_frozen_head_by_chunks(small_chunks):
+    """Masked, with a temperature for each token and a softcap: every gradient of a token goes to its own place."""
+    inputs, mask = masked_batch()
+    hidden = inputs.pop("hidden")
+    by = {name: torch.randn(5, 6) for name in ("q", "v", "log_prob")}
+
+    def gradient(**frozen) -> torch.Tensor:
+        options = {"mask": mask, "temperature": torch.linspace(0.5, 1.5, 30).view(5, 6), "softcap": 20.0}
+        function = linear_token_values if frozen else reference.linear_token_values
+        leaf = hidden.clone() if frozen else hidden.double()
+        given = inputs if frozen else {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+        out = function(leaf.requires_grad_(), **given, **options, **frozen)
+        return torch.autograd.grad([getattr(out, k) for k in by], leaf, [g.to(out.q.dtype) for g in by.values()])[0]
+
+    ours, truth = gradient(backend="portable"), gradient()
+    assert torch_error(ours, truth) < 64 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
