@@ -42,7 +42,7 @@ def load_problems(
     No prompt of the evaluation problems is among the training problems.
 
     Args:
-        longest_prompt: the number of tokens that the model's context has for a prompt.
+        longest_prompt: the number of prompt tokens that fit: the model's context minus rollout.max_new_tokens.
 
     Raises ValueError for an empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
     """

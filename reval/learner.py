@@ -124,7 +124,7 @@ class Learner:
             "v_reference": reference.v,
             "log_ratio": out.log_ratio,
         }
-        return out.loss.item(), {name: x.detach().float().cpu() for name, x in terms.items()}
+        return out.loss.item(), {name: x.float().cpu() for name, x in terms.items()}
 
     def _schedule(self) -> float:
         """The factor on optim.lr for the next update."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -16,9 +17,8 @@ from .checkpoint import save_checkpoint
 from .components import Components, build
 from .config import Config, ConfigError
 from .errors import RunError
-from .evaluation.answering import evaluate
+from .evaluation.answering import evaluate_components
 from .evaluation.answers import Evaluation
-from .evaluation.endogenous import endogenous_scorer
 from .interrupt import Interruptible
 from .learner import NonFiniteError
 from .model.dtypes import with_dtypes
@@ -68,6 +68,7 @@ def train(config: Config) -> dict[str, float]:
 
 
 def _train(run: TrainingRun, components: Components) -> dict[str, float]:
+    """The loop. Returns the metrics of the last iteration."""
     config, display, world = run.config, run.display, components.world
     before, after = _evaluate_first(run, components), None
     metrics: dict[str, float] = {}
@@ -81,12 +82,15 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
                 rollouts = run.generation.next(iteration)
             with clock("reward"):
                 scored = score_rollouts(rollouts, iteration, config, components)
-            # The buffer gets the fresh trajectories before the updates, so that the replayed batches can contain them.
-            run.buffer.add(scored.trajectories)
             try:
+                if scored.failure:
+                    raise RewardError(scored.failure)
+                # The buffer gets the fresh trajectories before the updates, so that the replayed batches contain them
+                # too: every trajectory of the buffer then has the same chance.
+                run.buffer.add(scored.trajectories)
                 _update(run, scored.trajectories, clock)
             finally:
-                # Also after an update that fails: the responses help to understand a loss that is not finite.
+                # Also after a failure: the responses help to understand it, for example a loss that is not finite.
                 _record_responses(run, scored, iteration)
             # The reset comes after all updates of the iteration, so that they have one reference. It makes the stored
             # reference values stale; `annotate` recomputes the values of a trajectory when it is drawn next.
@@ -117,7 +121,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
                 save_checkpoint(run.folder, run, metrics)
             if stopping and not last:
                 display.note(f"interrupted after iteration {iteration}; go on with --resume auto")
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt  # the command line then exits with status 130, as after any Ctrl-C
     display.results(before, after, run.folder)
     return metrics
 
@@ -126,27 +130,29 @@ def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
     """The K updates of one iteration: one on the fresh batch, K - 1 on batches from the buffer."""
     for k in range(run.config.replay.updates_per_iteration):
         # The first update uses the fresh batch, so that every trajectory is used at least once. The other batches are
-        # random draws. With K updates per iteration a trajectory is used about K times on average.
+        # random draws. With replay.batch_size=null a trajectory is used about K times on average.
         batch = fresh if k == 0 else run.buffer.sample(run.config.replay_batch_size, run.rng)
         if not batch:
-            continue  # no response of this iteration has a score
+            continue  # k = 0: no fresh response has a score; k > 0: the buffer is empty too
         # Most replayed trajectories have their reference values already. After a reset, only the trajectories that are
         # drawn again cost a forward pass of the reference.
         with clock("reference"):
             run.reference.annotate(batch)
         with clock("update"):
             update = run.learner.update(batch)
-        # Fresh and replayed batches have separate metrics: replayed ones are off-policy and have other residuals.
+        # Separate metrics: older policies generated the replayed batches, so the residuals of these differ.
         run.tracker.update("reval" if k == 0 else "reval/replay", update)
 
 
 def _record_responses(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:
+    """Write the samples and the reward function's exceptions of this iteration."""
     run.tracker.samples(iteration, scored.samples())
     for exception in scored.exceptions:
         run.tracker.reward_error(iteration, exception)
 
 
 def _due(every: int, iteration: int) -> bool:
+    """Whether something that happens every `every` iterations happens now; 0 stands for never."""
     return bool(every) and iteration % every == 0
 
 
@@ -169,7 +175,7 @@ def _sync(run: TrainingRun, components: Components, fresh: list[Trajectory]) -> 
 
 def _evaluate_first(run: TrainingRun, components: Components) -> Evaluation | None:
     """The answers of the model before training. A resumed run reads the answers that it saved when it started."""
-    saved = run.folder / "evaluations" / "iteration-000000.jsonl"
+    saved = _evaluation_file(run, 0)
     if run.iteration and saved.exists():
         return Evaluation.load(saved)
     if run.iteration:
@@ -181,23 +187,17 @@ def _evaluate_first(run: TrainingRun, components: Components) -> Evaluation | No
 
 def _evaluate(run: TrainingRun, components: Components) -> Evaluation | None:
     """Answer the evaluation problems with the current policy and save the answers. None if there are no problems."""
-    config, model, world = run.config, components.model, components.world
     if not components.evaluation_problems:
         return None
-    scorer = endogenous_scorer(model, config, world) if config.evaluation.best_of_n else None
     with run.display.busy("answering the held-out problems"):
-        result = evaluate(
-            components.rollout_engine,
-            components.evaluation_problems,
-            components.reward_pool,
-            components.tokenizer,
-            config,
-            world=world,
-            scorer=scorer,
-        )
-    if world.main:
-        result.save(run.folder / "evaluations" / f"iteration-{run.iteration:06d}.jsonl")
+        result = evaluate_components(components, run.config)
+    if components.world.main:
+        result.save(_evaluation_file(run, run.iteration))
     return result
+
+
+def _evaluation_file(run: TrainingRun, iteration: int) -> Path:
+    return run.folder / "evaluations" / f"iteration-{iteration:06d}.jsonl"
 
 
 @dataclass

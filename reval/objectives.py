@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """The loss of a micro-batch, and for the metrics its residuals and the terms of each residual."""
+    """The loss of a micro-batch, and for the metrics its residuals and the terms of each residual, detached."""
 
     loss: Tensor
     """float32 scalar, differentiable."""
@@ -106,7 +106,7 @@ def regression(
     """
     residual = values.log_prob.sum(1) - reference.log_prob - batch.rewards / config.beta
     loss = residual.square().sum() / normalizer
-    return ObjectiveOutput(loss, residual, values.v[:, 0], residual + batch.rewards / config.beta)
+    return _from_values(loss, residual, values, batch, config)
 
 
 def grpo(
@@ -119,8 +119,15 @@ def grpo(
     """
     log_prob = values.log_prob.sum(1)
     loss = -(batch.rewards * log_prob / batch.mask.sum(1)).sum() / normalizer
-    residual = log_prob - reference.log_prob - batch.rewards / config.beta
-    return ObjectiveOutput(loss, residual, values.v[:, 0], residual + batch.rewards / config.beta)
+    return _from_values(loss, log_prob - reference.log_prob - batch.rewards / config.beta, values, batch, config)
+
+
+def _from_values(
+    loss: Tensor, residual: Tensor, values: TokenValues, batch: Batch, config: ObjectiveConfig
+) -> ObjectiveOutput:
+    """The output of an objective with the residual D - r / beta."""
+    residual, v = residual.detach(), values.v[:, 0].detach()
+    return ObjectiveOutput(loss, residual, v, residual + batch.rewards / config.beta)
 
 
 FusedObjective = Callable[[Tensor, OutputHead, Batch, Reference, ObjectiveConfig, int], ObjectiveOutput]

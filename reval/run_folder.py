@@ -178,7 +178,7 @@ def _name(iteration: int) -> str:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make or replace a symbolic link in one step: at every moment the link exists and its target exists."""
+    """Make a symbolic link, or replace it in one step, so that it never points to nothing."""
     new = link.with_name(f".{link.name}-next")
     new.unlink(missing_ok=True)
     new.symlink_to(target.relative_to(link.parent))

@@ -25,15 +25,18 @@ SHAPINGS = ("plain", "centered", "normalized", "plus_minus_one")
 
 
 class ScoredResponse(NamedTuple):
-    """A response of one iteration and its score."""
+    """A response of one iteration and its score, without the token ids: the trajectories hold those."""
 
     group: int
     """Number of the prompt within the iteration: the same for all responses to one prompt."""
-    problem: Problem
-    response: Response
+    prompt: Prompt
     text: str
     score: float | None
     """The raw reward. None if the reward function could not score the response."""
+    length: int
+    """In tokens, the end-of-sequence token included."""
+    finished: bool
+    """False if the length limit cut the response off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,9 @@ class ScoredRollouts:
     """All responses of one iteration, of all processes, with their scores."""
 
     trajectories: list[Trajectory]
-    """The responses that have a score, with shaped rewards."""
+    """The responses that have a score, with shaped rewards. Empty after a failure."""
+    failure: str
+    """Why the rewards could not be shaped; empty if they could. The caller records the responses, then raises."""
     responses: list[ScoredResponse]
     """All responses, those without a score too."""
     lag: int
@@ -49,21 +54,21 @@ class ScoredRollouts:
     timeouts: int
     """Responses without a score because scoring took longer than reward.timeout."""
     errors: int
-    """Responses without a score because the reward function raised."""
+    """Responses without a score because the reward function raised or its process died."""
     exceptions: list[str]
-    """The first exception of the reward function on each process that had one."""
+    """For each process that has one, `Scores.first_error`."""
 
     def samples(self) -> list[tuple[Prompt, str, float | None]]:
         """(prompt, text, score) of each response."""
-        return [(r.problem.prompt, r.text, r.score) for r in self.responses]
+        return [(r.prompt, r.text, r.score) for r in self.responses]
 
     def metrics(self) -> dict[str, float]:
         """`reward`, `completions/...`, `num_tokens`, ...: all that is known before the updates."""
-        lengths = [len(r.response.token_ids) for r in self.responses]
+        lengths = [r.length for r in self.responses]
         return reward_metrics([r.score for r in self.responses], [r.group for r in self.responses]) | {
             "completions/mean_length": sum(lengths) / len(lengths),
             "completions/max_length": max(lengths),
-            "completions/clipped_ratio": sum(not r.response.finished for r in self.responses) / len(self.responses),
+            "completions/clipped_ratio": sum(not r.finished for r in self.responses) / len(self.responses),
             "num_tokens": sum(lengths),
             "rollout/lag": self.lag,
             "reward_timeouts": self.timeouts,
@@ -97,14 +102,24 @@ def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, component
     n = config.rollout.responses
     rows = [(response, text, reward) for (_, response), text, reward in zip(own, texts, scores.rewards, strict=True)]
     groups = world.join([rows[i : i + n] for i in range(0, len(rows), n)])  # in the order of rollouts.problems
-    responses = [
-        ScoredResponse(number, problem, *row)
+    everyones = [
+        (
+            problem,
+            response,
+            ScoredResponse(number, problem.prompt, text, raw, len(response.token_ids), response.finished),
+        )
         for number, (problem, group) in enumerate(zip(rollouts.problems, groups, strict=True))
-        for row in group
+        for response, text, raw in group
     ]
+    trajectories: list[Trajectory] = []
+    try:
+        trajectories = _trajectories(everyones, iteration, config)
+    except ValueError as error:
+        failure = f"reward.shaping={config.reward.shaping}: {error}"
     return ScoredRollouts(
-        trajectories=_trajectories(responses, iteration, config),
-        responses=responses,
+        trajectories=trajectories,
+        failure=failure,
+        responses=[scored for _, _, scored in everyones],
         lag=rollouts.lag,
         timeouts=sum(timeouts for _, timeouts, _, _ in reports),
         errors=sum(errors for _, _, errors, _ in reports),
@@ -126,13 +141,15 @@ def score(
     return texts, pool.score([p.prompt for p in problems], texts, ids, columns)
 
 
-def _trajectories(responses: list[ScoredResponse], iteration: int, config: Config) -> list[Trajectory]:
-    try:
-        rewards = shape_rewards([r.score for r in responses], [r.group for r in responses], config.reward.shaping)
-    except ValueError as error:
-        raise RewardError(f"reward.shaping={config.reward.shaping}: {error}") from error
+def _trajectories(
+    responses: list[tuple[Problem, Response, ScoredResponse]], iteration: int, config: Config
+) -> list[Trajectory]:
+    """The responses that have a score, as trajectories. Raises ValueError if the scores do not fit reward.shaping."""
+    raws, groups = [scored.score for _, _, scored in responses], [scored.group for _, _, scored in responses]
     out = []
-    for (_, problem, response, _, raw), reward in zip(responses, rewards, strict=True):
+    for (problem, response, _), raw, reward in zip(
+        responses, raws, shape_rewards(raws, groups, config.reward.shaping), strict=True
+    ):
         if reward is not None and raw is not None:
             ids = np.array(problem.token_ids + response.token_ids)
             out.append(

@@ -81,6 +81,12 @@ def test_imports_go_down(name):
         assert not above, f"{name} ({ROOM_OF[name]}) imports {target} of the higher room {ROOM_OF[target]}"
 
 
+def test_a_package_of_two_rooms_imports_nothing():
+    """Importing reval.evaluation.benchmarks of the room problems runs the package's __init__.py of a higher room."""
+    assert ROOM_OF["reval.evaluation.benchmarks"] != ROOM_OF["reval.evaluation"]
+    assert not imports("reval.evaluation")
+
+
 def test_no_module_imports_itself_through_others():
     done: set[str] = set()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..components import build
+from ..components import Components, build
 from ..config import Config, ConfigError
 from ..data import Problem
 from ..distributed import World
@@ -155,6 +155,20 @@ def _extracted(extractor: Extractor | None, texts: list[str]) -> list[str | None
     return None if extractor is None else [extractor(text) for text in texts]
 
 
+def evaluate_components(components: Components, config: Config) -> Evaluation:
+    """`evaluate` with the model, the engine and the problems of a run. Every process has to call this."""
+    scorer = endogenous_scorer(components.model, config, components.world) if config.evaluation.best_of_n else None
+    return evaluate(
+        components.rollout_engine,
+        components.evaluation_problems,
+        components.reward_pool,
+        components.tokenizer,
+        config,
+        world=components.world,
+        scorer=scorer,
+    )
+
+
 def main(config: Config, checkpoint: Path) -> int:
     """`reval evaluate CHECKPOINT`: answer the evaluation problems with a checkpoint.
 
@@ -165,16 +179,7 @@ def main(config: Config, checkpoint: Path) -> int:
     with build(config) as components:
         if not components.evaluation_problems:
             raise ConfigError("there is nothing to answer: data.held_out is 0 and evaluation.benchmarks is empty")
-        scorer = endogenous_scorer(components.model, config, components.world) if config.evaluation.best_of_n else None
-        result = evaluate(
-            components.rollout_engine,
-            components.evaluation_problems,
-            components.reward_pool,
-            components.tokenizer,
-            config,
-            world=components.world,
-            scorer=scorer,
-        )
+        result = evaluate_components(components, config)
         if components.world.main:
             path = folder / "evaluation.jsonl"
             result.save(path)

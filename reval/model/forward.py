@@ -57,7 +57,11 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
     If batch.share is set, a prompt that several trajectories share is computed once. Its keys and values are repeated
     for each trajectory, and gradients flow back through them.
     """
-    assert config.compute_dtype != "auto", "with_dtypes replaces auto when a run starts"
+    if config.compute_dtype == "auto":
+        raise ValueError(
+            "model.compute_dtype must be float32 or bfloat16 by now; got auto, which reval.model.dtypes.with_dtypes "
+            "replaces for the device"
+        )
     bf16 = config.compute_dtype == "bfloat16" and config.dtype == "float32"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     body: Any = model.base_model

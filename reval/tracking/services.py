@@ -1,9 +1,9 @@
 """Services that record metrics in addition to the files of the run: TensorBoard, Weights & Biases, trackio.
 
 The package of a service is imported only if its setting is true. A resumed run continues its earlier run in the
-service. Suppose the process was killed in iteration 7 and the checkpoint is of iteration 5: wandb and trackio then hold
-iterations 6 and 7 twice, from the killed and from the resumed process, and TensorBoard hides the first ones. The files
-of the run hold each iteration once.
+service. Suppose the checkpoint is of iteration 5 and the process was killed after iteration 7: wandb and trackio then
+hold iterations 6 and 7 twice, from the killed and from the resumed process, and TensorBoard hides the first ones. The
+files of the run hold each iteration once.
 """
 
 from __future__ import annotations

@@ -48,17 +48,17 @@ def test_states_line_up_with_the_token_that_follows(trajectories):
 @pytest.mark.parametrize("budget", [1, 17, 40, 10_000])
 def test_micro_batches_cover_all_once_and_keep_the_budget(budget):
     members = groups(5, 4)
-    parts = list(micro_batches(members, OptimConfig(micro_batch_tokens=budget)))
-    assert sorted(i for part in parts for i in part) == list(range(20))
-    for part in parts:
-        batch = collate([members[i] for i in part], CPU)
-        assert len(part) == 1 or batch.prefixes.numel() + batch.states.numel() <= budget
+    batches = list(micro_batches(members, OptimConfig(micro_batch_tokens=budget)))
+    assert sorted(i for chosen in batches for i in chosen) == list(range(20))
+    for chosen in batches:
+        batch = collate([members[i] for i in chosen], CPU)
+        assert len(chosen) == 1 or batch.prefixes.numel() + batch.states.numel() <= budget
 
 
 def test_micro_batches_keep_the_responses_to_a_prompt_together():
     members = groups(5, 4)
-    parts = micro_batches(members, OptimConfig(micro_batch_tokens=60))
-    split = [{members[i].prefix.tobytes() for i in part} for part in parts]
+    batches = micro_batches(members, OptimConfig(micro_batch_tokens=60))
+    split = [{members[i].prefix.tobytes() for i in chosen} for chosen in batches]
     assert len(split) > 1 and sum(map(len, split)) < 5 + len(split)
 
 

@@ -258,6 +258,7 @@ def test_a_reward_that_its_shaping_cannot_take_ends_the_run_with_a_message(tmp_p
     settings = [f"reward.function={tmp_path}/threes.py:score", "reward.shaping=plus_minus_one", "data.held_out=0"]
     with pytest.raises(RunError, match="iteration 1: reward.shaping=plus_minus_one: .* expects rewards in 0..1"):
         train(configured(tmp_path / "run", *settings))
+    assert (tmp_path / "run" / "samples.jsonl").read_text(), "the responses that were refused are recorded"
 
 
 def test_what_is_deleted_has_lost_its_name(tmp_path, monkeypatch):

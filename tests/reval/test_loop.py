@@ -36,7 +36,7 @@ METRICS = {
     "reward_errors",
     "reward_timeouts",
 }
-PARTS = {"residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio"}
+RESIDUAL_TERMS = {"residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio"}
 
 
 def run(folder, *overrides, check=True):
@@ -83,7 +83,7 @@ def test_metrics_are_named_as_users_know_them(finished):
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert set(row) >= METRICS
-        assert set(row) >= {f"reval/{p}" for p in PARTS} | {f"reval/replay/{p}" for p in PARTS}
+        assert set(row) >= {f"reval/{p}" for p in RESIDUAL_TERMS} | {f"reval/replay/{p}" for p in RESIDUAL_TERMS}
     assert [row["buffer/size"] for row in rows] == [16, 32, 32]
     assert rows[0]["reval/residual_abs"] < 1e-3, "the policy is its reference, and all rewards are alike"
     assert rows[0]["num_tokens"] < rows[1]["num_tokens"] < rows[2]["num_tokens"]

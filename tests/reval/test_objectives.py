@@ -94,6 +94,7 @@ def test_loss_is_the_formula(case, tiny_config, name, level):
     out = output_of(model, batch, reference, tiny_config.model, config)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(expected(name, level, case), rel=1e-5)
+    assert not any(x.requires_grad for x in out[1:]), "the metrics would keep the graph alive"
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
