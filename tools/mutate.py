@@ -209,8 +209,13 @@ MUTATIONS = [
     ),
     Mutation(
         "checks: cu_seqlens may end early", "../checks.py",
-        " & (cu_seqlens[-1] == tokens)", "",
+        "int(cu_seqlens[-1]) == tokens and ", "",
         TESTS + "test_checks.py -k cu_seqlens",
+    ),
+    Mutation(
+        "checks: differences of cu_seqlens may overflow", "../checks.py",
+        "(cu_seqlens[1:] >= cu_seqlens[:-1]).all()", "(cu_seqlens.diff() >= 0).all()",
+        TESTS + "test_checks.py -k cu_seqlens and portable",
     ),
     Mutation(
         "shards: the tops of all slices stay out of the sum", "../sharded.py",
