@@ -1,15 +1,16 @@
-"""For every test: as many threads as this worker's share of the cores, and no deadline in hypothesis."""
+"""Settings for every test: one thread per core of this worker's share, and no deadline in hypothesis."""
 
 import os
 
-# Before anything imports triton, transformers included: its kernels run on CPU tensors in the interpreter.
+# Set before the first import of triton (transformers imports triton too), so that the kernels run on CPU tensors in the
+# interpreter.
 if os.environ.get("REVAL_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings
 
-# The first call of anything compiles, imports or fills a cache; a deadline would only measure that.
+# The first call of a function often compiles, imports or fills a cache. A deadline would measure only this work.
 settings.register_profile("reval", deadline=None, print_blob=True)
 settings.load_profile("reval")
 
@@ -18,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WOR
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one."""
+    """Skips the tests marked `gpu` on a machine without a GPU."""
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

@@ -1,4 +1,7 @@
-"""The tiny random model, and trajectories for it. Two layers and 102 words: enough for every path, fast on a CPU."""
+"""The tiny random model, and trajectories for it.
+
+Two layers and 102 tokens are enough to reach every code path, and fast on a CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fake engine for the tests of the process protocol. The first token of the first prompt selects what it does."""
+"""A fake engine for the tests of the process protocol. The first token of the first prompt selects its behaviour."""
 
 from __future__ import annotations
 

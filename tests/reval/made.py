@@ -6,7 +6,7 @@ from reval.replay import Trajectory
 
 
 def random_trajectories(count: int, seed: int = 0, turns: int = 1, vocabulary: int = 102) -> list[Trajectory]:
-    """Trajectories of unequal lengths; with several turns the environment's tokens are between the actions."""
+    """Trajectories of unequal lengths. With several turns, environment tokens stand between the actions."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""The program that test_distributed.py starts with torchrun: a few updates for each case, and their results.
+"""The program that test_distributed.py starts with torchrun. It runs three updates for each case and saves the results.
 
 torchrun --nproc-per-node 2 tests/reval/two_processes.py FOLDER
 """
@@ -23,8 +23,8 @@ from reval.reference_policy import ReferencePolicy
 from reval.replay import Trajectory
 from reval.rollout.probe import log_probs
 
-# AdamW divides a gradient by its own size. Where a gradient is rounding alone, about 1e-9 here, its direction is
-# random. With the default eps of 1e-8 its step would be as long as any other; this eps makes the step nearly 0.
+# AdamW divides a gradient by the gradient's size. A gradient that is only rounding error, about 1e-9 here, has a random
+# direction. With the default eps of 1e-8, its step would be about as long as any other. This eps makes it nearly 0.
 ADAM = ["optim.eps=1e-5"]
 CASES = {
     "plain": [],
@@ -40,7 +40,7 @@ CASES = {
 
 
 def batch_for(case: str) -> list[Trajectory]:
-    """Unequal lengths, several turns, prompts that some share: nothing that divides evenly by two."""
+    """Trajectories that do not divide evenly by two: unequal lengths, several turns, and some prompts in common."""
     from made import random_trajectories
 
     made = [*random_trajectories(7, seed=3), *random_trajectories(2, seed=5, turns=3)]

@@ -1,4 +1,4 @@
-"""For every test of the kernels: the same seed, deterministic algorithms, and scratch memory full of NaN."""
+"""Settings for every test of the kernels: the same seed, deterministic algorithms, and scratch memory full of NaN."""
 
 import os
 
@@ -18,7 +18,7 @@ if DEVICE != "cpu":  # REVAL_TEST_DEVICE=cuda runs all tests here on a GPU
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """torch.empty and similar functions return NaN (integers: the largest), so that a read before a write shows."""
+    """torch.empty and similar functions return NaN (or the largest integer), so that a read before a write shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = True

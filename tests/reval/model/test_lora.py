@@ -1,4 +1,5 @@
-"""Adapters: the reference is the model without them, then a copy; merged weights compute what the adapted model did."""
+"""LoRA adapters. The reference is first the model without adapters and, after a reset, a copy of the adapters. Merged
+weights compute the same logits as the adapted model."""
 
 from dataclasses import replace
 
@@ -71,13 +72,13 @@ def test_merged_weights_compute_what_the_adapted_model_does(config, tiny_config,
     assert set(merged) == names
     plain.load_state_dict(merged | {"lm_head.weight": merged["model.embed_tokens.weight"]})
     with torch.no_grad():
-        ours, theirs = plain(IDS).logits, model(IDS).logits
+        merged_logits, adapted_logits = plain(IDS).logits, model(IDS).logits
         base = load_model(tiny_config.model, 0)[0](IDS).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (theirs - base).abs().max() > 1e-2, "training moved it"
+    torch.testing.assert_close(merged_logits, adapted_logits, rtol=1e-4, atol=1e-4)
+    assert (adapted_logits - base).abs().max() > 1e-2, "training moved the model"
 
 
-def test_adapters_come_back_and_others_are_refused(config, trajectories, tmp_path):
+def test_saved_adapters_load_and_other_shapes_are_refused(config, trajectories, tmp_path):
     model, *_ = trained(config, trajectories)
     save_adapters(model, tmp_path, write=True)
     again, _ = load_model(config.model, 0, config.lora, checkpoint=tmp_path)
