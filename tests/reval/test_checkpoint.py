@@ -1,6 +1,7 @@
-"""Checkpoints: a run that died and went on is the run that never died, to the bit, times aside.
+"""Checkpoints: a run that died and was resumed equals an uninterrupted run bit for bit, except for the times.
 
-Most runs here die by an exception in the middle of an iteration; one is killed by the kernel at moments of its own.
+Most runs here die by an exception in the middle of an iteration. One test kills the process with SIGKILL at random
+moments.
 """
 
 import json
@@ -64,7 +65,7 @@ def die_in(monkeypatch, iteration: int) -> None:
     ],
     ids=["plain", "schedule and bf16 rollouts", "adapters, token values, generating ahead"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, overrides):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, overrides):
     train(configured(tmp_path / "whole", *overrides))
     with monkeypatch.context() as patch:
         die_in(patch, 6)
@@ -79,7 +80,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, overrides
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path):
-    """Killed as soon as there is another row, or a little later: between checkpoints, and while one is written."""
+    """SIGKILL arrives up to 0.2 s after a new row of metrics: between two checkpoints, or while a checkpoint is
+    written."""
     overrides = ["run.save_every=1", "run.iterations=6"]
     train(configured(tmp_path / "whole", *overrides))
     folder, rng = tmp_path / "killed", random.Random(0)
@@ -99,7 +101,7 @@ def test_kill_9_at_any_moment(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for path in (folder / "checkpoints").glob("iteration-*"):
-            AutoModelForCausalLM.from_pretrained(path)  # what has its name is whole
+            AutoModelForCausalLM.from_pretrained(path)  # a folder with a final name is a complete checkpoint
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-2000:]
     same_run(folder, tmp_path / "whole")
@@ -108,7 +110,8 @@ def test_kill_9_at_any_moment(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """2, then 1, then 2: the buffer, the schedule, the reference and the order of the problems do not notice."""
+    """2 processes, then 1, then 2. The change has no effect on the buffer, the schedule, the reference and the order of
+    the problems."""
     folder, steps = tmp_path / "run", [("2", 2), ("1", 4), ("2", 6)]
     for processes, iterations in steps:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
@@ -123,7 +126,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     tokens = [row["num_tokens"] for row in got]
     assert tokens == sorted(tokens)
     train(configured(tmp_path / "one", "run.iterations=6", "evaluation.every=0"))
-    # answers differ, since each process has a seed of its own; which problems are asked, and in which order, does not
+    # the answers differ, because each process has a different seed; the problems and their order are the same
     asked = [
         [json.loads(line)["prompt"] for line in (f / "samples.jsonl").read_text().splitlines()]
         for f in (folder, tmp_path / "one")
@@ -149,7 +152,7 @@ def test_the_reference_is_written_once_for_each_version(tmp_path):
     assert len(set(nodes)) == 3 and nodes[0] == nodes[1] != nodes[2] == nodes[4] != nodes[5]
 
 
-def test_nothing_in_a_checkpoint_is_a_pickle_but_dcps_own_index(tmp_path):
+def test_the_only_pickle_in_a_checkpoint_is_the_index_of_dcp(tmp_path):
     train(configured(tmp_path))
     names = {p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()}
     allowed = (".safetensors", ".json", ".md", ".yaml", ".jinja", ".distcp")
@@ -167,7 +170,7 @@ def test_logged_rollouts_are_replayed(tmp_path):
         train(configured(tmp_path / "none", "replay.preload=nowhere.jsonl"))
 
 
-def test_what_cannot_be_resumed_is_said_before_anything_is_written(tmp_path):
+def test_a_resume_that_cannot_work_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="run.resume must be auto, false, or the folder of a checkpoint"):
         train(configured(tmp_path / "run", "run.resume=nowhere"))
     assert not (tmp_path / "run").exists()
@@ -186,7 +189,7 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint")
 
 
-def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(tmp_path):
     keep = ["run.save_total_limit=3", "reference.reset_every=4"]
     train(configured(tmp_path, "run.iterations=6", *keep))
     whole = rows(tmp_path)
@@ -196,7 +199,7 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(tmp_pat
     assert names == {"iteration-000002", "iteration-000004", "left-iteration-000004", "left-iteration-000006"}
     assert (tmp_path / "checkpoint").resolve().name == "iteration-000004"
     assert [row["iteration"] for row in rows(tmp_path)] == [1, 2, 3, 4] and rows(tmp_path)[:2] == whole[:2]
-    # both have a reference of version 1, but not the same
+    # both references have version 1, but their weights differ
     new, old = (
         (tmp_path / "checkpoints" / f"{name}iteration-000004" / "training" / "reference" / "model.safetensors")
         for name in ("", "left-")
@@ -236,7 +239,7 @@ def test_a_generation_config_that_samples_without_saying_so_is_saved(tiny, tmp_p
     assert model.generation_config.do_sample is False
 
 
-def test_what_is_not_ours_in_the_folder_stays(tmp_path):
+def test_other_files_in_the_checkpoints_folder_stay(tmp_path):
     (tmp_path / "checkpoints" / ".mine").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".DS_Store").write_text("x")
     train(configured(tmp_path, "run.iterations=1", "run.overwrite=true", "run.resume=auto"))
@@ -261,8 +264,8 @@ def test_a_reward_that_its_shaping_cannot_take_ends_the_run_with_a_message(tmp_p
     assert (tmp_path / "run" / "samples.jsonl").read_text(), "the responses that were refused are recorded"
 
 
-def test_what_is_deleted_has_lost_its_name(tmp_path, monkeypatch):
-    """A run killed in the middle of a deletion must not leave half a checkpoint that is taken for whole."""
+def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
+    """A run that dies in the middle of a deletion must not leave half a checkpoint under the name of a complete one."""
     deleted, rmtree = [], shutil.rmtree
 
     def note(path, *args, **kwargs):

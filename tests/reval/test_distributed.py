@@ -1,7 +1,7 @@
-"""Two processes over gloo against one: the same losses, gradients, weights and reference, to rounding.
+"""Two processes over gloo compute the same losses, gradients, weights and reference values as one, up to rounding.
 
-torchrun starts once, for all cases: starting takes most of the time. The trajectories have unequal lengths, so that
-the processes get different numbers of micro-batches; with one trajectory one of them has a padding one only.
+torchrun starts once for all cases, because the start takes most of the time. The trajectories have unequal lengths, so
+the processes get different numbers of micro-batches. With one trajectory, one process has only a padding micro-batch.
 """
 
 import os
@@ -47,30 +47,33 @@ def load(results, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "bf16 compute"])
 def test_two_processes_compute_what_one_does(results, case):
-    ours, config = load(results, case), load_config(["configs/tiny.yaml"], ADAM + CASES[case])
+    two, config = load(results, case), load_config(["configs/tiny.yaml"], ADAM + CASES[case])
     one = updates(config, World(), case)
-    for (loss, norm, residual), (loss1, norm1, residual1) in zip(ours["updates"], one["updates"], strict=True):
+    for (loss, norm, residual), (loss1, norm1, residual1) in zip(two["updates"], one["updates"], strict=True):
         torch.testing.assert_close(torch.tensor([loss, norm]), torch.tensor([loss1, norm1]), rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(residual, residual1, rtol=1e-5, atol=1e-4)
-    assert ours["gradients"].keys() == one["gradients"].keys() and ours["weights"].keys() == one["weights"].keys()
+    assert two["gradients"].keys() == one["gradients"].keys() and two["weights"].keys() == one["weights"].keys()
     whole = torch.stack([g.norm() for g in one["gradients"].values()]).norm()
     for name, gradient in one["gradients"].items():
-        assert (ours["gradients"][name] - gradient).norm() < 2e-5 * gradient.norm() + 1e-6 * whole, name
+        assert (two["gradients"][name] - gradient).norm() < 2e-5 * gradient.norm() + 1e-6 * whole, name
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(ours["weights"][name], weight, rtol=0, atol=1e-6)  # of 3 steps of about 1e-3
-    for a, b in zip(ours["reference"], one["reference"], strict=True):
+        # each of the 3 steps is about 1e-3 long
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6)
+    for a, b in zip(two["reference"], one["reference"], strict=True):
         assert a["version"] == b["version"] and abs(a["log_prob"] - b["log_prob"]) < 1e-3 * abs(b["log_prob"])
-    assert torch.allclose(torch.tensor(ours["log_probs"][0]), torch.tensor(one["log_probs"][0]), atol=1e-3)
+    assert torch.allclose(torch.tensor(two["log_probs"][0]), torch.tensor(one["log_probs"][0]), atol=1e-3)
 
 
-def test_activations_are_checkpointed_in_shards_too(results):
-    """Forward passes of a layer in one micro-batch: the second one recomputes the activations for the backward."""
+def test_activation_checkpointing_works_on_a_sharded_model(results):
+    """The number of forward passes of a layer in one micro-batch. The second pass recomputes the activations for the
+    backward pass."""
     assert load(results, "plain")["passes"] == 1
     assert load(results, "checkpointed activations")["passes"] == 2
 
 
 def test_mixed_precision_keeps_float32_masters_and_stays_near_float32(results):
-    """The layers' rounding is all that differs: 8 bits, against which the whole gradient is bounded."""
+    """Only the rounding of the layers differs: bf16 has 8 bits of precision. The bounds on the loss and on the norm of
+    the gradient allow for this rounding."""
     mixed, exact = load(results, "bf16 compute"), load(results, "plain")
     assert mixed["dtypes"] == {torch.float32}
     one = updates(load_config(["configs/tiny.yaml"], ADAM + CASES["bf16 compute"]), World(), "bf16 compute")
@@ -89,7 +92,8 @@ def test_one_process_goes_on_from_what_two_saved(results):
     model.load_state_dict(state["weights"])
     learner.load_state(state["optimizer"], updates=2)
     trajectories = batch_for(case)
-    ReferencePolicy(model, config).annotate(trajectories)  # the reference was reset to the policy just then
+    # the two processes reset the reference to the policy just before they saved
+    ReferencePolicy(model, config).annotate(trajectories)
     out = learner.update(trajectories)
     loss, norm, _ = load(results, case)["updates"][2]
     assert [out["loss"], out["grad_norm"]] == pytest.approx([loss, norm], rel=1e-5)
@@ -98,12 +102,12 @@ def test_one_process_goes_on_from_what_two_saved(results):
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=1e-6)
 
 
-def test_what_processes_tell_each_other(results):
+def test_gather_join_and_broadcast_between_two_processes(results):
     told = torch.load(results / "world.pt", weights_only=False)
     assert told == {"everyone": [0, 1], "joined": [0, 10, 20, 30, 40], "told": "main"}
 
 
-def test_a_process_alone_needs_nobody():
+def test_a_single_process_communicates_with_itself():
     world = World()
     assert world.main and world.share([1, 2]) == [1, 2] and world.join([1, 2]) == [1, 2]
     assert world.gather(3) == [3] and world.broadcast(4) == 4

@@ -1,4 +1,5 @@
-"""One update: independent of the micro-batches, clipped, and refused before the weights move when it is not finite."""
+"""One update of the learner. The result does not depend on the micro-batches, the gradient is clipped, and an update
+that is not finite is refused before the weights move."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def configured(config: Config, **optim) -> Config:
 
 
 def gradient_of(config, members):
-    """The gradient that the optimizer sees (no clipping)."""
+    """The metrics of one update, and the gradients at the moment when the optimizer would step."""
     model, _ = load_model(config.model, seed=0)
     learner = Learner(model, config)
     seen = {}
@@ -46,7 +47,7 @@ def test_any_micro_batching_gives_the_same_gradient(tiny_config, trajectories, l
             assert error < 1e-5, f"{name}: {error}"
 
 
-def test_the_gradient_is_clipped_and_its_norm_reported_before(tiny_config, trajectories):
+def test_the_gradient_is_clipped_and_the_reported_norm_is_from_before_clipping(tiny_config, trajectories):
     members = annotated(tiny_config, trajectories)
     update, clipped = gradient_of(configured(tiny_config, max_grad_norm=0.5), members)
     norm = torch.stack([g.norm() for g in clipped.values()]).norm().item()
@@ -71,7 +72,7 @@ def test_warmup_rises_to_the_learning_rate(tiny_config, trajectories):
 
 
 def test_a_linear_schedule_falls_to_0_over_the_run(tiny_config, trajectories):
-    """The tiny run has 3 iterations of 2 updates."""
+    """The tiny run has 3 iterations of 2 updates, so the rate is 0 after 6 updates."""
     model, _ = load_model(tiny_config.model, seed=0)
     learner = Learner(model, configured(tiny_config, lr=4e-4, warmup=2, schedule="linear"))
     members = annotated(tiny_config, trajectories, count=2)
@@ -117,7 +118,7 @@ def test_compiled_layers_compute_the_same_update(tiny_config, trajectories):
 
 
 def test_checkpointing_recomputes_every_layer_and_stays_on_after_generating(tiny_config, trajectories):
-    """generate() leaves the model in evaluation mode, in which transformers would keep all activations."""
+    """generate() leaves the model in evaluation mode. In this mode, transformers would keep all activations."""
     members = annotated(tiny_config, trajectories)
     for checkpointing, times in ((False, 1), (True, 2)):
         config = replace(tiny_config, model=replace(tiny_config.model, gradient_checkpointing=checkpointing))
@@ -131,7 +132,7 @@ def test_checkpointing_recomputes_every_layer_and_stays_on_after_generating(tiny
             model.eval()
 
 
-def test_a_resumed_optimizer_takes_the_settings_as_they_are_now(tiny_config, trajectories):
+def test_a_resumed_optimizer_takes_the_settings_of_the_new_config(tiny_config, trajectories):
     learner = Learner(load_model(tiny_config.model, seed=0)[0], configured(tiny_config, weight_decay=0.1))
     learner.update(annotated(tiny_config, trajectories))
     now = configured(tiny_config, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-5)

@@ -1,4 +1,4 @@
-"""Whole runs through the real command line, with the tiny model: what they write, and what happens when things fail."""
+"""Whole runs of the tiny model through the real command line: the files they write, and their behaviour on failures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
     return folder, run(folder)
 
 
-def test_a_run_writes_all_it_promises(finished):
+def test_a_run_writes_every_file(finished):
     folder, done = finished
     assert yaml.safe_load((folder / "config.yaml").read_text())["run"]["dir"] == str(folder)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -72,13 +72,13 @@ def test_a_run_writes_all_it_promises(finished):
     assert "Reply with only the number." in done.stdout
 
 
-def test_the_runs_config_says_what_auto_came_to(tmp_path):
+def test_the_written_config_has_the_dtypes_that_auto_selected(tmp_path):
     run(tmp_path / "auto", "run.iterations=1", "model.compute_dtype=auto", "rollout.dtype=auto")
     written = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())
     assert written["model"]["compute_dtype"] == written["rollout"]["dtype"] != "auto"
 
 
-def test_metrics_are_named_as_users_know_them(finished):
+def test_metrics_have_their_documented_names(finished):
     rows = metrics(finished[0])
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     for row in rows:
@@ -116,7 +116,7 @@ def test_evaluate_answers_with_the_checkpoint(finished):
     assert rows == (folder / "evaluations" / "iteration-000003.jsonl").read_text()
 
 
-def test_the_seed_decides(finished, tmp_path):
+def test_the_same_seed_repeats_a_run_and_another_seed_does_not(finished, tmp_path):
     folder, _ = finished
     run(tmp_path / "again")
     run(tmp_path / "other", "run.seed=1")
@@ -192,10 +192,10 @@ def test_a_broken_reward_stops_the_run_and_loses_nothing(tmp_path, name, message
         assert len(rows) == 16 and all(len(r["token_ids"]) == len(r["action_mask"]) for r in rows)
         assert (tmp_path / "run" / "samples.jsonl").read_text(), "the responses of the failed iteration are recorded"
     else:
-        assert "nothing was saved yet" in done.stderr  # since there is no better checkpoint than the model itself
+        assert "nothing was saved yet" in done.stderr  # iteration 1 failed, so there is no checkpoint
 
 
-def test_what_cannot_be_scored_stays_out_and_exceptions_are_shown(tmp_path):
+def test_unscored_responses_stay_out_of_the_buffer_and_exceptions_are_shown(tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     done = run(tmp_path / "run", f"reward.function={tmp_path}/rewards.py:some", "data.held_out=0", "run.iterations=2")
     rows = metrics(tmp_path / "run")
@@ -214,7 +214,7 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a test run in the background ignores Ctrl-C, and its children would inherit that
+        # a test run in the background ignores SIGINT, and its child processes would inherit this setting
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
