@@ -1,4 +1,4 @@
-"""Trajectories in and out of padded tensors; each distinct prompt once, in the batch and in the transformer."""
+"""Trajectories to padded tensors and back. Each distinct prompt is stored once and passes the transformer once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def groups(prompts: int, responses: int, seed: int = 0) -> list[Trajectory]:
-    """Several responses to each prompt, of unequal lengths, in mixed order; one prompt is a single token."""
+    """Several responses of unequal lengths to each prompt, in random order. The first prompt is a single token."""
     rng = np.random.default_rng(seed)
     out = []
     for p in range(prompts):
@@ -32,7 +32,7 @@ def groups(prompts: int, responses: int, seed: int = 0) -> list[Trajectory]:
     return [out[i] for i in rng.permutation(len(out))]
 
 
-def test_states_line_up_with_the_token_that_follows(trajectories):
+def test_each_state_is_followed_by_its_action(trajectories):
     for members in (trajectories(6, turns=2), groups(3, 4)):
         batch = collate(members, CPU)
         assert batch.mask[:, 0].all()
@@ -63,7 +63,8 @@ def test_micro_batches_keep_the_responses_to_a_prompt_together():
 
 
 def test_a_shared_prompt_is_computed_once_and_changes_nothing(tiny):
-    """Values and gradients against every trajectory alone; the hook counts the tokens that pass the transformer."""
+    """Hidden states and gradients equal those of each trajectory alone. The hook counts the tokens that pass the
+    transformer."""
     model, _ = tiny
     members = [t for t in groups(4, 5) if len(t.prefix)]
     counted = []
@@ -88,8 +89,9 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(tiny):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_is_padded_without_the_padding(tiny_config, attention):
-    """Hidden states and gradients; the hook counts the tokens that pass the transformer: the true ones and no more."""
+def test_a_packed_batch_computes_the_same_as_a_padded_one(tiny_config, attention):
+    """The same hidden states and gradients. The hook counts the tokens that pass the transformer: a packed batch has no
+    padding tokens."""
     model, _ = load_model(tiny_config.model, seed=0)
     model.set_attn_implementation(attention)
     members = [*groups(3, 2), *random_trajectories(4, turns=2)]
@@ -113,7 +115,7 @@ def test_packed_is_padded_without_the_padding(tiny_config, attention):
         assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_packed_micro_batches_count_true_tokens():
+def test_packed_micro_batches_count_tokens_without_padding():
     members = groups(5, 4)
     parts = list(micro_batches(members, OptimConfig(micro_batch_tokens=60, packing=True)))
     assert sorted(i for part in parts for i in part) == list(range(20))
@@ -121,7 +123,8 @@ def test_packed_micro_batches_count_true_tokens():
 
 
 def test_processes_share_a_batch_and_keep_in_step(tiny_config):
-    """Every trajectory on one process; about as many tokens on each; padding micro-batches where one has less to do."""
+    """Each trajectory goes to exactly one process, and all processes get about the same number of tokens. A process
+    with fewer micro-batches gets padding ones."""
     members, counts = groups(7, 3), []
     config = replace(tiny_config, optim=OptimConfig(micro_batch_tokens=40))
 

@@ -1,5 +1,5 @@
-"""What the pages say exists: their Python runs or compiles, their commands and settings are real, their links lead
-somewhere. tests/test_named_files.py checks the files that they name.
+"""The documentation names only things that exist. The Python code runs or compiles, reval accepts the commands and the
+settings, and every link has a target. tests/test_named_files.py checks the files that the pages name.
 
 A page may define a config file by a yaml block whose first line is its name as a comment (`# mine.yaml`), and then use
 it in commands.
@@ -33,7 +33,7 @@ def text_of(page: str) -> str:
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
-    # every third piece is prose, then come a block's language and its text
+    # the pieces repeat: prose, the language of a block, the text of the block
     pieces = re.split(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.DOTALL | re.MULTILINE)
     return [text for name, text in zip(pieces[1::3], pieces[2::3], strict=True) if name == language]
 
@@ -65,7 +65,7 @@ def test_code_in_the_method_runs():
     exec(compile(block, "docs/method.md", "exec"), {})
 
 
-def test_the_loss_in_extending_is_one(tiny, tiny_config, trajectories):
+def test_the_loss_in_extending_equals_huber_and_trains(tiny, tiny_config, trajectories):
     from reval import objectives
     from reval.batching import collate
     from reval.model.forward import hidden_states, token_values
@@ -139,7 +139,8 @@ def test_yaml_is_a_config(page, tmp_path):
 
 
 def test_the_messages_in_troubleshooting_are_those_of_the_code():
-    """Each part of a message between its dots; in the source a message goes on over several lines."""
+    """`...` in a message stands for any text, so each part between two `...` is searched. The source splits a message
+    into strings on several lines; these are joined first."""
     joined = re.sub(r'"\s*\n\s*f?"', "", SOURCES)
     messages = re.findall(r'^\| "(.+?)" \|', text_of("docs/troubleshooting.md"), re.MULTILINE)
     assert len(messages) > 5
@@ -158,7 +159,7 @@ def commands(page: str) -> list[list[str]]:
         try:
             words = shlex.split(line, comments=True)
         except ValueError:
-            continue  # not a command: output, a formula
+            continue  # not a command, for example output or a formula
         while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
             words = words[1:]
         if words:
@@ -167,7 +168,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def reval_arguments(words: list[str]) -> list[str] | None:
-    """What the reval command gets, None for another command."""
+    """The arguments of the reval command. None for another command."""
     if words[0] == "reval":
         return words[1:]
     if words[0] in ("python", "python3", "torchrun") and "reval.train" in words:
@@ -220,7 +221,7 @@ def test_cited_sections_of_the_method_exist():
 
 @page
 def test_metrics_exist(page):
-    """`eval/accuracy`: the last part of a metric's name is in the source."""
+    """The last part of a metric's name is in the source. Example: `accuracy` of `eval/accuracy`."""
     missing = []
     for name in re.findall(r"`((?:reval|eval|rollout|buffer|completions|reference|time|replay)/[\w/]+)`", prose(page)):
         if name.rpartition("/")[2] not in SOURCES and not (ROOT / name).exists():
@@ -234,7 +235,7 @@ def slug(heading: str) -> str:
 
 
 @page
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", target):
             continue

@@ -1,4 +1,5 @@
-"""Objectives against the formulas of docs/method.md section 4, in float64 from the model's logits; two turns each."""
+"""Each objective equals its formula in docs/method.md section 4, computed in float64 from the model's logits. Each
+trajectory has two turns."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ BETA = 0.3
 
 @pytest.fixture
 def case(tiny, tiny_config, trajectories):
-    """Policy and reference that differ, and trajectories annotated by the reference at token level."""
+    """A policy, a different reference policy, and trajectories that the reference has annotated at token level."""
     from dataclasses import replace
 
     config = replace(tiny_config, objective=ObjectiveConfig(level="token", beta=BETA))
@@ -32,7 +33,7 @@ def case(tiny, tiny_config, trajectories):
 
 @torch.no_grad()
 def by_hand(model, t):
-    """q, v and log pi of one trajectory's actions in float64, from the model's logits for it alone."""
+    """q, v and log pi of the actions of trajectory `t`: float64 [H], H actions, from a forward pass without padding."""
     ids, mask = torch.from_numpy(t.token_ids).long(), torch.from_numpy(t.action_mask)[1:]
     logits = model.double()(input_ids=ids[None]).logits[0, :-1][mask]
     model.float()

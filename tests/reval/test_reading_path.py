@@ -1,4 +1,4 @@
-"""From a prompt to its weight update: how much one has to read is bounded."""
+"""The code path from a prompt to its weight update stays short: a bounded number of files and public functions."""
 
 from tools.reading_path import reading_path
 

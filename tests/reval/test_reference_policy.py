@@ -1,4 +1,4 @@
-"""What is cached of the reference equals what would be computed now, or is known to be stale."""
+"""Each cached value of the reference policy equals a newly computed value, or the cache marks the value as stale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def known(trajectories):
     return [(t.reference["v"], t.reference["log_prob"]) for t in trajectories]
 
 
-def test_cached_equals_recomputed_whatever_the_micro_batches(tiny, tiny_config, trajectories):
+def test_cached_values_do_not_depend_on_the_micro_batches(tiny, tiny_config, trajectories):
     together, alone = trajectories(9), trajectories(9)
     ReferencePolicy(tiny[0], tiny_config).annotate(together)
     small = replace(tiny_config, optim=OptimConfig(micro_batch_tokens=1))
@@ -25,7 +25,7 @@ def test_cached_equals_recomputed_whatever_the_micro_batches(tiny, tiny_config, 
     np.testing.assert_allclose(known(together), known(alone), rtol=1e-6, atol=1e-5)
 
 
-def test_annotates_only_what_is_missing_or_stale(tiny, tiny_config, trajectories):
+def test_only_missing_or_stale_values_are_computed(tiny, tiny_config, trajectories):
     model, _ = tiny
     reference = ReferencePolicy(model, tiny_config)
     members = trajectories(4)
@@ -44,7 +44,7 @@ def test_annotates_only_what_is_missing_or_stale(tiny, tiny_config, trajectories
     np.testing.assert_array_equal(known(fresh), known(members))
 
 
-def test_token_values_are_kept_where_the_level_needs_them(tiny, tiny_config, trajectories):
+def test_token_values_are_cached_only_for_levels_that_need_them(tiny, tiny_config, trajectories):
     config = replace(tiny_config, objective=ObjectiveConfig(level="subtrajectory"))
     members = trajectories(5, turns=2)
     ReferencePolicy(tiny[0], config).annotate(members)
@@ -69,7 +69,8 @@ def test_the_reference_takes_no_gradient(tiny, tiny_config):
 
 @pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
 def test_calibrated_start_has_loss_and_gradient_zero(tiny, tiny_config, trajectories, level):
-    """r = 0 and policy = reference. Exactly 0 at token level; cached sums leave their rounding at trajectory level."""
+    """The rewards are 0 and the policy equals the reference, so the loss is 0: exactly 0 at token level, and 0 up to
+    the rounding of the cached sums at trajectory level."""
     from reval.learner import Learner
 
     config = replace(tiny_config, objective=ObjectiveConfig(level=level, beta=0.1))
@@ -84,7 +85,7 @@ def test_calibrated_start_has_loss_and_gradient_zero(tiny, tiny_config, trajecto
         assert update["loss"] == 0.0 and update["grad_norm"] == 0.0
 
 
-def test_right_after_a_reset_the_loss_is_the_rewards_alone(tiny, tiny_config, trajectories):
+def test_right_after_a_reset_the_loss_depends_only_on_the_rewards(tiny, tiny_config, trajectories):
     from reval.learner import Learner
 
     members = trajectories(6)

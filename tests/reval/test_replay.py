@@ -1,4 +1,4 @@
-"""The buffer against a list that remembers everything; `check` runs after every operation."""
+"""The buffer is compared with a list that keeps every trajectory. `check` runs after every operation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trajectory(reward: float = 0.0, iteration: int = 0) -> Trajectory:
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 15), max_size=12))
-def test_holds_exactly_the_newest(capacity, pushes):
+def test_the_buffer_has_exactly_the_newest_trajectories(capacity, pushes):
     buffer, everything = ReplayBuffer(capacity), []
     for count in pushes:
         new = [trajectory() for _ in range(count)]
@@ -55,7 +55,7 @@ def test_samples_are_uniform():
     assert all(abs(seen[i] - 1200) < 6 * 29 for i in range(10)), seen
 
 
-def test_the_generator_alone_decides():
+def test_the_sample_depends_only_on_the_generator():
     buffer = ReplayBuffer(10)
     buffer.add([trajectory(reward=i) for i in range(10)])
     assert buffer.sample(4, Random(1)) == buffer.sample(4, Random(1)) != buffer.sample(4, Random(2))
@@ -69,8 +69,9 @@ def test_age_and_reuse():
     assert ReplayBuffer(4).metrics(1) == {"buffer/size": 0, "buffer/age_mean": 0.0, "buffer/reuse_mean": 0.0}
 
 
-def test_state_comes_back_through_a_file(tmp_path, trajectories):
-    """Trajectories without a reference, with one, and with one's token values; after a reset there are all three."""
+def test_a_saved_state_loads_from_a_file(tmp_path, trajectories):
+    """Trajectories without reference values, with sums only, and with token values too. A buffer can have all three
+    kinds, for example after a reset of the reference."""
     buffer, other, smaller = ReplayBuffer(5), ReplayBuffer(5), ReplayBuffer(2)
     members = trajectories(8, turns=2)
     for i, t in enumerate(members):
@@ -93,7 +94,7 @@ def test_state_comes_back_through_a_file(tmp_path, trajectories):
             np.testing.assert_array_equal(value, b.reference[key])
 
 
-def test_an_empty_buffer_comes_back():
+def test_the_state_of_an_empty_buffer_loads():
     buffer = ReplayBuffer(3)
     buffer.load_state(ReplayBuffer(3).state())
     assert len(buffer) == 0 and buffer.sample(2, Random(0)) == []
@@ -128,7 +129,7 @@ def test_broken_rollouts_are_named_by_line(tmp_path, row, message):
         load_rollouts(str(path), 6)
 
 
-def test_rollouts_that_are_not_there():
+def test_a_missing_rollouts_file_is_named():
     with pytest.raises(ValueError, match="replay.preload 'nowhere.jsonl' cannot be read: No such file"):
         load_rollouts("nowhere.jsonl", 6)
 

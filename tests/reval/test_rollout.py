@@ -1,5 +1,8 @@
-"""The rollout protocol on HF rollouts: the shared prefill must not change what is generated; ids come back up to the
-first end of sequence; a sync brings every weight or is refused. And what of vLLM can be tested without it."""
+"""The rollout protocol on HF rollouts, and the parts of the vLLM engine that run without vLLM.
+
+The shared prefill must not change the generated tokens. A response ends with its first end-of-sequence token. A sync
+loads every weight or is refused.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from reval.rollout.hf import HFRollout
 from reval.rollout.probe import choose, mismatch, worst
 from reval.rollout.vllm import _check_version, engine_devices, request_seed
 
-PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]  # unequal, so that padding on the left matters
+PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]  # unequal lengths, so that the batch has padding on the left
 
 
 def generate(model, tokenizer, *, batch_size=64, responses=3, temperature=1.0, seed=0, tokens=6, prompts=PROMPTS):
@@ -39,7 +42,7 @@ def slow_greedy(model, prompt, tokens, end):
     return out
 
 
-def test_greedy_is_what_the_model_says_without_cache_and_padding(tiny):
+def test_greedy_generation_equals_argmax_without_cache_and_padding(tiny):
     model, tokenizer = tiny
     groups = generate(model, tokenizer, temperature=0.0, responses=2)
     for prompt, group in zip(PROMPTS, groups, strict=True):
@@ -47,14 +50,15 @@ def test_greedy_is_what_the_model_says_without_cache_and_padding(tiny):
         assert [r.token_ids for r in group] == [expected, expected]
 
 
-def test_shared_prefill_saves_the_work_and_changes_nothing(tiny, monkeypatch):
+def test_shared_prefill_saves_work_and_changes_no_token(tiny, monkeypatch):
     model, tokenizer = tiny
     rows = []
     hook = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     shared = generate(model, tokenizer, responses=8)
-    # 3 prompts padded to 5 tokens: 4 of each once, then the last one and 5 more for 24 sequences
+    # 3 prompts, padded to 5 tokens. The first pass takes 4 tokens of each prompt once. Every later pass takes one token
+    # of each of the 24 sequences: first the last prompt token, then the generated tokens.
     assert rows[0] == 3 * 4 and rows[1] == 24
     hook.remove()
     monkeypatch.setattr(HFRollout, "_prefill", lambda self, ids, attention, count: None)
@@ -68,7 +72,7 @@ def test_any_batch_size_gives_all_responses(tiny, batch_size):
     assert ids(groups) == ids(generate(*tiny, responses=4, temperature=0.0))
 
 
-def test_seed_decides_and_the_global_generator_stays(tiny):
+def test_the_seed_alone_selects_the_tokens_and_the_global_generator_does_not_move(tiny):
     torch.manual_seed(1)
     first = generate(*tiny, seed=7)
     drawn = torch.rand(1)
@@ -121,7 +125,7 @@ def test_a_copy_follows_only_when_synced(tiny, dtype):
     assert rollout.log_probs([PROMPTS[0]], [1]) != before
 
 
-def test_an_engine_that_shares_the_weights_still_reads_them_to_the_end(tiny):
+def test_an_engine_that_shares_the_weights_still_reads_all_of_them(tiny):
     model, tokenizer = tiny
     rollout = HFRollout(model, tokenizer, batch_size=8)
     assert rollout.shares_weights and rollout._model is model
@@ -154,7 +158,8 @@ def test_a_sync_that_would_leave_old_weights_is_refused(tiny, change, message):
     weights = iter(change(model.state_dict()).items())
     with pytest.raises(ValueError, match=message):
         rollout.sync(weights)
-    assert next(weights, None) is None  # another rank may be waiting for this one in a gather
+    # the rest was read too: each weight is a collective gather, in which the other processes wait for this one
+    assert next(weights, None) is None
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -168,12 +173,12 @@ def test_tied_weights_may_come_under_one_of_their_names(tiny, name):
         rollout.sync(without(without(model.state_dict(), "lm_head.weight"), "model.embed_tokens.weight").items())
 
 
-# ---- Log-probabilities, and the probe ----
+# ---- Log-probabilities and the probe ----
 
 
 @torch.no_grad()
 def policy_log_probs(model, sequences, starts):
-    """One token at a time, each from its own forward pass."""
+    """Log-probabilities one token at a time: one forward pass per token."""
 
     def one(ids, i):
         return float(model(input_ids=torch.tensor([ids[:i]])).logits[0, -1].double().log_softmax(-1)[ids[i]])
@@ -202,19 +207,19 @@ def test_the_probe_is_small_after_a_sync_and_large_without_one(tiny):
     assert mismatch(rollout, ask(PROMPTS, [1, 1, 1]), PROMPTS, [1, 1, 1])["rollout/mismatch_max"] < 1e-5
 
 
-class Says:
+class FixedLogProbs:
     def __init__(self, *rows):
         self.log_probs = lambda sequences, starts: list(rows)
 
 
 def test_the_probe_by_hand():
-    metrics = mismatch(Says([-1.0, -2.0], [-3.0]), [[-1.5, -2.0], [-2.0]], [[1, 2, 3], [1, 2]], [1, 1])
+    metrics = mismatch(FixedLogProbs([-1.0, -2.0], [-3.0]), [[-1.5, -2.0], [-2.0]], [[1, 2, 3], [1, 2]], [1, 1])
     assert metrics == {"rollout/mismatch_mean": 0.5, "rollout/mismatch_max": 1.0}
-    assert mismatch(Says(), [], [], []) == {}
-    broken = mismatch(Says([-1.0, math.nan, -1.0]), [[-1.0, -1.0, -1.0]], [[1, 2, 3, 4]], [1])
+    assert mismatch(FixedLogProbs(), [], [], []) == {}
+    broken = mismatch(FixedLogProbs([-1.0, math.nan, -1.0]), [[-1.0, -1.0, -1.0]], [[1, 2, 3, 4]], [1])
     assert all(math.isnan(value) for value in broken.values())
     with pytest.raises(ValueError):
-        mismatch(Says([-1.0]), [[-1.0, -2.0]], [[1, 2]], [1])
+        mismatch(FixedLogProbs([-1.0]), [[-1.0, -2.0]], [[1, 2]], [1])
 
 
 def test_the_probe_takes_the_first_tokens_of_several_responses():
@@ -253,7 +258,7 @@ def test_a_missing_vllm_says_what_to_install(tiny, tiny_config, monkeypatch):
         ({"vllm_devices": "1"}, "rollout.vllm_devices must be null with rollout.vllm_mode=colocated"),
     ],
 )
-def test_what_cannot_be_colocated_is_refused(tiny, tiny_config, monkeypatch, changes, message):
+def test_settings_that_cannot_be_colocated_are_refused(tiny, tiny_config, monkeypatch, changes, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object())
     monkeypatch.setenv("WORLD_SIZE", "1" if changes else "2")
     with pytest.raises(ValueError, match=message):
@@ -276,7 +281,7 @@ def test_each_training_process_has_its_gpus():
         get("1,2,3", world=2)
 
 
-def test_every_response_has_a_seed_of_its_own():
+def test_every_response_has_a_different_seed():
     seeds = {request_seed(s, i, j) for s in (0, 1, 2**40) for i in range(20) for j in range(20)}
     assert len(seeds) == 3 * 400 and all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed(1, 11, 1) != request_seed(1, 1, 11) != request_seed(11, 1, 1)
@@ -291,7 +296,7 @@ def test_an_old_vllm_is_refused_and_a_new_one_comes_with_a_warning():
     _check_version("0.32.1+cpu")
 
 
-def test_the_end_is_what_the_model_and_the_tokenizer_say(tiny):
+def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(tiny):
     model, tokenizer = tiny
     model.generation_config.eos_token_id = [7, 5]
     assert end_tokens(model, tokenizer) == [1, 5, 7]

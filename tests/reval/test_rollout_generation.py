@@ -1,4 +1,5 @@
-"""Which weights answer which iteration, when generation runs ahead and syncs are rare; and what happens to errors."""
+"""Generation ahead of training: the version of the weights that answers each iteration, with every sync and with rare
+syncs; and errors of the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from reval.rollout.generation import Generation, ProblemSampler
 
 
 class Engine:
-    """Answers with the version of its weights, and notes what it was asked."""
+    """Every response is the version of the engine's weights. The engine records each request."""
 
     shares_weights = False
 
@@ -42,7 +43,7 @@ def made(ahead: int, engine: Engine, world: World | None = None, start: int = 0)
 
 
 def follow(generation: Generation, iterations, every: int = 1) -> list[tuple[int, int, list[str]]]:
-    """(version that answered, lag, problems) of each iteration; weights are handed over every so many iterations."""
+    """(version of the weights, lag, problems) of each iteration. A sync follows every `every` iterations."""
     out = []
     for i in iterations:
         got = generation.next(i)
@@ -62,7 +63,7 @@ def test_on_policy_without_ahead():
 def test_ahead_answers_with_older_weights_and_says_how_old():
     engine = Engine()
     one = follow(made(1, engine), range(1, 10))
-    # asked for in iteration i - 1, before its updates: with the weights after iteration i - 2
+    # iteration i is requested in iteration i - 1 before the updates, so with the weights after iteration i - 2
     assert [x[:2] for x in one] == [(0, 0), *((i - 2, 1) for i in range(2, 10))]
     assert threading.main_thread() not in engine.threads
     assert len(engine.asked) == 9, "nothing is generated that no iteration will use"
@@ -88,7 +89,7 @@ def test_no_problem_is_skipped_or_repeated_and_a_resumed_run_goes_on(ahead, ever
         assert begun + rest == whole
 
 
-def test_processes_ask_for_their_share_with_seeds_of_their_own():
+def test_processes_ask_for_their_share_with_different_seeds():
     engines = [Engine(), Engine()]
     for rank, engine in enumerate(engines):
         made(0, engine, World(rank, 2)).next(1)

@@ -72,7 +72,8 @@ def test_nothing_to_summarise():
 
 
 def test_a_process_without_a_share_decodes_and_scores_nothing(tiny):
-    """As one of two processes with rollout.prompts=1; the tokenizer would make one empty text of no responses."""
+    """This is the second of two processes with rollout.prompts=1. From an empty list of responses, the tokenizer would
+    make one empty text."""
     with RewardPool("number", workers=1, timeout=5.0) as pool:
         texts, scores = score([], [], pool, tiny[1])
     assert texts == scores.rewards == []
