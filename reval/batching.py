@@ -42,13 +42,14 @@ class Batch(NamedTuple):
     actions: Tensor
     """int64 [B, T]: the token that follows each state."""
     mask: Tensor
-    """bool [B, T]: whether the model itself chose that token. Always true in column 0."""
+    """bool [B, T]: true if the model chose the action, false for tokens of the environment and for padding. Always
+    true in column 0."""
     rewards: Tensor
     """float32 [B]: shaped rewards."""
     share: bool
     """Compute each distinct prompt once."""
     packed: bool
-    """Compute the true tokens alone, joined to one sequence without padding."""
+    """Join the tokens of all trajectories into one sequence without padding, and compute this sequence."""
 
 
 class MicroBatch(NamedTuple):
@@ -66,7 +67,8 @@ class MicroBatch(NamedTuple):
 def plan(trajectories: list[Trajectory], world: World, device: torch.device, config: Config) -> list[MicroBatch]:
     """Split a batch, which every process holds, and return the micro-batches of this process.
 
-    Every process gets the same number of micro-batches. Otherwise one would wait for the others without end.
+    Every process gets the same number of micro-batches. Otherwise the process with the most micro-batches would
+    wait for the others forever.
     """
     # Two cases exclude shared prompts. FSDP frees a layer's weights after the layer's backward pass, and the gradient
     # through the keys of a shared prompt would need them again. And transformers keeps no cache of keys and values
@@ -115,8 +117,9 @@ def collate(trajectories: list[Trajectory], device: torch.device, *, share: bool
 def micro_batches(trajectories: list[Trajectory], config: OptimConfig, share: bool = True) -> Iterator[list[int]]:
     """Indices of the trajectories of each micro-batch.
 
-    A micro-batch has at most optim.micro_batch_tokens tokens, padding included. A single trajectory may exceed that.
-    The order keeps the responses to one prompt together, then prompts of similar length, so that little is padded.
+    A micro-batch has at most optim.micro_batch_tokens tokens, padding included. A single longer trajectory is a
+    micro-batch by itself. The trajectories are sorted first: responses to one prompt become neighbours, and so do
+    prompts of similar length. This keeps the padding small.
 
     Args:
         share: count the tokens of a shared prompt once.

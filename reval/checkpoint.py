@@ -1,4 +1,4 @@
-"""Checkpoints: saving and loading the state of a run, so that a resumed run computes the same as one without a break.
+"""Checkpoints: saving and loading the state of a run. A resumed run computes the same as an uninterrupted run.
 
 A checkpoint is a folder that from_pretrained loads. Beside the model it contains:
 
@@ -45,7 +45,7 @@ FORMAT = 1
 def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -> None:
     """Save the state of the run after iteration `run.iteration`. Every process has to call this.
 
-    The folder gets its name when all files are written. A run that is killed before leaves no checkpoint.
+    The folder gets its final name after all files are written. So a run that is killed earlier leaves no checkpoint.
     """
     world, model = run.world, run.learner.model
     unfinished = start_checkpoint(folder, world)
@@ -105,7 +105,7 @@ def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
 
 
 def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
-    """Raise ConfigError if a setting has changed that decides the shape of the saved state.
+    """Raise ConfigError if a setting that determines the shape of the saved state has changed.
 
     Args:
         ahead: the checkpoint has responses that were generated ahead.
@@ -122,7 +122,8 @@ def _check_settings(config: Config, checkpoint: Path, ahead: bool) -> None:
 
 
 def _save_reference(previous: Path | None, unfinished: Path, run: TrainingRun) -> None:
-    """Save the weights of the reference. If the previous checkpoint has the same version of them, link its files."""
+    """Save the weights of the reference. If the previous checkpoint has the same version of the reference, make hard
+    links to its files instead."""
     if run.reference.model is None:
         return
     target, same = unfinished / "training" / "reference", False

@@ -33,7 +33,7 @@ class Components:
     evaluation_problems: list[Problem]
     """The held-out problems first, then the problems of each benchmark. Training uses none of them."""
     rollout_engine: RolloutEngine
-    """Holds the policy's weights."""
+    """Generates responses with the policy's weights."""
     reward_pool: RewardPool
     """Runs reward.function."""
     world: World
@@ -45,7 +45,7 @@ def build(config: Config, checkpoint: Path | None = None) -> Iterator[Components
 
     Args:
         config: all settings.
-        checkpoint: a run's checkpoint, whose weights the model gets.
+        checkpoint: the checkpoint of a run. The model gets the weights of this checkpoint.
 
     Raises ConfigError for settings that cannot work.
     """

@@ -21,7 +21,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process and the others. The default is a single process, for which every method returns at once."""
+    """This process and its communication with the other processes. By default there is only one process; every method
+    then returns at once."""
 
     rank: int = 0
     """The number of this process, from 0."""
@@ -30,7 +31,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and output. One process does: rank 0."""
+        """True for rank 0, the only process that writes files and output."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:

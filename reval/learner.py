@@ -67,7 +67,7 @@ class Learner:
         """
         for layer in self._layers:
             # transformers checkpoints activations only in layers in training mode. Their children stay in evaluation
-            # mode, so there is no dropout. Generating sets the mode back, so the mode is set before every update.
+            # mode, so there is no dropout. Generation ends training mode, so the mode is set before every update.
             layer.training = self._config.model.gradient_checkpointing
         own_losses: list[float] = []
         own_terms: list[dict[str, Tensor]] = []
@@ -89,7 +89,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        # Free the gradients now and not before the next backward pass: generating needs the memory.
+        # Free the gradients now instead of just before the next backward pass, because generation needs the memory.
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         for t in trajectories:

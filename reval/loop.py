@@ -152,7 +152,7 @@ def _record_responses(run: TrainingRun, scored: ScoredRollouts, iteration: int) 
 
 
 def _due(every: int, iteration: int) -> bool:
-    """Whether something that happens every `every` iterations happens now; 0 stands for never."""
+    """True if `every` divides `iteration`. False if `every` is 0, which stands for never."""
     return bool(every) and iteration % every == 0
 
 
@@ -212,7 +212,8 @@ class Clock:
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # a GPU works asynchronously: without this the next stage would get the time
+            # A GPU works asynchronously. Without this call, the next stage would include the time of this stage.
+            torch.cuda.synchronize()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:

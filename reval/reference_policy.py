@@ -37,7 +37,7 @@ from .replay import Trajectory
 
 
 class ReferencePolicy:
-    """The frozen policy with which the loss compares the trained one.
+    """The frozen policy with which the loss compares the trained policy.
 
     It is a copy of `model`, sharded in the same way. With lora.rank it is `model` itself with other adapters.
     """
@@ -76,7 +76,8 @@ class ReferencePolicy:
         self.version += 1
 
     def annotate(self, trajectories: list[Trajectory]) -> int:
-        """Compute the values of the trajectories that have none or stale ones. Returns how many these were.
+        """Compute the reference values of all trajectories whose values are missing or stale. Returns the number of
+        these trajectories.
 
         Every process has to call this with the same trajectories.
         """
@@ -101,7 +102,7 @@ class ReferencePolicy:
 
     @contextmanager
     def _ready(self) -> Iterator[PreTrainedModel]:
-        """Within the block, a model that computes as the reference, on the device."""
+        """Give a model that computes as the reference within the block, on the device of the policy."""
         # With several processes FSDP itself moves offloaded layers to the GPU, one at a time.
         moved = self._config.reference.offload and self._world.size == 1
         if self.model is None:

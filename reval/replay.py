@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(slots=True, eq=False)
 class Trajectory:
-    """A prompt, everything that followed, and the reward. L is the number of tokens.
+    """A prompt, all tokens after it, and the reward. L is the number of tokens.
 
     The token ids are those that the policy sampled; text is never encoded again. A trajectory has no log-probabilities
     of the policy that generated it (behaviour log-probs): the loss has no importance ratio, so any policy may have
@@ -117,8 +117,8 @@ class ReplayBuffer:
         }
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Replace the contents by the buffer that `state()` returned as arrays. With a smaller capacity the newest
-        trajectories stay."""
+        """Replace the contents with the trajectories in `arrays`, which `state()` returned. If they exceed the
+        capacity, the newest trajectories stay."""
         ends = arrays["lengths"].cumsum()
         values_from, held = 0, []
         for i, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
@@ -153,7 +153,7 @@ class ReplayBuffer:
 
 
 def load_rollouts(path: str, vocabulary: int) -> list[Trajectory]:
-    """Read logged rollouts with which a buffer starts. Any policy may have generated them.
+    """Read the logged rollouts that fill a buffer at the start. Any policy may have generated them.
 
     Each line is a JSON object with `prompt_ids`, `response_ids` and `reward`. The loss uses this reward as it is,
     without shaping.

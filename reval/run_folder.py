@@ -59,7 +59,7 @@ def find_checkpoint(config: Config) -> Path | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. A folder with such a name is complete."""
+    """The checkpoints of a run, oldest first. Every folder named iteration-* is a complete checkpoint."""
     return sorted((folder / "checkpoints").glob("iteration-*"))
 
 
@@ -166,7 +166,7 @@ def _hide(checkpoint: Path) -> None:
 
 
 def _set_aside(checkpoint: Path) -> None:
-    """Rename a checkpoint so that it is no longer one of the run, without deleting it."""
+    """Rename a checkpoint so that it no longer belongs to the run, without deleting it."""
     target = checkpoint.with_name(f"left-{checkpoint.name}")
     if target.exists():
         shutil.rmtree(target)
@@ -178,7 +178,7 @@ def _name(iteration: int) -> str:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make a symbolic link, or replace it in one step, so that it never points to nothing."""
+    """Make a symbolic link. An existing link is replaced in one step, so that it always has a target."""
     new = link.with_name(f".{link.name}-next")
     new.unlink(missing_ok=True)
     new.symlink_to(target.relative_to(link.parent))

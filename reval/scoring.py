@@ -25,7 +25,7 @@ SHAPINGS = ("plain", "centered", "normalized", "plus_minus_one")
 
 
 class ScoredResponse(NamedTuple):
-    """A response of one iteration and its score, without the token ids: the trajectories hold those."""
+    """A response of one iteration and its score. The token ids are in the trajectories."""
 
     group: int
     """Number of the prompt within the iteration: the same for all responses to one prompt."""
@@ -46,7 +46,8 @@ class ScoredRollouts:
     trajectories: list[Trajectory]
     """The responses that have a score, with shaped rewards. Empty after a failure."""
     failure: str
-    """Why the rewards could not be shaped; empty if they could. The caller records the responses, then raises."""
+    """The error message if the scores do not fit reward.shaping, else empty. The caller records the responses, then
+    raises the error."""
     responses: list[ScoredResponse]
     """All responses, those without a score too."""
     lag: int
@@ -56,7 +57,7 @@ class ScoredRollouts:
     errors: int
     """Responses without a score because the reward function raised or its process died."""
     exceptions: list[str]
-    """For each process that has one, `Scores.first_error`."""
+    """`Scores.first_error` of each process that has a first error."""
 
     def samples(self) -> list[tuple[Prompt, str, float | None]]:
         """(prompt, text, score) of each response."""

@@ -45,7 +45,7 @@ def _name(dtype: torch.dtype) -> Any:
 
 def _multiplies_bf16(device: torch.device) -> bool:
     """Whether torch has bf16 matmuls on this device that are faster than fp32. On a CPU this takes AVX-512."""
-    if device.type == "cuda" and torch.cuda.is_available():  # without one, loading the model says that there is none
+    if device.type == "cuda" and torch.cuda.is_available():  # without a GPU, loading the model raises the error
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -37,8 +37,8 @@ def with_hidden(
 ) -> Result:
     """Run the forward pass and return function(hidden states [B, T, D], head).
 
-    Several processes shard the model with FSDP, and then `head.weight` is whole only while `function` runs. A function
-    that needs token values alone is `token_values`.
+    With several processes, FSDP shards the model: `head.weight` is then whole only while `function` runs. For token
+    values alone, call `token_values`.
     """
 
     def forward() -> Result:
@@ -47,7 +47,7 @@ def with_hidden(
     run_gathered: Any = getattr(model, "run_gathered", None)  # model/sharding.py adds this method to a sharded model
     out = forward() if run_gathered is None else run_gathered(forward)
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
-        model.reshard()  # FSDP frees the head's weight in the backward pass, and without gradient there is none
+        model.reshard()  # no backward pass follows, in which FSDP would free the head's weight
     return out
 
 
@@ -94,7 +94,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
 
 
 def _packed_hidden(body: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, S + T, D] from one sequence that holds the true tokens alone; 0 at padding.
+    """Hidden states [B, S + T, D], computed from one sequence of all tokens without padding; 0 at padding.
 
     transformers finds the start of each trajectory in the packed sequence by its position 0.
     """

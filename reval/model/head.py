@@ -53,7 +53,7 @@ def head_of(model: PreTrainedModel) -> OutputHead:
 def check_head(model: PreTrainedModel) -> None:
     """Raise ValueError if the logits of the model differ from those of `head_of(model)`.
 
-    Without this check the values of such a model would be wrong and nothing would show it.
+    Without this check, such a model would train with wrong values and without an error.
     """
     head = head_of(model)
     ids = torch.arange(8, device=model.device)[None] % head.weight.shape[0]

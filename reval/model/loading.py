@@ -30,7 +30,7 @@ def load_model(
     With several processes the main process reads the weights and sends each other process its slices.
 
     Args:
-        seed: of the random weights of the model `tiny`, and of new adapters.
+        seed: the seed of the random weights of the model `tiny`, and of new adapters.
         lora: adds adapters if lora.rank is set.
         checkpoint: a run's checkpoint. The model gets its weights from there; with lora.rank only the adapters.
         offload: keep the weights in the CPU's memory. With FSDP each layer moves to the device while it computes.

@@ -25,8 +25,8 @@ FILE = "adapters.safetensors"
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Freeze the model and give each layer that `config.targets` names two adapters: one for the policy, which is
-    trained, and one for the reference.
+    """Freeze the model. Then add two adapters to each layer in `config.targets`: one for the policy, which is trained,
+    and one for the reference.
 
     New adapters have no effect. Raises ValueError for targets that do not exist, and for the head, whose weight the
     losses read.

@@ -18,7 +18,8 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typic
 
 
 def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each weight, one at a time. Every process has to iterate to the end: FSDP gathers.
+    """(name, whole tensor) of each weight, one at a time. Every process has to iterate to the end, because FSDP
+    gathers each weight from all processes.
 
     Tied weights appear once. Adapters are merged into the weights that they adapt.
     """

@@ -45,7 +45,7 @@ def shard(
     offload: bool = False,
     fill: bool = True,
 ) -> None:
-    """Shard `model` over all processes. The main process has its weights, the others a model of the same shape.
+    """Shard `model` over all processes. Only the main process has the weights; the others have a model of that shape.
 
     The layers compute in `compute_dtype`. The stored parameters, the head and the sum of the gradients keep the dtype
     of the parameters. Gradients are summed over the processes and not averaged, because every loss is already divided
@@ -58,7 +58,7 @@ def shard(
     # detach: FSDP moves the parameters to the device, and these copies must stay where they are
     whole = {name: p.detach() for name, p in model.named_parameters()} if world.main and fill else {}
     mesh = init_device_mesh(device.type, (world.size,))
-    # On a CPU there is nothing to offload, and FSDP's policy would free the weights, which it takes for copies.
+    # On a CPU there is nothing to offload. FSDP's offload policy would mistake the weights for copies and free them.
     offload &= device.type != "cpu"
     policy: Any = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     layers = layers_of(model)
@@ -95,7 +95,7 @@ def _take(parameter: nn.Parameter, whole: Tensor | None) -> None:
 def empty(
     kind: type[PreTrainedModel], config: PreTrainedConfig, generation_config: Any, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A model of that architecture on the CPU with uninitialized weights."""
+    """A model of class `kind` on the CPU with uninitialized weights."""
     with torch.device("meta"):
         model = kind(copy.deepcopy(config)).to(dtype or config.dtype)  # type: ignore[arg-type]
     model.to_empty(device="cpu").tie_weights()  # type: ignore[arg-type]
@@ -107,13 +107,13 @@ def unsharded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A whole model of the same architecture on the CPU, without adapters and with uninitialized weights."""
     new = empty(type(model), model.config, model.generation_config, dtype).requires_grad_(False)
     own = dict(new.named_buffers())
-    for name, buffer in model.named_buffers():  # also those that no checkpoint has, like rotary frequencies
+    for name, buffer in model.named_buffers():  # also buffers that no checkpoint has: rotary frequencies
         own[name].copy_(buffer)
     return new
 
 
 def reshard(model: PreTrainedModel) -> None:
-    """Free the gathered parameters. After a forward pass without gradient the ones outside the layers are still
+    """Free the gathered parameters. After a forward pass without gradient, the parameters outside the layers are still
     gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -131,10 +131,10 @@ def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor of one that may be sharded. Every process has to call this, in the same order."""
+    """`tensor` as a whole: gathered if it is sharded. Every process has to call this, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's slice of a tensor that may be sharded."""
+    """This process's slice of `tensor`, or `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -28,8 +28,8 @@ class Rollouts(NamedTuple):
     own: list[list[Response]]
     """The responses to each problem of this process's share, `world.share(problems)`."""
     lag: int
-    """Age of the weights that generated: the number of iterations after their sync and before this one. With a sync
-    after every iteration and rollout.ahead=0 the lag is 0."""
+    """Age of the weights that generated the responses: the number of iterations between their sync and this iteration.
+    Example: weights synced after iteration 4 have lag 0 in iteration 5 and lag 1 in iteration 6."""
 
 
 class _Request(NamedTuple):
@@ -105,7 +105,7 @@ class Generation:
         self._pending.append(_Request(problems, responses, self._synced))
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], iteration: int) -> None:
-        """Give the engine the policy's weights of this iteration, after it has finished all pending requests."""
+        """Wait until the engine has finished all pending requests. Then give it the policy's weights of `iteration`."""
         for request in self._pending:
             request.responses.result()
         if not self._engine.shares_weights:
@@ -113,7 +113,7 @@ class Generation:
         self._synced = iteration
 
     def close(self) -> None:
-        """Cancel the requests that have not started, wait for the one that has, and end the thread."""
+        """Cancel the waiting requests, wait for the running request, and end the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def state(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Generation:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`, which `state()` returned.
 
-        The problem sampler must be loaded first: it then stands after the problems of the last request.
+        Restore `ProblemSampler.drawn` first. It counts the problems up to those of the last request.
         """
         self._synced, count = state["synced"], self._config.rollout.prompts
         # A state holds no problems. The sampler goes back and draws the same problems again.

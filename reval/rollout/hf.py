@@ -63,7 +63,7 @@ class HFRollout:
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
         """See RolloutEngine.log_probs."""
         out = []
-        for ids, start in zip(sequences, starts, strict=True):  # without the lock: nothing is changed
+        for ids, start in zip(sequences, starts, strict=True):  # no lock, because nothing is changed
             tokens = torch.tensor([ids], device=self._model.device)
             logits = self._model(input_ids=tokens[:, :-1], use_cache=False).logits[0, start - 1 :].float()
             chosen = tokens[0, start:, None]

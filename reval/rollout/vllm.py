@@ -1,7 +1,7 @@
 """Rollouts by vLLM, in this process (colocated) or in a separate process (server.py).
 
 The engine gets only the config of the model and starts with random weights. It gets all weights from `sync`. So it
-always generates with the weights of the policy, from whichever checkpoint the training started.
+always generates with the weights of the policy, no matter which checkpoint the training started from.
 """
 
 from __future__ import annotations
