@@ -4,8 +4,8 @@
 
 The configurations are those that the launchers use for Qwen's vocabulary (V = 151,936) and width (D = 3584). The
 assembler reports registers, stack and shared memory. The other numbers are counted in the machine code:
-- load_bits and store_bits: the width of the narrowest global load and store in the innermost loops. If no loop has a
-  load (store), the width of the widest one in the kernel.
+- load_bits: the width of the narrowest global load in the innermost loops. If no loop has a load: the width of the
+  widest load in the kernel. store_bits: the same for stores.
 - exp2_per_entry: the exponentials for each vocabulary entry. The entries are those that the same loop loads, or those
   of the program's tile of logits.
 """
@@ -58,9 +58,9 @@ TARGETS = {
 
 def occupancy(gpu: GPU, registers: int, shared: int, warps: int) -> float:
     """The fraction of a processor's warps that can be resident at once."""
-    if gpu.backend == "hip":  # a SIMD has 512 vector registers for each lane, given out by 8, and holds 8 waves
+    if gpu.backend == "hip":  # a SIMD has 512 vector registers for each lane, in units of 8, and holds 8 waves
         by_registers = 4 * min(8, 512 // (math.ceil(max(registers, 1) / 8) * 8)) // warps
-    else:  # 65,536 registers, given to a warp by 256; each block uses 1 KiB of shared memory more
+    else:  # 65,536 registers, in units of 256 for a warp; each block uses 1 KiB of shared memory more
         by_registers = 65536 // (math.ceil(registers * gpu.warp / 256) * 256) // warps
         shared += 1024
     blocks = min(by_registers, gpu.warps // warps, gpu.shared // shared if shared else 32)
@@ -232,7 +232,7 @@ class Code:
     def __init__(self, lines: list[str], classify, label: str, branch: str):
         self.instructions: list[tuple[str, Any]] = []
         places: dict[str, int] = {}
-        ends: dict[int, int] = {}  # place -> last branch back to it; a loop is the code between them
+        ends: dict[int, int] = {}  # first position of a loop -> position of its last branch back
         for line in lines:
             if found := re.match(label, line):
                 places[found[1]] = len(self.instructions)

@@ -144,7 +144,7 @@ def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int, like
     (actions, mask), temperatures = tokens, transform.temperatures
     if not actions.numel():
         return
-    seen = actions if mask is None else actions * mask  # a masked-out action counts as 0, which every vocabulary has
+    seen = actions if mask is None else actions * mask  # a masked-out action counts as 0, which is always valid
     (low, high), coldest = seen.aminmax(), None
     if temperatures is not None:
         coldest = (temperatures if mask is None else torch.where(mask, temperatures, 1)).min().to(wide_dtype(like))

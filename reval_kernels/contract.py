@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     actions: Tensor
     """[...] int64 or int32, the token that the policy took in each state."""
     mask: Tensor | None
-    """[...] bool, true where the token is an action of the policy; None: every token is one."""
+    """[...] bool, true where the token is an action of the policy; None: every token is an action."""
 
 
 class Layout(NamedTuple):
@@ -235,8 +235,8 @@ class LossAndGradients(NamedTuple):
 class Backend(Protocol):
     """A module with these names is a backend. Its functions record no graph for autograd.
 
-    backends/portable.py is the complete example in PyTorch. A module may import from another backend the functions
-    of which it has no better version.
+    backends/portable.py is the complete example in PyTorch. A module may import functions from another
+    backend if it has no better version of them.
     """
 
     @property

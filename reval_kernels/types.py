@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class TokenValues(NamedTuple):
-    """Q, V and log pi of one action in one state, for every token. The losses see no other output of the policy.
+    """Q, V and log pi of one action in one state, for every token. The losses use no other output of the policy.
 
     All tensors have the shape [...] of the actions ([B, T] padded or [N] packed) and are float32 (float64 for
     float64 logits). Masked-out positions hold 0. Values are in units of reward / beta.

@@ -21,13 +21,13 @@ class BackendInfo(NamedTuple):
 
     available: bool
     default_for: tuple[str, ...]
-    """Device types that it serves when no backend is named; "*" stands for all that no other backend claims."""
+    """Device types that the backend serves when the caller names no backend. "*" stands for all other device types."""
     reason: str | None
-    """Why it is missing; None when it is available."""
+    """Why the backend is missing; None when it is available."""
 
 
 def backends() -> dict[str, BackendInfo]:
-    """Which backends exist here, which is the default for which device, and why one is missing."""
+    """All backends by name: whether each can run here, its default devices, and the reason if it cannot run."""
     found: dict[str, BackendInfo] = {}
     claimed: set[str] = set()
     for name, backend in BACKENDS.items():

@@ -3,8 +3,8 @@
     expected [..., D] = sum over all words except the action of p * dz/dlogit * weight[word]
 
 The forward computes `expected` together with the values. Then the backward needs no logits, for every upstream
-gradient: 4 N V D operations instead of 6 N V D. The action is not in the sum, because beside the p of a confident
-state's action the digits of 1 - p would be lost.
+gradient: 4 N V D operations instead of 6 N V D. The action is not in the sum: in a confident state the p of the
+action is nearly 1, and a sum with it would lose the digits of 1 - p.
 
 Letters: C tokens of one chunk, N tokens, V words, D features, z a logit after softcap and temperature, p = softmax(z).
 """

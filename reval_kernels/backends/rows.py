@@ -17,8 +17,8 @@ def row_values(logits: Tensor, actions: Tensor, transform: Transform, with_entro
     top, first = z.max(dim=-1, keepdim=True)
     row_max = torch.where(top.isinf(), 0, top)  # for a row with only -inf: exp(-inf - 0) is 0, but -inf - -inf is NaN
     shifted = z - row_max
-    # The largest weight, 1, stays out of the sum. Beside a 1 the sum would lose the digits in which a confident state's
-    # 1 - p is written: float32 cannot hold 1 + 1e-9. log1p adds the 1 without losing them.
+    # The largest weight, 1, stays out of the sum. Added to 1, the other weights would lose digits: float32 cannot
+    # hold 1 + 1e-9. In a confident state, 1 - p consists of these digits. log1p adds the 1 without losing them.
     weights = shifted.exp().scatter_(-1, first, 0)
     others = weights.sum(dim=-1)
     top, row_max = top[:, 0], row_max[:, 0]

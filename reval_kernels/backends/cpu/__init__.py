@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU: one read of the logits forward, one read and one write backward.
+"""C++ kernels for the CPU. They read the logits once forward and once backward, and write the gradient once.
 
 setup.py (CMakeLists.txt) builds the library beside this file. The library registers `torch.ops.reval_kernels_cpu` and
 computes in float32. The portable backend takes float64 inputs, and logits whose last dimension is not contiguous.

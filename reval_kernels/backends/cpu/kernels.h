@@ -142,8 +142,8 @@ inline float load_scalar(DType type, const void* row, int64_t index) {
   if (type == kBFloat16) {
     bits <<= 16;
   } else {
-    // The exponent bias of fp16 is 15, that of fp32 is 127. So after the shift the number is 2^112 too small. The
-    // multiplication corrects that, and it normalises subnormal numbers too.
+    // The exponent bias of fp16 is 15, that of fp32 is 127. So after the shift the number is too small by a factor of
+    // 2^112. The multiplication corrects that, and it normalises subnormal numbers too.
     uint32_t magnitude = (bits & 0x7fff) << 13;
     float scaled;
     __builtin_memcpy(&scaled, &magnitude, 4);

@@ -1,7 +1,7 @@
 // Code that the forward and the backward pass from hidden states share: the division of the work, its distribution over
 // threads, and the operands of the matmuls.
 //
-// Letters: M unmasked tokens, V vocabulary, D width, E the type of the operands (bf16 or fp32). A tile is some 64 to
+// Letters: M unmasked tokens, V vocabulary, D width, E the type of the operands (bf16 or fp32). A tile is about 64 to
 // 192 words, a strip is kStrip tokens, a block is several strips. A thread computes the logits of one tile and one
 // strip at a time, as a matrix [words, tokens]. In this layout, a tile of the head is the left operand without any
 // copy, and the gradients of the logits are an operand of both matmuls of the backward pass without a transposition.

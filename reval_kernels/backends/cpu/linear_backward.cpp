@@ -107,9 +107,9 @@ class Backward {
     return before;
   }
 
-  // The slot for the packed hidden states of a strip. With a single block, a strip keeps its slot. With several blocks
-  // and gradients by words, the slot is used until the words of the block are done. Otherwise each thread has one slot,
-  // which is overwritten by its next strip.
+  // The slot for the packed hidden states of a strip. With a single block, a strip keeps its slot. With several blocks,
+  // and if d_weight or d_bias is needed (by_words_), the slot is used until the words of the block are done. Otherwise
+  // each thread has one slot, which the thread's next strip overwrites.
   int64_t slot(int64_t tile, int64_t strip, int64_t thread) const {
     if (cut_.blocks == 1) return strip;
     return by_words_ ? step(tile, strip / cut_.block) % 2 * cut_.block + strip % cut_.block : thread;

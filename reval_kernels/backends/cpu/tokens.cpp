@@ -93,7 +93,7 @@ void Sums::add(const Partial& part, float inv_temperature) {
 
 Row Sums::finish(Transform transform, float action_logit, bool with_entropy) const {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  // As in row_values: row_max is 0 for a row of -inf alone, and for a row with +inf.
+  // As in row_values: row_max is 0 for a row with only -inf, and for a row with +inf.
   const bool infinite = (maximum == kLowest && others < -0.5) || maximum == infinity;
   const float row_max = infinite ? 0.0f : maximum * transform.inv_temperature;
   const auto log_sum = infinite ? (maximum > 0 ? infinity : -infinity) : static_cast<float>(std::log1p(others));

@@ -45,9 +45,10 @@ struct Row {
 
 // The Partials of a row's segments, merged in double.
 struct Sums {
-  static constexpr float kLowest = std::numeric_limits<float>::lowest();  // also the maximum of a row of -inf alone
+  static constexpr float kLowest = std::numeric_limits<float>::lowest();  // also the maximum of a row with only -inf
   float maximum = kLowest;
-  double others = -1, spread = 0;  // as in Partial; others is -1 if all entries are -inf. Entries of kLowest count
+  // As in Partial. If all entries are -inf, `others` is -1. An entry equal to kLowest counts like any other entry.
+  double others = -1, spread = 0;
 
   void add(const Partial& part, float inv_temperature);
   Row finish(Transform transform, float action_logit, bool with_entropy) const;

@@ -9,8 +9,8 @@ A part holds the sums over some entries x of one row:
     t  sum of exp((x - m) / T) (x - m), which only the entropy needs
 In memory, parts [4, M, P] hold m, s, t and the action's x (0 in the parts without the action).
 
-Reason for s: the weight of the maximum is exp(0) = 1. Beside this 1 the other weights would lose the digits of a
-confident state's 1 - p: float32 cannot hold 1 + 1e-9.
+Reason for s: the weight of the maximum is exp(0) = 1. Added to 1, the other weights would lose digits: float32 cannot
+hold 1 + 1e-9. In a confident state, 1 - p consists of these digits.
 An empty part (no entry above -inf) has m = LOWEST, not -inf, so that m - m is 0 and never NaN. An empty part has s = 0.
 Another part with m = LOWEST has s > 0, because such a part leaves no entry out of s.
 """
@@ -164,7 +164,7 @@ def join(m, s, t, exponent, ROWS: tl.constexpr):
         apart = m - total_m
         weight = tl.exp2(apart * exponent)
         top = m == total_m
-    # The total weight of a part is its s, and the 1 of its own maximum. Of the parts with the joint maximum, one leaves
+    # The total weight of a part is its s plus the 1 of its own maximum. Of the parts with the joint maximum, one leaves
     # its 1 out, as s requires. The 1s of the other such parts are counted in a separate sum: 1 + 1e-6 would lose digits
     # of the 1e-6.
     others = tl.sum(tl.where(top, s, (1 + s) * weight), ROWS) + (tl.sum(top.to(tl.float32), ROWS) - 1)

@@ -135,7 +135,7 @@ def linear_forward(
         at = parts + row.to(tl.int64) * tiles + tile
         plane = rows.to(tl.int64) * tiles
         tl.store(at, m, mask=inside)
-        # s leaves out one of the entries at the maximum, except for m = LOWEST: a tile of -inf alone has no such entry
+        # s leaves out one of the entries at the maximum, except for m = LOWEST: a tile with only -inf has no such entry
         others = count - (m > LOWEST).to(tl.float32)  # tl.where would spill registers on sm_120
         tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + others, mask=inside)
         if ENTROPY:

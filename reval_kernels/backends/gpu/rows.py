@@ -1,7 +1,7 @@
 """Token values and their gradient from logits.
 
 Forward: one program reads a row of logits once, in blocks, and writes six numbers (q, v, log_prob, entropy, row_max,
-log_sum). Several programs share a long row, so that a few rows also keep a GPU busy. Then a second kernel merges their
+log_sum). Several programs share a long row, so that even a few rows keep a GPU busy. Then a second kernel merges their
 parts (see common.py) in a fixed order. The number of programs for a row depends on V alone, so a row's numbers do not
 depend on the rest of the batch.
 Backward: a program reads its entries of the row again and writes their gradient in the dtype of the logits.
