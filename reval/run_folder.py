@@ -69,7 +69,7 @@ def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path
     Args:
         resumed: the checkpoint from which the run continues, or None.
         iteration: the iteration of that checkpoint. Later checkpoints in the same folder are renamed to left-*, because
-            the continued run replaces them by its own.
+            the continued run writes new checkpoints of these iterations.
 
     Raises ConfigError if the folder has results of another run and the settings do not allow overwriting them.
     """

@@ -1,9 +1,9 @@
 r"""Extracts the final answer of a completion as text, for majority votes (maj@k).
 
 Two answers count as equal when their texts are equal after `normalise`. A verifier recognises more equal answers: here
-`x+1` and `1+x` are two answers. The trainer's own process counts the votes, and a computer algebra system may never
-return (see `score_math`), so this file uses none. Your own reward function supports votes if it has the attribute
-`extract_answer`, a function from the completion to text or None.
+`x+1` and `1+x` are two answers. This file uses no computer algebra system, because such a system may never return (see
+`score_math`) and the votes are counted in the process of the trainer. Your own reward function supports votes if it has
+the attribute `extract_answer`, a function from the completion to text or None.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def make_rollout(
     """The engine that `rollout.engine` names, for this policy.
 
     Args:
-        model: without `device` the policy itself; the hf engine generates with it if the dtypes agree. With `device` a
-            model of the policy's shape that the hf engine may keep. Its weights are not read.
+        model: if `device` is None, the policy itself; the hf engine generates with the policy if the dtypes agree. Else
+            a model of the policy's shape, which the hf engine may keep. The weights of this model are not read.
         device: the policy's device. Give it for an engine with its own weights, which come with the first `sync`.
 
     A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.

@@ -24,8 +24,8 @@ class HFRollout:
         tokenizer: pads on the left.
         batch_size: number of sequences that are decoded at once.
         dtype: the dtype of the weights that generate. None: the dtype of `model`.
-        private: `model` belongs to this engine, which gets its weights with `sync`. Without `private`, the policy
-            itself generates if it has that dtype, and a copy of the policy otherwise.
+        private: True if `model` belongs to this engine; its weights then come with `sync`. False if `model` is the
+            policy, which then generates itself if it has the type `dtype`, and otherwise through a copy.
     """
 
     def __init__(

@@ -45,8 +45,8 @@ def row_gradient_(
     z, tanh = _transformed(logits, transform)
     log_pi = torch.sub(z, row_max, out=logits).sub_(log_sum)
     log_pi_action = log_pi.gather(-1, action)
-    # The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
-    # The product dv * p is a term of its own, so an unlikely action keeps its gradient.
+    # log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
+    # The product dv * p is a separate term, so an unlikely action keeps its gradient.
     at_action = dq + dv * log_pi_action.exp() - dlog * torch.expm1(log_pi_action)
     if (dentropy != 0).any():
         p = log_pi.exp()

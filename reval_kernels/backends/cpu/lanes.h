@@ -115,7 +115,7 @@ struct LaneGradients {
   INLINE void divide_by_sum() {
     const I finite = log_sum - log_sum == 0.0f;
     const F share = finite ? exp_(max_(splat(kLeast), -log_sum)) : splat(1.0f);
-    // If log_sum is infinite, p = exp(z * inv - infinity) is 0. It is NaN for an entry that is infinite itself.
+    // If log_sum is infinite, p = exp(z * inv - infinity) is 0, or NaN for an infinite entry.
     row_max = finite ? row_max : row_max + log_sum;
     log_sum = finite ? log_sum : F{};
     from_all *= share;

@@ -93,8 +93,8 @@ class Forward {
     strips_done_[s].store(tile + 1, std::memory_order_release);
   }
 
-  // Adds the part of `expected` that comes from this tile. Until the last tile, a strip of `expected` is
-  // [D, tokens] and relative to the maximum so far. The last tile transposes it and divides it by the sum of the exponentials.
+  // Adds the part of `expected` that comes from this tile. Until the last tile, a strip of `expected` is [D, tokens],
+  // relative to the maximum so far. The last tile transposes it and divides it by the sum of the exponentials.
   void expect(int64_t tile, int64_t s, float* x, int64_t thread) {
     const int64_t count = cut_.tokens_of(s), words = cut_.words_of(tile), width = cut_.width;
     const float* inv = inv_temperature_.data() + s * kStrip;

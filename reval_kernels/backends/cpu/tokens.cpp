@@ -114,8 +114,8 @@ float action_gradient(Cotangents d, const RowGradient& row, float action_logit, 
   const float capped = kernels().rows.capped(action_logit, transform, &derivative);
   const float log_p = kernels().rows.shifted(capped, transform.inv_temperature, row.row_max) - row.log_sum;
   const float p = std::exp(log_p);
-  // The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
-  // The product dv * p is a term of its own, so an unlikely action keeps its gradient.
+  // log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
+  // The product dv * p is a separate term, so an unlikely action keeps its gradient.
   float gradient = d.dq + d.dv * p - d.dlog_prob * std::expm1(log_p);
   if (d.dentropy != 0 && p > 0) gradient -= d.dentropy * p * (log_p + row.entropy);
   return gradient * derivative;

@@ -74,7 +74,7 @@ def row_forward(
     first = split * blocks * BLOCK
     last = tl.minimum(first + blocks * BLOCK, vocabulary)
 
-    # Every lane keeps a part (m, s, t) of its own. The lanes exchange data only once, at the end.
+    # Every lane keeps a separate part (m, s, t). The lanes exchange data only once, at the end.
     lane = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -179,8 +179,8 @@ def row_backward(
         x_action, _ = capped(x_action, softcap)
     log_pi = (x_action * scale - top) - log_total
     p = tl.exp2(log_pi * LOG2E)
-    # The action gains what the other words lose. Its 1 - p comes from expm1, so a confident state keeps its gradient.
-    # The product dv * p is a term of its own, so an unlikely action keeps its gradient.
+    # log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
+    # The product dv * p is a separate term, so an unlikely action keeps its gradient.
     at_action = d_q + d_v * p - d_log * expm1(log_pi) - d_entropy * p * (tl.maximum(log_pi, -1000.0) + h)
     # The loop computes p = exp(z - max) / sum. Where p is largest, the exponent is near 0, so it is nearly exact.
     share = tl.exp2(-log_total * LOG2E)

@@ -21,7 +21,7 @@ from reval.rollout import Response
 
 
 class Recite:
-    """Answers problem p, whose prompt is [p], with the (10 p + j)-th of its texts; remembers what it was asked."""
+    """Response j to problem p, whose prompt is [p], is texts[p][j] ("g" at temperature 0). Records each request."""
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts, self.calls = tokenizer, texts, []
