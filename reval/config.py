@@ -321,7 +321,7 @@ class OptimConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig(_Section):
-    """adapters (peft) instead of the whole model; the reference has no adapters, or older ones after a reset"""
+    """training adapters (peft) only; the reference has no adapters, or older ones after a reset"""
 
     rank: int = 0
     """Rank of the adapters. 0: train the whole model."""
