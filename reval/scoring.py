@@ -195,6 +195,7 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
     if how == "normalized":
         scale = {group: (mean(values), pstdev(values) or 1.0) for group, values in scored.items()}
         return [None if r is None else (r - scale[g][0]) / scale[g][1] for r, g in zip(rewards, groups, strict=True)]
+    assert how == "plus_minus_one", how
     for index, r in enumerate(rewards):
         if r is not None and not 0.0 <= r <= 1.0:
             raise ValueError(
