@@ -389,7 +389,7 @@ MUTATIONS = [
 
 def backend_of(mutation: Mutation) -> str:
     folder = mutation.file.split("/")[0]
-    return folder if folder in ("triton", "cpu") else "portable"
+    return {"gpu": "triton", "cpu": "cpu"}.get(folder, "portable")
 
 
 def build(copy: Path) -> None:
