@@ -110,6 +110,15 @@ def test_float32_is_as_precise_as_plain_pytorch(backend, level):
         assert_no_worse_than_torch(ours, plain, truth)
 
 
+def test_td_targets_do_not_depend_on_log_prob(backend):
+    """A log_prob with a graph is no reason to record one, and to run a backward for nothing."""
+    v, ref = values(2, 3), values(2, 3)
+    out = td_targets(
+        v._replace(log_prob=v.log_prob.clone().requires_grad_()), ref, torch.rand(2), beta=0.5, backend=backend
+    )
+    assert not any(x.requires_grad for x in out)
+
+
 # --- identities of docs/method.md -----------------------------------------------------------------------------------
 
 

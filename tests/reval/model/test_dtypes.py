@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from reval.batching import collate
 from reval.config import Config, ModelConfig, RolloutConfig
 from reval.model.dtypes import compute_dtype, rollout_dtype, with_dtypes
+from reval.model.forward import token_values
 
 
 @pytest.mark.parametrize(("capability", "expected"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
@@ -21,3 +25,17 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(capability, expecte
     assert with_dtypes(Config()) == Config()
     kept = ModelConfig(dtype="bfloat16", compute_dtype="auto", device="cpu")
     assert compute_dtype(kept) == rollout_dtype(Config(model=kept)) == torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the GPU that is not there")
+def test_auto_for_a_gpu_that_is_not_there(tiny_config):
+    """The settings can be resolved; loading the model then says that there is no GPU."""
+    config = replace(tiny_config, model=replace(tiny_config.model, device="cuda", compute_dtype="auto"))
+    assert with_dtypes(config).model.compute_dtype == "float32"
+
+
+def test_auto_must_be_resolved_before_the_forward_pass(tiny, tiny_config, trajectories):
+    model, _ = tiny
+    batch = collate(trajectories(2, seed=0), torch.device("cpu"))
+    with pytest.raises(ValueError, match="model.compute_dtype must be float32 or bfloat16 by now; got auto"):
+        token_values(model, batch, replace(tiny_config.model, compute_dtype="auto"))
