@@ -14,6 +14,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +29,7 @@ class GroupedOp(Generic[P, R]):
     """A registered op. Call it with the groups; it returns the group of results that its function declares."""
 
     def __init__(self, name: str, function: Callable[P, R], mutates: Sequence[str]):
+        self.name = name
         kinds = get_type_hints(function)
         returned = kinds.pop("return")
         self._arguments = _places(kinds.values())
@@ -43,7 +45,7 @@ class GroupedOp(Generic[P, R]):
         takes_groups: Callable[..., R] = function
 
         def run(*inputs: Any) -> Any:
-            return tuple_of(takes_groups(*self._grouped(inputs)))
+            return tuple_of(takes_groups(*self.grouped(inputs)))
 
         # torch.library makes the schema from the signature
         parameters = [
@@ -54,7 +56,13 @@ class GroupedOp(Generic[P, R]):
 
     def __call__(self, *groups: P.args, **none: P.kwargs) -> R:
         assert not none, "an op takes positional arguments only"
-        out: Any = self.definition(*flatten(groups))
+        inputs = flatten(groups)
+        if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in inputs):
+            raise RuntimeError(
+                f"{self.name} has no forward-mode derivative (torch.func.jvp, forward_ad); reval_kernels.reference has "
+                "one. Detach an input that shall be a constant"
+            )
+        out: Any = self.definition(*inputs)
         if self._returns_tuple:
             out = tuple(group(*out[place]) if group else out[place] for group, place in self._results)
         elif self._results[0][0]:
@@ -63,7 +71,7 @@ class GroupedOp(Generic[P, R]):
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         """`function` takes the groups and returns new tensors of the results' shapes and dtypes."""
-        self.definition.register_fake(lambda *inputs: tuple_of(function(*self._grouped(inputs))))
+        self.definition.register_fake(lambda *inputs: tuple_of(function(*self.grouped(inputs))))
 
     def register_autograd(self, backward: Callable[..., tuple], save: Callable[..., None]) -> None:
         """`save(ctx, groups, output)` keeps the values that `backward(ctx, *upstream)` needs.
@@ -76,12 +84,20 @@ class GroupedOp(Generic[P, R]):
             return *gradients, *(None,) * (self._inputs - len(gradients))
 
         def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-            save(ctx, self._grouped(inputs), output)
+            save(ctx, self.grouped(inputs), output)
 
         self.definition.register_autograd(padded, setup_context=setup)
 
-    def _grouped(self, inputs: Sequence[Any]) -> list[Any]:
-        """The arguments of the function, from the flat arguments of the op."""
+    def register_no_gradient(self, message: str) -> None:
+        """Differentiating the op raises RuntimeError with this message."""
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(message)
+
+        self.definition.register_autograd(refuse)
+
+    def grouped(self, inputs: Sequence[Any]) -> list[Any]:
+        """The groups that the function takes, from the flat arguments of the op."""
         return [group._make(inputs[place]) if group else inputs[place] for group, place in self._arguments]
 
 

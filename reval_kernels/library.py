@@ -39,7 +39,7 @@ from .contract import (
     keeps_wide_gradients,
     wide_dtype,
 )
-from .grouped_op import grouped_op
+from .grouped_op import flatten, grouped_op
 from .types import TokenValues
 
 
@@ -56,6 +56,10 @@ def _computing(backend: str | None, like: Tensor) -> Iterator[Backend]:
 def _new_row_values(like: Tensor) -> RowValues:
     """Empty row values for the rows of logits or hidden states."""
     return RowValues(*(like.new_empty(like.shape[:-1], dtype=wide_dtype(like)) for _ in RowValues._fields))
+
+
+def _no_second_order(name: str) -> str:
+    return f"{name} has no second-order gradient; reval_kernels.reference.{name} has one, in plain PyTorch"
 
 
 # --- token values from logits ---------------------------------------------------------------------------------------
@@ -93,6 +97,9 @@ def token_values_backward(
     """dlogits [..., V]."""
     with _computing(backend, logits) as kernels:
         return kernels.token_values_backward(logits, tokens, transform, statistics, cotangents, False)
+
+
+token_values_backward.register_no_gradient(_no_second_order("token_values"))
 
 
 @token_values_backward.register_fake
@@ -134,7 +141,7 @@ def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, *_):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
         raise RuntimeError("inplace_grad=True has no second-order gradient, which create_graph=True asks for")
     token_values_backward_(*arguments)  # bumps the version counter: a second backward raises
-    return (logits,)
+    return (logits.detach(),)  # the saved logits have their graph, which a gradient has not
 
 
 def _save(ctx: Any, transform: Transform, *tensors: Tensor | None) -> None:
@@ -189,6 +196,9 @@ def linear_token_values_backward(
         return kernels.linear_token_values_backward(head, tokens, transform, statistics, cotangents, needs)
 
 
+linear_token_values_backward.register_no_gradient(_no_second_order("linear_token_values"))
+
+
 @linear_token_values_backward.register_fake
 def _(head, tokens, transform, statistics, cotangents, needs, backend):
     return _new_head_gradients(head, needs)
@@ -217,6 +227,9 @@ def linear_expected_backward(
         return gradient_of_hidden(expected, head, tokens, transform, log_prob, by)
 
 
+linear_expected_backward.register_no_gradient(_no_second_order("linear_token_values"))
+
+
 @linear_expected_backward.register_fake
 def _(expected, head, tokens, transform, log_prob, by):
     return head.hidden.new_empty(head.hidden.shape)
@@ -227,7 +240,9 @@ def _save_linear_token_values(ctx, groups, output):
     *values, expected = output
     values = RowValues(*values)
     ctx.set_materialize_grads(False)  # a gradient of zeros for `expected` would be one more tensor [..., D]
-    _save(ctx, transform, *head, *tokens, transform.temperatures, *values.statistics, values.log_prob, expected)
+    # A user may overwrite log_prob, which autograd notices. So the backward keeps log_prob only where it reads it.
+    log_prob = values.log_prob if ctx.with_expected else None
+    _save(ctx, transform, *head, *tokens, transform.temperatures, *values.statistics, log_prob, expected)
 
 
 def _linear_token_values_gradient(ctx, *upstream):
@@ -238,7 +253,7 @@ def _linear_token_values_gradient(ctx, *upstream):
         _saved_transform(ctx, temperatures),
     )
     needs = Needs(*ctx.needs_input_grad[:3])
-    cotangents = Cotangents(*(torch.zeros_like(log_prob) if g is None else g for g in upstream[:4]))
+    cotangents = Cotangents(*(torch.zeros_like(statistics[0]) if g is None else g for g in upstream[:4]))
     if ctx.with_expected and upstream[3] is None and needs.frozen_head:
         by = UnitGradients(*cotangents[:3])
         return (linear_expected_backward(expected, head, tokens, transform, log_prob, by),)
@@ -282,6 +297,9 @@ def td_targets_backward(
     """dq, dv: [...] each."""
     with _computing(backend, d_error) as kernels:
         return kernels.td_targets_backward(d_target, d_error, layout, gamma)
+
+
+td_targets_backward.register_no_gradient(_no_second_order("td_targets"))
 
 
 @td_targets_backward.register_fake
@@ -332,6 +350,9 @@ def bellman_loss_backward(
     """dq, dv, dlog_prob [...] for the upstream gradients d_loss [] and d_residual [B]."""
     with _computing(backend, d_loss) as kernels:
         return kernels.bellman_loss_backward(d_loss, d_residual, unit, layout)
+
+
+bellman_loss_backward.register_no_gradient(_no_second_order("bellman_loss"))
 
 
 @bellman_loss_backward.register_fake
@@ -388,19 +409,35 @@ def _(head, actions, layout, transform, reference, rewards, options, needs, back
 
 
 def _save_linear_reval_loss(ctx, groups, output):
-    ctx.dtypes = [None if x is None else x.dtype for x in groups[0]]
+    head, *_, needs, _ = groups
+    ctx.dtypes = [None if x is None else x.dtype for x in head]
     ctx.set_materialize_grads(False)  # zeros for the output d_weight would be one more tensor [V, D]
-    ctx.save_for_backward(*output[2:])
+    # torch.export makes `needs` a constant. So the output can lack a gradient that its user asks for. The backward then
+    # calls the op again.
+    ctx.lacking = any(asked and not have for asked, have in zip(ctx.needs_input_grad[:3], needs, strict=True))
+    if ctx.lacking:
+        inputs = flatten(groups)
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    else:
+        ctx.save_for_backward(*output[2:])
 
 
-def _linear_reval_loss_gradient(ctx, d_loss, *_):
-    needs = [need and d_loss is not None for need in ctx.needs_input_grad[:3]]
-    each = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
-    gradients = [_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each]
-    if torch.is_grad_enabled():  # create_graph=True: without an error, a second-order gradient would be 0
-        message = "linear_reval_loss has no second-order gradient"
-        gradients = [None if g is None else torch_private.second_order_refused(g, message) for g in gradients]
-    return tuple(gradients)
+def _linear_reval_loss_gradient(ctx, d_loss, d_residual, *second_order):
+    # With create_graph, the gradients below have a graph: the saved tensors are outputs of the op, so their graph leads
+    # back to this function.
+    if any(x is not None for x in second_order):
+        raise RuntimeError(_no_second_order("linear_reval_loss"))
+    if d_loss is None:
+        return None, None, None
+    asked, unit = Needs(*ctx.needs_input_grad[:3]), ctx.saved_tensors
+    if ctx.lacking:
+        inputs = [c if x is None else x for c, x in zip(ctx.constants, unit, strict=True)]
+        groups = linear_reval_loss.grouped(inputs)
+        groups[-2] = asked
+        unit = linear_reval_loss(*groups)[2:]
+    each = zip(unit, ctx.dtypes, asked, strict=True)
+    return tuple(_scaled(g, d_loss).to(dtype) if need else None for g, dtype, need in each)
 
 
 def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ def linear_reval_loss(
     Returns:
         BellmanLoss(loss [], residual [B]). The loss is differentiable in hidden, weight and bias: with any upstream
         gradient, and several times if the graph is retained. The residual is detached; for a gradient through the
-        residual, use `linear_token_values` and `bellman_loss`. A second-order gradient raises RuntimeError.
+        residual, use `linear_token_values` and `bellman_loss`.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a

@@ -9,38 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def second_order_refused(gradient: Tensor, message: str) -> Tensor:
-    """The gradient with a graph whose backward raises RuntimeError with this message.
-
-    Without this node, autograd would treat the gradient as a constant and return 0 as the second-order gradient.
-    """
-    leaf = gradient.detach().requires_grad_()
-    delayed_error = _private("_functions", "DelayedError")
-    return _Refusing.apply(leaf, message) if delayed_error is None else delayed_error(message, 1)(leaf)
-
-
-class _Refusing(torch.autograd.Function):
-    """The fallback: the same node in public Python. The autograd of torch.compile cannot trace it."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor, message: str) -> Tensor:
-        ctx.message = message
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        raise RuntimeError(ctx.message)
+from torch.utils import _pytree
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether torch.autograd.grad(..., is_grads_batched=True) made this tensor, which then stands for many tensors.
+    """Whether torch.vmap, or torch.autograd.grad(..., is_grads_batched=True), made this tensor. It then stands for many
+    tensors.
 
     Fallback: true. The caller then runs the code that is right for both kinds of tensor.
     """
-    question = _private("_functorch", "is_legacy_batchedtensor")
-    return True if question is None else question(x)
+    for name in ("is_functorch_wrapped_tensor", "is_legacy_batchedtensor"):  # torch.vmap, is_grads_batched
+        question = _private("_functorch", name)
+        if question is None or question(x):
+            return True
+    return False
 
 
 def backward_keeps_graph() -> bool:
@@ -50,6 +32,16 @@ def backward_keeps_graph() -> bool:
     """
     question = _private("_autograd", "_get_current_graph_task_keep_graph")
     return True if question is None else question()
+
+
+def allow_export(namedtuple: type) -> None:
+    """Let torch.export save a program whose inputs or results have this type.
+
+    Fallback: nothing. torch.export.save then raises NotImplementedError for such a program.
+    """
+    register = getattr(_pytree, "_register_namedtuple", None)
+    if register is not None:
+        register(namedtuple, serialized_type_name=f"{namedtuple.__module__}.{namedtuple.__qualname__}")
 
 
 def _private(module: str, name: str) -> Any:

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.serialization import add_safe_globals
+
+from .torch_private import allow_export
 
 
 class TokenValues(NamedTuple):
@@ -40,3 +43,8 @@ class BellmanLoss(NamedTuple):
     """Scalar."""
     residual: Tensor
     """[B], sum_h d_h of each trajectory in units of reward / beta; 0 for a trajectory without actions."""
+
+
+for _type in (TokenValues, TDTargets, BellmanLoss):
+    allow_export(_type)
+    add_safe_globals([_type])  # torch.load takes the type with weights_only=True, its default

@@ -54,9 +54,9 @@ class Trajectories:
 
     def tokens(self, x: Tensor) -> Tensor:
         """[B, L] per action -> [...] per token, 0 where there is no action."""
-        out = x.new_zeros(self.shape.numel())
-        out[self.positions[self.valid]] = x[self.valid]
-        return out.view(self.shape)
+        out = x.new_zeros(self.shape)  # autograd lets nobody overwrite a result that is a view
+        out.view(-1)[self.positions[self.valid]] = x[self.valid]
+        return out
 
 
 def next_state(v: Tensor) -> Tensor:

@@ -339,19 +339,6 @@ def loss_of(backend, hidden, weight, actions):
     return linear_reval_loss(hidden, weight, actions, torch.zeros(3), REWARDS, beta=1.0, backend=backend).loss
 
 
-def test_a_second_order_gradient_is_refused(backend):
-    """Without the error it would silently be 0: the forward computes the gradient, which is then a constant."""
-    inputs = inputs_of()
-    leaves = [inputs[k].requires_grad_() for k in ("hidden", "weight")]
-    loss = loss_of(backend, *leaves, inputs["actions"])
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
-    assert_same_bits(first, [g.detach() for g in gradients])
-    for gradient in gradients:
-        with pytest.raises(RuntimeError, match="linear_reval_loss has no second-order gradient"):
-            (loss + gradient.square().sum()).backward(retain_graph=True)
-
-
 def test_gradients_that_are_absent_or_batched(backend):
     """gradcheck passes absent upstream gradients, is_grads_batched passes batched ones."""
 

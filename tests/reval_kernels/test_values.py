@@ -323,6 +323,15 @@ def test_inplace_gradient_of_strided_logits_leaves_their_neighbours(backend):
     assert torch.equal(whole, source)
 
 
+def test_inplace_gradient_has_no_graph(backend):
+    """torch.autograd.grad returns the overwritten logits without the graph that the logits have."""
+    logits, actions = logits_and_actions(3, 129)
+    logits = logits.requires_grad_() * 1
+    out = token_values(logits, actions, inplace_grad=True, backend=backend)
+    (gradient,) = torch.autograd.grad(out.v.sum(), logits)
+    assert not gradient.requires_grad and gradient.data_ptr() == logits.data_ptr()
+
+
 def test_inplace_gradient_has_no_second_order_gradient(backend):
     """The backward has overwritten the logits, at which a second-order gradient would be taken."""
     leaf = torch.randn(3, 129).requires_grad_()
