@@ -7,6 +7,7 @@ compute targets and losses from these values. `reval_loss` and `linear_reval_los
 RuntimeError; the functions of `reference` have both.
 """
 
+from . import flops as _flops  # noqa: F401  # registers the formulas
 from . import reference
 from .backends import backends
 from .losses import bellman_loss, linear_reval_loss, reval_loss, td_targets
