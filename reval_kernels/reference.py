@@ -74,7 +74,8 @@ def td_targets(
     """TD targets, TD errors and endogenous rewards of every action (docs/method.md section 2)."""
     q, v, shape = values.q.flatten(), values.v.flatten(), values.q.shape
     q_ref, v_ref = (_constant(x, q.dtype).flatten() for x in (reference.q, reference.v))
-    target, error, endogenous = (torch.zeros_like(q) for _ in range(3))
+    target, error = (torch.zeros_like(q) + _zero(q, v) for _ in range(2))
+    endogenous = torch.zeros_like(q)
     for b, steps in enumerate(_trajectories(values.q, mask, cu_seqlens)):
         outcome = torch.zeros_like(q[steps])
         outcome[-1:] = rewards[b].to(q.dtype) / beta
@@ -107,10 +108,10 @@ def bellman_loss(
         assert isinstance(reference, TokenValues)
         errors = td_targets(frozen, reference, rewards, mask=mask, cu_seqlens=cu_seqlens, beta=beta).error.flatten()
 
-    residuals, total = [], v.new_zeros(())
+    residuals, total = [], _zero(values.q.flatten(), v, log_prob)
     for b, steps in enumerate(trajectories):
         if len(steps) == 0:
-            residuals.append(v.new_zeros(()))
+            residuals.append(_zero(v, log_prob))
             continue
         outcome = rewards[b].to(v.dtype) / beta
         if isinstance(reference, TokenValues):
@@ -127,7 +128,7 @@ def bellman_loss(
         else:  # subtrajectory: for every action, the sum of the TD errors from this action to the last
             to_go = dv + dlog.flip(0).cumsum(0).flip(0) - outcome
             total = total + (to_go**2).sum()
-    residual = torch.stack(residuals) if residuals else v.new_zeros(0)
+    residual = torch.stack(residuals) if residuals else v[:0] + log_prob[:0]
     return BellmanLoss(total / (max(len(trajectories), 1) if normalizer is None else normalizer), residual)
 
 
@@ -201,6 +202,12 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | No
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
+
+
+def _zero(*inputs: Tensor) -> Tensor:
+    """0 with a graph to each input [N], so that a result without actions has gradient 0. Reads no entry, which may be
+    NaN where masked out."""
+    return torch.stack([x[:0].sum() for x in inputs]).sum()
 
 
 def _constant(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -176,3 +176,51 @@ def test_gradient_of_equation_2_by_sympy(backend):
         assert out.loss.item() == pytest.approx(float(loss.subs(point).evalf(30)), rel=1e-13)
         (gradient,) = torch.autograd.grad(out.loss, leaf)
         assert gradient.flatten().tolist() == pytest.approx(derived, rel=1e-12, abs=1e-12)
+
+
+# --- without any action ---------------------------------------------------------------------------------------------
+
+EMPTY = {
+    "all masked": ((2, 3), [0] * 6, None),
+    "no trajectories": ((0, 3), None, None),
+    "no steps": ((2, 0), None, None),
+    "packed, all masked": ((4,), [0] * 4, [0, 2, 4]),
+    "packed, no trajectories": ((0,), None, [0]),
+    "packed, no steps": ((0,), None, [0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
+def test_nothing_is_an_action(case, level):
+    """Every function is differentiable, with gradient 0, and reads no number of a masked token."""
+    shape, mask, cu_seqlens = EMPTY[case]
+    count = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    options = {
+        "mask": None if mask is None else torch.tensor(mask, dtype=torch.bool).view(shape),
+        "cu_seqlens": None if cu_seqlens is None else torch.tensor(cu_seqlens),
+    }
+    masked = {"mask": options["mask"]}
+
+    def leaf(*size):
+        return torch.full(size, torch.nan, requires_grad=True)
+
+    def check(outputs, inputs):
+        for x in outputs:
+            assert not x.any()
+            assert not any(g.any() for g in torch.autograd.grad(x.sum(), inputs, retain_graph=True))
+
+    q, v, log_prob, logits, hidden = leaf(*shape), leaf(*shape), leaf(*shape), leaf(*shape, 7), leaf(*shape, 5)
+    weight, bias = (torch.randn(s, requires_grad=True) for s in ((7, 5), (7,)))
+    actions, policy = torch.full(shape, -100), TokenValues(q, v, log_prob)
+    anchor, rewards = TokenValues(*(x.detach() for x in policy[:3])), torch.ones(count)
+    head, loss = (hidden, weight, bias), {"beta": 0.5, "level": level, **options}
+
+    check(reference.token_values(logits, actions, with_entropy=True, **masked), [logits])
+    check(reference.linear_token_values(hidden, weight, actions, bias=bias, with_entropy=True, **masked), head)
+    check(reference.td_targets(policy, anchor, rewards, beta=0.5, **options)[:2], [q, v])
+    out = reference.bellman_loss(policy, anchor, rewards, **loss)
+    check([out.loss], [q, v, log_prob])
+    check([out.residual], [v, log_prob])
+    check(reference.reval_loss(logits, actions, anchor, rewards, **loss), [logits])
+    check(reference.linear_reval_loss(hidden, weight, actions, anchor, rewards, bias=bias, **loss), head)
