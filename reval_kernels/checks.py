@@ -79,6 +79,21 @@ def token_arguments(
             raise ValueError(f"softcap must be at least {torch.finfo(torch.float32).tiny:.2g} or None, got {softcap}")
 
 
+def overlapping(x: Tensor) -> bool:
+    """Whether two entries of x may share memory. For views that slicing, transposing and diagonal make of a tensor
+    without such entries, the answer is exact.
+
+    Entries are apart if each step is longer than all shorter steps together can reach. Example: sizes [25, 16] with
+    strides [1, 1], as from unfold(0, 16, 1), overlap, because a step of 1 is not longer than 15 steps of 1.
+    """
+    reach = 0
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return x.numel() > 0
+        reach += step * max(size - 1, 0)
+    return False
+
+
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Check hidden states [..., D], and the head's weight [V, D] and bias [V]."""
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:

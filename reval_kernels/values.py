@@ -42,8 +42,9 @@ def token_values(
         temperature: a positive number, or a tensor [...]. It gets no gradient.
         softcap: a positive number, or None.
         with_entropy: also return the entropy of softmax(z) in nats.
-        inplace_grad: let the backward overwrite `logits` with their gradient. `logits` must not be expanded. This
-            bumps the version counter of `logits`, so a second backward raises. Ignored under torch.compile.
+        inplace_grad: let the backward overwrite `logits` with their gradient. Entries of `logits` must not share
+            memory, as in expanded tensors. This bumps the version counter of `logits`, so a second backward raises.
+            Ignored under torch.compile.
         backend: a name from `reval_kernels.backends()`; None means the default of the tensors' device.
 
     Returns:
@@ -60,13 +61,12 @@ def token_values(
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have a vocabulary of at least one word, got shape {list(logits.shape)}")
     checks.token_arguments(actions, logits.shape[:-1], logits.device, mask, temperature, softcap)
-    if (
-        inplace_grad
-        and not torch.compiler.is_compiling()
-        and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True))
-    ):
-        raise ValueError(f"inplace_grad needs logits that are not expanded, got strides {list(logits.stride())}")
     in_place = inplace_grad and not torch.compiler.is_compiling()
+    if in_place and checks.overlapping(logits):
+        raise ValueError(
+            "inplace_grad needs logits whose entries do not share memory (not expanded, no overlapping rows); got "
+            f"shape {list(logits.shape)} with strides {list(logits.stride())}"
+        )
     out = library.token_values(
         logits, Tokens(actions, mask), transform_of(temperature, softcap), with_entropy, in_place, backend
     )

@@ -208,6 +208,11 @@ MUTATIONS = [
         TESTS + "test_checks.py -k outside",
     ),
     Mutation(
+        "checks: rows may overlap if they are not expanded", "../checks.py",
+        "        if size > 1 and step <= reach:", "        if size > 1 and step == 0:",
+        TESTS + "test_values.py -k shared_between",
+    ),
+    Mutation(
         "checks: cu_seqlens may end early", "../checks.py",
         "int(cu_seqlens[-1]) == tokens and ", "",
         TESTS + "test_checks.py -k cu_seqlens",

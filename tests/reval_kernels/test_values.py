@@ -340,10 +340,47 @@ def test_inplace_gradient_has_no_second_order_gradient(backend):
         torch.autograd.grad(out.v.sum(), leaf, create_graph=True)
 
 
-def test_inplace_gradient_refuses_memory_shared_between_tokens(backend):
-    logits = torch.randn(1, 7).expand(3, 7)
-    with pytest.raises(ValueError, match=r"inplace_grad needs logits that are not expanded, got strides \[0, 1\]"):
-        token_values(logits, torch.zeros(3, dtype=torch.long), inplace_grad=True, backend=backend)
+SHARED = [
+    lambda x: x[:1, 0].expand(3, 129),
+    lambda x: x[0, 0, :1].expand(3, 5),
+    lambda x: x.flatten().unfold(0, 16, 1),
+    lambda x: x.flatten().unfold(0, 16, 15),
+    lambda x: x[0].unfold(0, 3, 2).transpose(0, 1),
+    lambda x: x.flatten().as_strided((3, 4, 5), (1, 2, 12)),
+]
+APART = [
+    lambda x: x.transpose(0, 1),
+    lambda x: x.permute(2, 0, 1),
+    lambda x: x[::2, 1:, 3:100:7],
+    lambda x: x.flatten().unfold(0, 16, 16),
+    lambda x: x.flatten().unfold(0, 16, 17),
+    lambda x: x.diagonal(0, 0, 1).T,
+    lambda x: x.diagonal(1, 0, 2),
+    lambda x: x[:1, :, None].expand(1, -1, 1, -1),
+    lambda x: x[:0, 0].expand(0, 129),
+]
+
+
+@pytest.mark.parametrize("view", SHARED)
+def test_inplace_gradient_refuses_memory_shared_between_tokens(backend, view):
+    logits = view(torch.randn(5, 6, 129))
+    actions = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    with pytest.raises(ValueError) as caught:
+        token_values(logits, actions, inplace_grad=True, backend=backend)
+    assert str(caught.value) == (
+        "inplace_grad needs logits whose entries do not share memory (not expanded, no overlapping rows); got "
+        f"shape {list(logits.shape)} with strides {list(logits.stride())}"
+    )
+
+
+@pytest.mark.parametrize("view", APART)
+def test_inplace_gradient_of_views_without_shared_memory(backend, view):
+    logits = view(torch.randn(5, 6, 129))
+    actions = torch.randint(logits.shape[-1], logits.shape[:-1])
+    expected = gradient(logits, actions, backend=backend)
+    leaf = logits.detach().requires_grad_()
+    token_values(leaf, actions, inplace_grad=True, backend=backend).log_prob.sum().backward()
+    assert_same_bits(leaf.detach(), expected)
 
 
 def test_the_default_backend_gives_the_same_bits_as_its_name():
