@@ -8,6 +8,7 @@ while torch.compile traces. The ops of library.py check the data before they cal
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from .types import TokenValues
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE = (torch.float32, torch.float64)
+RANGES = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in WIDE}
+"""The smallest normal and the largest number of a dtype. The inverse of every number between them is finite too."""
 
 
 def unknown(name: str, given: object, allowed: Sequence[str]) -> str:
@@ -48,35 +51,66 @@ def tensor(
         raise ValueError(f"{name} must be on {device}, got {x.device}")
 
 
-def number(name: str, x: Any, otherwise: str = "") -> None:
-    """Check a positive number. `otherwise` completes the message, for example " or None"."""
-    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):  # a symbolic number has no __float__
-        raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
+def number(name: str, x: Any, dtype: torch.dtype, otherwise: str = "") -> None:
+    """Check a positive number, which may be infinite. A finite number must be in the range of `dtype`, in which the
+    kernels compute. `otherwise` completes the message, for example " or None"."""
+    real = _real(name, x, otherwise)
+    smallest, largest = RANGES[dtype]
+    if not (smallest <= real <= largest or real == math.inf):
+        raise ValueError(out_of_range(name, x, dtype, otherwise))
+
+
+def out_of_range(name: str, x: Any, dtype: torch.dtype, otherwise: str = "") -> str:
+    """The message about a number that `number` refuses."""
+    (smallest, largest), kind = RANGES[dtype], str(dtype).removeprefix("torch.")
     if not x > 0:
-        raise ValueError(f"{name} must be positive{otherwise}, got {x}")
+        return f"{name} must be positive{otherwise}, got {x}"
+    if x < smallest:
+        return f"{name} must be at least {smallest:.2g} (the smallest normal {kind}){otherwise}, got {x}"
+    return f"{name} must be at most {largest:.2g} (the largest {kind}) or infinite{otherwise}, got {x}"
+
+
+def finite(name: str, x: Any, dtype: torch.dtype) -> None:
+    """Check a number of any sign that `dtype`, in which the kernels compute, can hold."""
+    largest = RANGES[dtype][1]
+    if not -largest <= _real(name, x) <= largest:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be finite and within {largest:.2g} (the largest {kind}), got {x}")
+
+
+def _real(name: str, x: Any, otherwise: str = "") -> Any:
+    """The number as a float. Numbers are int, float, NumPy's scalars and tensors with one element, but not bool."""
+    if type(x) is float or torch.compiler.is_compiling():  # a symbolic number has no __float__
+        return x
+    if isinstance(x, bool) or not hasattr(x, "__float__"):
+        raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number{otherwise}, got an int that is too large for float64") from None
+    except (TypeError, ValueError, RuntimeError):
+        shape = list(getattr(x, "shape", ()))
+        raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__} of shape {shape}") from None
 
 
 def token_arguments(
     actions: Tensor,
-    shape: Sequence[int],
-    device: object,
+    like: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
 ) -> None:
-    """Check the arguments that all functions of tokens share. `shape` is the [...] of the tokens."""
+    """Check the arguments that all functions of tokens share. `like` are the logits or hidden states [..., *]."""
+    shape, device = like.shape[:-1], like.device
     tensor("actions", actions, (torch.int64, torch.int32), shape, device)
     if mask is not None:
         tensor("mask", mask, (torch.bool,), shape, device)
     if isinstance(temperature, Tensor):
         tensor("temperature", temperature, FLOATS, shape, device)
     else:
-        number("temperature", temperature)
+        number("temperature", temperature, wide_dtype(like))
     if softcap is not None:
-        number("softcap", softcap, " or None")
-        # the kernels compute in float32; a smaller softcap would become 0 there
-        if not softcap >= torch.finfo(torch.float32).tiny:
-            raise ValueError(f"softcap must be at least {torch.finfo(torch.float32).tiny:.2g} or None, got {softcap}")
+        number("softcap", softcap, wide_dtype(like), " or None")
 
 
 def overlapping(x: Tensor) -> bool:
@@ -110,14 +144,19 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def bellman_arguments(
     shape: Sequence[int],
-    device: object,
+    like: Tensor,
     reference: TokenValues | Tensor,
     rewards: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     beta: float,
+    normalizer: float | None = None,
 ) -> None:
-    """Check the arguments that td_targets and the losses share. `shape` is the shape [B, T] or [N] of the values."""
+    """Check the arguments that td_targets and the losses share. `shape` is the shape [B, T] or [N] of the values.
+
+    `like` has the device of all tensors and the dtype of the computation: a tensor of the values, or hidden states.
+    """
+    device = like.device
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(
@@ -135,7 +174,9 @@ def bellman_arguments(
     if mask is not None:
         tensor("mask", mask, (torch.bool,), shape, device)
     tensor("rewards", rewards, FLOATS, [trajectories], device)
-    number("beta", beta)
+    number("beta", beta, wide_dtype(like))
+    if normalizer is not None:
+        number("normalizer", normalizer, wide_dtype(like), " or None")
     if isinstance(reference, TokenValues):
         for name in ("q", "v", "log_prob"):
             tensor(f"reference.{name}", getattr(reference, name), FLOATS, shape, device)
@@ -151,21 +192,20 @@ def bellman_arguments(
 
 
 def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int, like: Tensor) -> None:
-    """Check that every unmasked action is in [0, vocabulary), and that every unmasked temperature is positive.
+    """Check that every unmasked action is in [0, vocabulary), and that every unmasked temperature is a `number`.
 
     `like` are the logits or hidden states. The kernels take temperatures in the dtype that they compute in, where 1e-60
-    may be 0.
+    may be 0 and 1e60 infinite.
     """
     (actions, mask), temperatures = tokens, transform.temperatures
     if not actions.numel():
         return
     seen = actions if mask is None else actions * mask  # a masked-out action counts as 0, which is always valid
-    (low, high), coldest = seen.aminmax(), None
-    if temperatures is not None:
-        coldest = (temperatures if mask is None else torch.where(mask, temperatures, 1)).min().to(wide_dtype(like))
+    low, high = seen.aminmax()
+    refused = None if temperatures is None else _refused(temperatures, mask, wide_dtype(like))
     if actions.device.type == "cuda":
         good = (low >= 0) & (high < vocabulary)
-        good = good if coldest is None else good & (coldest > 0)
+        good = good if refused is None else good & ~refused.any()
         torch._assert_async(good, f"actions must lie in [0, {vocabulary}), temperatures be positive")
     elif not (int(low) >= 0 and int(high) < vocabulary):
         place = ((seen < 0) | (seen >= vocabulary)).nonzero()[0].tolist()
@@ -173,8 +213,21 @@ def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int, like
             f"actions must lie in [0, {vocabulary}) where they are not masked out; got {int(actions[tuple(place)])} at "
             f"{place}"
         )
-    elif coldest is not None and not coldest > 0:
-        raise ValueError("temperature must be positive at every unmasked token")
+    elif temperatures is not None and refused is not None and refused.any():
+        place = refused.nonzero()[0].tolist()
+        given = float(temperatures[tuple(place)])
+        text = out_of_range("temperature", given, wide_dtype(like), " at every unmasked token")
+        raise ValueError(f"{text} at {place}")
+
+
+def _refused(temperatures: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[...] bool, true for each unmasked temperature that `number` would refuse."""
+    each = temperatures if temperatures.dtype == torch.float64 else temperatures.to(dtype)
+    smallest, largest = RANGES[dtype]
+    refused = ~(each >= smallest)  # NaN too
+    if each.dtype != dtype:
+        refused |= (each > largest) & (each < math.inf)
+    return refused if mask is None else refused & mask
 
 
 def check_cu_seqlens(layout: Layout, like: Tensor) -> None:

@@ -42,8 +42,9 @@ def td_targets(
             the environment between two actions are skipped.
         cu_seqlens: [B + 1] int32 or int64, for packed tokens: 0, ..., N. Trajectory b has the tokens cu_seqlens[b] to
             cu_seqlens[b + 1] - 1.
-        beta: the reward's temperature, positive.
-        gamma: the discount.
+        beta: the reward's temperature, positive. A finite beta must be in the range of the values' dtype; inf removes
+            the rewards.
+        gamma: the discount, a finite number.
         backend: as in `token_values`.
 
     Returns:
@@ -57,7 +58,8 @@ def td_targets(
     if not isinstance(reference, TokenValues):
         raise TypeError(f"reference must be TokenValues (returns are not enough), got {type(reference).__name__}")
     _check_values(values)
-    checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
+    checks.bellman_arguments(values.q.shape, values.q, reference, rewards, mask, cu_seqlens, beta)
+    checks.finite("gamma", gamma, values.q.dtype)
     target, error, endogenous = library.td_targets(
         TokenValues(values.q, values.v, values.log_prob.detach()),
         Reference.of(reference),
@@ -103,8 +105,9 @@ def bellman_loss(
         level: "trajectory", "token" or "subtrajectory".
         semi_gradient: no gradient through the TD target; for level "token" only. arXiv 2505.15311, appendix H.3, shows
             that the form with this gradient (the residual gradient) collapses.
-        normalizer: the divisor of the sum; None means the number of trajectories B. For micro-batches or several ranks,
-            pass the number of trajectories of the whole batch: then their losses add up to the loss of that batch.
+        normalizer: the divisor of the sum, positive and in the range of the values' dtype; None means the number of
+            trajectories B. For micro-batches or several ranks, pass the number of trajectories of the whole batch: then
+            their losses add up to the loss of that batch.
 
     Returns:
         BellmanLoss(loss [], residual [B]), both differentiable. A trajectory without actions has residual 0.
@@ -114,7 +117,7 @@ def bellman_loss(
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
     _check_values(values)
-    checks.bellman_arguments(values.q.shape, values.q.device, reference, rewards, mask, cu_seqlens, beta)
+    checks.bellman_arguments(values.q.shape, values.q, reference, rewards, mask, cu_seqlens, beta, normalizer)
     options = _options(beta, level, semi_gradient, normalizer, reference)
     out = library.bellman_loss(
         TokenValues(values.q, values.v, values.log_prob),
@@ -224,8 +227,8 @@ def linear_reval_loss(
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
     checks.head_arguments(hidden, weight, bias)
-    checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
-    checks.bellman_arguments(hidden.shape[:-1], hidden.device, reference, rewards, mask, cu_seqlens, beta)
+    checks.token_arguments(actions, hidden, mask, temperature, softcap)
+    checks.bellman_arguments(hidden.shape[:-1], hidden, reference, rewards, mask, cu_seqlens, beta, normalizer)
     options = _options(beta, level, semi_gradient, normalizer, reference)
     grad = torch.is_grad_enabled()
     out = library.linear_reval_loss(
@@ -254,9 +257,8 @@ def _options(
         raise ValueError(f"semi_gradient stops the gradient at the TD target of level 'token', got level {level!r}")
     if normalizer is None:
         return BellmanOptions(float(beta), LEVELS[level], semi_gradient)
-    checks.number("normalizer", normalizer, " or None")
     # a tensor, because torch.compile makes one graph for all values of a tensor, but a new graph for every number
-    divisor = torch.ones((), dtype=torch.float64, device="cpu") * normalizer
+    divisor = torch.ones((), dtype=torch.float64, device="cpu") * float(normalizer)
     return BellmanOptions(float(beta), LEVELS[level], semi_gradient, divisor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,8 +40,10 @@ def token_values(
         actions: [...] int64 or int32, the token taken in each state, in [0, V).
         mask: [...] bool, true where the token is an action. Where it is false, the outputs and the gradient are 0, the
             logits are never read, and the action may have any value, for example -100.
-        temperature: a positive number, or a tensor [...]. It gets no gradient.
-        softcap: a positive number, or None.
+        temperature: a positive number, or a tensor [...]. It gets no gradient. With inf all words with a logit above
+            -inf are equally likely. A finite temperature must be in the range of the computation: float32, or float64
+            for float64 logits.
+        softcap: a positive number in the same range, or None. inf means None.
         with_entropy: also return the entropy of softmax(z) in nats.
         inplace_grad: let the backward overwrite `logits` with their gradient. Entries of `logits` must not share
             memory, as in expanded tensors. This bumps the version counter of `logits`, so a second backward raises.
@@ -60,7 +63,7 @@ def token_values(
     checks.tensor("logits", logits, checks.FLOATS, logits.shape, None)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have a vocabulary of at least one word, got shape {list(logits.shape)}")
-    checks.token_arguments(actions, logits.shape[:-1], logits.device, mask, temperature, softcap)
+    checks.token_arguments(actions, logits, mask, temperature, softcap)
     in_place = inplace_grad and not torch.compiler.is_compiling()
     if in_place and checks.overlapping(logits):
         raise ValueError(
@@ -112,7 +115,7 @@ def linear_token_values(
             a GPU, a wrong action or temperature may fail a device-side assert, as in `token_values`.
     """
     checks.head_arguments(hidden, weight, bias)
-    checks.token_arguments(actions, hidden.shape[:-1], hidden.device, mask, temperature, softcap)
+    checks.token_arguments(actions, hidden, mask, temperature, softcap)
     head, tokens, transform = (
         HeadInputs(hidden, weight, bias),
         Tokens(actions, mask),
@@ -130,6 +133,7 @@ def linear_token_values(
 
 def transform_of(temperature: float | Tensor, softcap: float | None) -> Transform:
     """The Transform for the arguments `temperature` and `softcap` of the public functions."""
+    softcap = None if softcap is None or softcap == math.inf else float(softcap)
     if isinstance(temperature, Tensor):
         return Transform(temperatures=temperature, softcap=softcap)
     return Transform(float(temperature), softcap=softcap)

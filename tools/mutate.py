@@ -213,6 +213,16 @@ MUTATIONS = [
         TESTS + "test_values.py -k shared_between",
     ),
     Mutation(
+        "checks: a number that float32 cannot hold passes", "../checks.py",
+        "    if not (smallest <= real <= largest or real == math.inf):", "    if not real > 0:",
+        TESTS + "test_checks.py -k test_message",
+    ),
+    Mutation(
+        "checks: a token's temperature may overflow in float32", "../checks.py",
+        "        refused |= (each > largest) & (each < math.inf)", "        pass",
+        TESTS + "test_checks.py -k temperature_of_a_token",
+    ),
+    Mutation(
         "checks: cu_seqlens may end early", "../checks.py",
         "int(cu_seqlens[-1]) == tokens and ", "",
         TESTS + "test_checks.py -k cu_seqlens",

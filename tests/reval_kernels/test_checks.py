@@ -3,9 +3,12 @@
 B = 2, T = 3, V = 7, D = 4 are all different, so that a message that confuses two sizes fails.
 """
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
-from cases import head, logits_and_actions, values
+from cases import assert_same_bits, head, logits_and_actions, values
 
 from reval_kernels import (
     TokenValues,
@@ -100,7 +103,14 @@ CASES = [
     *on(ON_TOKENS, "temperature", torch.ones(B), ValueError, "temperature must have shape [2, 3], got [2]"),
     *on(ON_TOKENS, "temperature", INTS, TypeError, f"temperature must be {FLOATS}, got int64"),
     *on(ON_TOKENS, "softcap", -1, ValueError, "softcap must be positive or None, got -1"),
-    *on(ON_TOKENS, "softcap", 1e-46, ValueError, "softcap must be at least 1.2e-38 or None, got 1e-46"),
+    *on(ON_TOKENS, "temperature", 1e-40, ValueError,
+        "temperature must be at least 1.2e-38 (the smallest normal float32), got 1e-40"),
+    *on(ON_TOKENS, "temperature", 1e39, ValueError,
+        "temperature must be at most 3.4e+38 (the largest float32) or infinite, got 1e+39"),
+    *on(ON_TOKENS, "softcap", 1e-46, ValueError,
+        "softcap must be at least 1.2e-38 (the smallest normal float32) or None, got 1e-46"),
+    *on(ON_TOKENS, "softcap", 1e39, ValueError,
+        "softcap must be at most 3.4e+38 (the largest float32) or infinite or None, got 1e+39"),
     *on(ON_TOKENS, "softcap", LIST, TypeError, "softcap must be a number or None, got list"),
     # the trajectories
     *on(ON_VALUES, "values", LIST, TypeError, "values must be TokenValues, got list"),
@@ -128,7 +138,29 @@ CASES = [
     *on(ON_TRAJECTORIES, "rewards", torch.zeros(B, device=META), ValueError, f"rewards must be on {HERE}, got meta"),
     *on(ON_TRAJECTORIES, "beta", 0, ValueError, "beta must be positive, got 0"),
     *on(ON_TRAJECTORIES, "beta", None, TypeError, "beta must be a number, got NoneType"),
+    *on(ON_TRAJECTORIES, "beta", True, TypeError, "beta must be a number, got bool"),
+    *on(ON_TRAJECTORIES, "beta", float("nan"), ValueError, "beta must be positive, got nan"),
+    *on(ON_TRAJECTORIES, "beta", 1e-40, ValueError,
+        "beta must be at least 1.2e-38 (the smallest normal float32), got 1e-40"),
+    *on(ON_TRAJECTORIES, "beta", 1e39, ValueError,
+        "beta must be at most 3.4e+38 (the largest float32) or infinite, got 1e+39"),
+    *on(ON_TRAJECTORIES, "beta", torch.ones(2), TypeError, "beta must be a number, got Tensor of shape [2]"),
+    *on((td_targets,), "gamma", float("nan"), ValueError,
+        "gamma must be finite and within 3.4e+38 (the largest float32), got nan"),
+    *on((td_targets,), "gamma", -1e39, ValueError,
+        "gamma must be finite and within 3.4e+38 (the largest float32), got -1e+39"),
+    *on((td_targets,), "gamma", float("inf"), ValueError,
+        "gamma must be finite and within 3.4e+38 (the largest float32), got inf"),
+    *on((td_targets,), "gamma", "0.9", TypeError, "gamma must be a number, got str"),
+    *on((td_targets,), "gamma", None, TypeError, "gamma must be a number, got NoneType"),
+    *on((td_targets,), "gamma", torch.ones(2), TypeError, "gamma must be a number, got Tensor of shape [2]"),
     *on(LOSSES, "normalizer", 0, ValueError, "normalizer must be positive or None, got 0"),
+    *on(LOSSES, "normalizer", torch.ones(2), TypeError,
+        "normalizer must be a number or None, got Tensor of shape [2]"),
+    *on(LOSSES, "normalizer", 10**400, ValueError,
+        "normalizer must be a number or None, got an int that is too large for float64"),
+    *on(LOSSES, "normalizer", 1e-40, ValueError,
+        "normalizer must be at least 1.2e-38 (the smallest normal float32) or None, got 1e-40"),
     *on(LOSSES, "level", "tokens", ValueError,
         "level must be one of 'trajectory', 'token', 'subtrajectory'; got 'tokens' (did you mean 'token'?)"),
     *on(LOSSES, "level", "word", ValueError, "level must be one of 'trajectory', 'token', 'subtrajectory'; got 'word'"),
@@ -164,6 +196,40 @@ def test_cu_seqlens(cu_seqlens, error, text):
     assert message(bellman_loss, error, values=FLAT, reference=FLAT, cu_seqlens=cu_seqlens) == text
 
 
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), Fraction(1, 2)])
+def test_numbers_of_other_types(number):
+    """NumPy's scalars, tensors with one element, and everything else that float() takes."""
+    everything = good()
+    names = ("softcap", "beta", "normalizer") + (() if isinstance(number, torch.Tensor) else ("temperature",))
+    for name in names:
+        arguments = {k: everything[k] for k in TAKES[reval_loss]}
+        expected, ours = (reval_loss(**arguments | {name: x}).loss for x in (0.5, number))
+        assert_same_bits(expected, ours)
+    arguments = {k: everything[k] for k in TAKES[td_targets]}
+    assert_same_bits(*(td_targets(**arguments, gamma=x).error for x in (0.5, number)))
+
+
+@pytest.mark.parametrize("number", [10**30, float("inf")])
+def test_large_normalizers(backend, number):
+    everything = good()
+    arguments = {k: everything[k] for k in TAKES[reval_loss]} | {"backend": backend}
+    one = reval_loss(**arguments, normalizer=1).loss.double()
+    ours = reval_loss(**arguments, normalizer=number).loss.double()
+    torch.testing.assert_close(ours, one / float(number), rtol=1e-6, atol=0)
+
+
+def test_float64_has_the_range_of_float64(backend):
+    """Numbers that float32 cannot hold, for inputs in float64."""
+    everything = good()
+    logits, actions = everything["logits"].double(), everything["actions"]
+    out = token_values(logits, actions, temperature=1e200, softcap=1e250, backend=backend)
+    torch.testing.assert_close(out.q, logits.gather(-1, actions[..., None])[..., 0] / 1e200, rtol=1e-12, atol=0)
+    wide = TokenValues(*(x.double() for x in everything["values"][:3]))
+    rewards = torch.full((B,), 1e-50, dtype=torch.float64)
+    loss = bellman_loss(wide, wide, rewards, beta=1e-50, normalizer=1e-100, backend=backend).loss
+    torch.testing.assert_close(loss.item(), B * 1e100, rtol=1e-12, atol=0)
+
+
 # --- checks of the data, which the ops make -------------------------------------------------------------------------
 
 
@@ -185,14 +251,28 @@ def test_action_outside_the_vocabulary(backend, function, action):
 
 
 @pytest.mark.parametrize("function", ON_TOKENS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
-def test_temperature_of_a_token(backend, function, bad):
-    temperature = torch.ones(B, T)
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (0.0, "be positive at every unmasked token, got 0.0"),
+        (-1.0, "be positive at every unmasked token, got -1.0"),
+        (float("nan"), "be positive at every unmasked token, got nan"),
+        (1e-60, "be at least 1.2e-38 (the smallest normal float32) at every unmasked token, got 1e-60"),
+        (1e60, "be at most 3.4e+38 (the largest float32) or infinite at every unmasked token, got 1e+60"),
+    ],
+)
+def test_temperature_of_a_token(backend, function, bad, text):
+    """A masked token may have any temperature."""
+    temperature = torch.ones(B, T, dtype=torch.float64)
     temperature[1, 0] = bad
-    text = "temperature must be positive at every unmasked token"
+    text = f"temperature must {text} at [1, 0]"
     assert message(function, ValueError, temperature=temperature, backend=backend) == text
-    too_small = torch.full((B, T), 1e-60, dtype=torch.float64)  # 0 in the float32 of the kernels
-    assert message(function, ValueError, temperature=too_small, backend=backend) == text
+    if not abs(bad) > 1 and bad != 1e-60:  # bfloat16 holds this number too
+        assert message(function, ValueError, temperature=temperature.bfloat16(), backend=backend) == text
+    everything, mask = good(), torch.ones(B, T, dtype=torch.bool)
+    mask[1, 0] = False
+    arguments = {k: everything[k] for k in TAKES[function]} | {"temperature": temperature, "mask": mask}
+    function(**arguments, backend=backend)
 
 
 @pytest.mark.parametrize("bad", [[0, 2, 5], [1, 2, 6], [0, 4, 3, 6], [0, 7], [6], [0, 2**31 - 1, -2, 6]])
