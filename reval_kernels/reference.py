@@ -10,6 +10,8 @@ trajectories.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,10 @@ def token_values(
     mask = torch.ones_like(actions, dtype=torch.bool) if mask is None else mask
     z = logits[mask]  # [M, V]. Masked positions may hold NaN: indexing keeps them out of the graph
     z = z if z.dtype == torch.float64 else z.float()
-    if softcap is not None:
+    if softcap is not None and softcap != math.inf:
         z = softcap * torch.tanh(z / softcap)
-    z = z / (temperature[mask].to(z.dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
+    cooled = z / (temperature[mask].to(z.dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
+    z = torch.where(z.isinf(), z, cooled)  # -inf at an infinite temperature too, where the quotient is NaN
 
     taken = actions[mask].long()[:, None]
     log_pi = torch.log_softmax(z, dim=-1)

@@ -98,13 +98,25 @@ MUTATIONS = [
         TRITON + "rows.py -k tie_for_the_top",
     ),
     Mutation(
-        "merge: a part that holds nothing has tops", "gpu/common.py",
-        "tl.where(total_m == LOWEST, tl.sum(s, ROWS), others)", "others",
-        TRITON + "rows.py -k minus_infinity",
+        "merge: a part that holds nothing has weight at high temperatures", "gpu/common.py",
+        "m = tl.load(at, mask=there, other=LOWEST)  # past the last part: empty parts\n"
+        "    s = tl.load(at + plane, mask=there, other=-1.0)",
+        "m = tl.load(at, mask=there, other=LOWEST)\n    s = tl.load(at + plane, mask=there, other=0.0)",
+        TESTS + "test_linear_values.py -k uniform_limit",
+    ),
+    Mutation(
+        "rows: a lane that holds nothing has weight at high temperatures", "gpu/rows.py",
+        "    s = tl.full([BLOCK], -1.0, tl.float32)", "    s = tl.zeros([BLOCK], tl.float32)",
+        TESTS + "test_values.py -k large_temperature",
+    ),
+    Mutation(
+        "common: 1 / T is 0 at T = inf", "gpu/common.py",
+        "    return tl.maximum(1 / temperature, LEAST)", "    return 1 / temperature",
+        TESTS + "test_values.py -k uniform_limit",
     ),
     Mutation(
         "merge: row_max by division, the backward by multiplication", "gpu/common.py",
-        "row_max * (1 / temperature), log_sum", "v - log_sum, log_sum",
+        "row_max * inverse_of(temperature), log_sum", "v - log_sum, log_sum",
         TESTS + "test_values.py -k confident or common_offset or softcap_and",
     ),
     # --- triton: linear ---------------------------------------------------------------------------------------------
@@ -168,6 +180,11 @@ MUTATIONS = [
         "portable: the gradient forgets tanh", "rows.py",
         "        gradient.mul_(tanh.square_().neg_().add_(1))", "        pass",
         TESTS + "test_values.py -k softcap_and",
+    ),
+    Mutation(
+        "portable: 1 / T is 0 at T = inf", "rows.py",
+        "reciprocal().clamp_(min=least)", "reciprocal()",
+        TESTS + "test_values.py -k uniform_limit",
     ),
     Mutation(
         "portable: the reward comes one step late", "trajectories.py",
@@ -348,6 +365,11 @@ MUTATIONS = [
         "C++ linear: the lowest number counts once more", "cpu/linear_forward.cpp",
         "of.others[r] - (of.maximum[r] == Sums::kLowest)", "of.others[r]",
         TESTS + "test_linear_values.py -k lowest_number",
+    ),
+    Mutation(
+        "C++ tokens: 1 / T is 0 at T = inf", "cpu/tokens.cpp",
+        "std::max(1.0f / each.const_data_ptr<float>()[i], least)", "1.0f / each.const_data_ptr<float>()[i]",
+        TESTS + "test_values.py -k uniform_limit",
     ),
     Mutation(
         "C++ rows: the lowest number is nothing", "cpu/tokens.cpp",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Cotangents, HeadInputs, RowValues, Tokens, Transform, UnitGradients
-from .rows import divisor_of, softcap_slope
+from .rows import inverse_temperature, softcap_slope
 from .tokens import chunks, unmasked, widened
 
 ENTRIES = 1 << 21
@@ -46,6 +46,6 @@ def gradient_of_hidden(
             logit = (widened(hidden[at]) * action_weight).sum(-1, keepdim=True)
             logit = logit if bias is None else logit + bias[actions[piece]][:, None]
             at_action = at_action * softcap_slope(logit, own.softcap)
-        at_action = at_action / divisor_of(own)
+        at_action = at_action * inverse_temperature(own, expected.dtype)
         d_hidden[at] = ((dv - dlog) * expected[at] + at_action * action_weight).to(hidden.dtype)
     return d_hidden

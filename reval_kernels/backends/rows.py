@@ -61,13 +61,19 @@ def row_gradient_(
     if tanh is not None:
         gradient.mul_(tanh.square_().neg_().add_(1))
     if transform.temperatures is not None or transform.temperature != 1.0:
-        gradient.div_(divisor_of(transform))
+        gradient.mul_(inverse_temperature(transform, gradient.dtype))
     return gradient
 
 
-def divisor_of(transform: Transform) -> Tensor | float:
-    """The temperature as the divisor of a tensor [C, *]: a tensor [C, 1], or one number."""
-    return transform.temperature if transform.temperatures is None else transform.temperatures[:, None]
+def inverse_temperature(transform: Transform, dtype: torch.dtype) -> Tensor | float:
+    """1 / temperature as a factor of a tensor [C, *] of this dtype: a tensor [C, 1], or one number.
+
+    For an infinite temperature it is not 0 but the smallest positive number: a logit of -inf times 0 would be NaN.
+    """
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    if transform.temperatures is None:
+        return max(1 / transform.temperature, least)
+    return transform.temperatures[:, None].to(dtype).reciprocal().clamp_(min=least)
 
 
 def softcap_slope(logits: Tensor, softcap: float) -> Tensor:
@@ -85,8 +91,6 @@ def _transformed(logits: Tensor, transform: Transform) -> tuple[Tensor, Tensor |
     if transform.softcap is not None:
         tanh = torch.tanh(logits / transform.softcap)
         z = tanh * transform.softcap
-    if transform.temperatures is not None:
-        z = z / transform.temperatures[:, None].to(z.dtype)
-    elif transform.temperature != 1.0:
-        z = z / transform.temperature
+    if transform.temperatures is not None or transform.temperature != 1.0:
+        z = z * inverse_temperature(transform, z.dtype)
     return z, tanh

@@ -25,7 +25,7 @@ from cases import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reval_kernels import linear_token_values, reference
+from reval_kernels import linear_reval_loss, linear_token_values, reference
 from reval_kernels.backends import BACKENDS as BACKENDS_BY_NAME
 from reval_kernels.backends import chunks, gpu
 from reval_kernels.backends.frozen_head import gradient_of_hidden
@@ -242,6 +242,28 @@ def test_autocast_changes_no_bit(backend, dtype):
     expected = evaluate(linear_token_values, inputs, by, backend=backend)
     with torch.autocast(inputs["hidden"].device.type, dtype=torch.bfloat16):
         assert_same_bits(expected, evaluate(linear_token_values, inputs, by, backend=backend))
+
+
+@pytest.mark.parametrize("kind", ["number", torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_infinite_temperature_is_the_uniform_limit(backend, frozen, dtype, kind):
+    """All words above -inf are equally likely, and no gradient is NaN. With D = 64 the cpu backend keeps logits."""
+    hidden, weight, actions = head(2, 3, 129, 64, dtype=dtype)
+    bias = torch.randn(129).to(dtype)
+    bias[:3], actions = -torch.inf, actions.clamp(min=3)
+    temperature = torch.inf if kind == "number" else torch.full((2, 3), torch.inf, dtype=kind)
+    leaves = [x.requires_grad_() for x in ((hidden,) if frozen else (hidden, weight, bias))]
+    options = {"bias": bias, "temperature": temperature, "backend": backend}
+    out = linear_token_values(hidden, weight, actions, **options)
+    uniform = math.log(126)
+    for x, expected in zip(out[:3], (0.0, uniform, -uniform), strict=True):
+        torch.testing.assert_close(x, torch.full((2, 3), expected), rtol=1e-6, atol=1e-6)
+    loss = linear_reval_loss(hidden, weight, actions, torch.zeros(2), torch.ones(2), beta=0.5, **options)
+    torch.testing.assert_close(loss.residual, torch.full((2,), -2 * uniform - 2), rtol=1e-6, atol=0)
+    for result in (out.q.sum() + out.log_prob.sum(), out.v.sum(), loss.loss):
+        gradients = torch.autograd.grad(result, leaves, retain_graph=True)
+        assert all(g.abs().max() < 1e-38 for g in gradients)
 
 
 # --- frozen head ----------------------------------------------------------------------------------------------------

@@ -289,6 +289,86 @@ def test_without_gradient(backend):
     assert (token_values(logits, actions, with_entropy=True, backend=backend).entropy > 0).all()
 
 
+# --- numbers near the end of float32's range ------------------------------------------------------------------------
+
+
+def masked_words(*shape):
+    """Logits whose first words are -inf, and actions among the other words."""
+    logits, _ = logits_and_actions(*shape)
+    logits[..., :3] = -torch.inf
+    return logits, torch.randint(3, shape[-1], shape[:-1])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kind", ["number", torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocabulary", [129, 1000])
+def test_an_infinite_temperature_is_the_uniform_limit(backend, vocabulary, kind, softcap):
+    """All words above -inf are equally likely, the lowest number among them. (A softcap makes -inf finite.)"""
+    logits, actions = masked_words(2, 3, vocabulary)
+    logits[..., 7] = torch.finfo(torch.float32).min
+    temperature = torch.inf if kind == "number" else torch.full((2, 3), torch.inf, dtype=kind)
+    inputs, options = {"logits": logits, "actions": actions}, {"temperature": temperature, "softcap": softcap}
+    by = upstream(actions.shape)
+    ours = evaluate(token_values, inputs, by, with_entropy=True, backend=backend, **options)
+    uniform = math.log(vocabulary - (3 if softcap is None else 0))
+    expected = {"q": 0.0, "v": uniform, "log_prob": -uniform, "entropy": uniform}
+    truth = float64_truth("token_values", inputs, by, with_entropy=True, **options)
+    for name, x in expected.items():
+        torch.testing.assert_close(ours[name], torch.full((2, 3), x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(truth[name], torch.full((2, 3), x, dtype=torch.float64))
+    assert ours["d logits"].abs().max() < 1e-38 and not truth["d logits"].any()
+
+
+@pytest.mark.parametrize("kind", ["number", torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e35, 1e38, 3e38])
+def test_a_large_temperature(backend, temperature, kind):
+    """Logits near the end of the range too, where the temperature does not make all words equally likely. (Differences
+    of logits must be finite in float32, and for the entropy the sum of these differences.)"""
+    for scale in (1.0, temperature):
+        logits, actions = masked_words(2, 3, 129)
+        logits = torch.where(logits.isinf(), logits, (logits / 8 * scale).clamp(-1.5e38, 1.5e38))
+        each = temperature if kind == "number" else torch.full((2, 3), temperature, dtype=kind)
+        by = upstream(actions.shape, "q", "v", "log_prob", *(["entropy"] if scale == 1 else []))
+        inputs, options = {"logits": logits, "actions": actions}, {"temperature": each, "with_entropy": scale == 1}
+        ours = evaluate(token_values, inputs, by, backend=backend, **options)
+        truth = float64_truth("token_values", inputs, by, **options)
+        for name in truth:
+            unit = 1 / temperature if name == "d logits" else 1.0
+            torch.testing.assert_close(ours[name].double() / unit, truth[name] / unit, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [2e-38, 1e-30])
+def test_a_small_temperature(backend, temperature):
+    logits, actions = logits_and_actions(2, 3, 129)
+    logits = logits.clamp(-5, 5)
+    by = {"log_prob": torch.full((2, 3), 0.01)}
+    inputs, options = {"logits": logits, "actions": logits.argmax(-1)}, {"temperature": temperature}
+    compare(backend, "token_values", inputs, by, **options)
+
+
+def test_an_infinite_softcap_is_none(backend):
+    logits, actions = masked_words(2, 3, 129)
+    inputs, by = {"logits": logits, "actions": actions}, upstream(actions.shape)
+    expected, ours = (
+        evaluate(token_values, inputs, by, with_entropy=True, backend=backend, softcap=softcap)
+        for softcap in (None, torch.inf)
+    )
+    assert_same_bits(expected, ours)
+    definition = float64_truth("token_values", inputs, by, with_entropy=True, softcap=torch.inf)
+    assert_same_bits(definition, float64_truth("token_values", inputs, by, with_entropy=True))
+
+
+@pytest.mark.parametrize("softcap", [1.2e-38, 1e-30, 1e30, 3e38])
+def test_softcaps_near_the_end_of_the_range(backend, softcap):
+    logits, actions = logits_and_actions(2, 3, 129)
+    inputs, by = {"logits": logits, "actions": actions}, upstream(actions.shape)
+    options = {"softcap": softcap, "with_entropy": True}
+    ours = evaluate(token_values, inputs, by, backend=backend, **options)
+    truth = float64_truth("token_values", inputs, by, **options)
+    for name in truth:
+        torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-5, atol=2e-6)
+
+
 # --- inplace_grad ---------------------------------------------------------------------------------------------------
 
 

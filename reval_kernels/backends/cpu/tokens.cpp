@@ -34,11 +34,13 @@ Tokens::Tokens(
   } else {
     take_actions<int64_t>(actions, *this);
   }
+  // For an infinite temperature the inverse is not 0 but the smallest float: a logit of -inf times 0 would be NaN.
+  constexpr float least = std::numeric_limits<float>::denorm_min();
   if (temperatures) {
     at::Tensor each = temperatures->to(at::kFloat).contiguous();
-    for (int64_t i : index) inv_temperature.push_back(1.0f / each.const_data_ptr<float>()[i]);
+    for (int64_t i : index) inv_temperature.push_back(std::max(1.0f / each.const_data_ptr<float>()[i], least));
   }
-  if (inv_temperature.empty()) inv_temperature.push_back(static_cast<float>(1.0 / temperature));
+  if (inv_temperature.empty()) inv_temperature.push_back(std::max(static_cast<float>(1.0 / temperature), least));
 }
 
 std::vector<int64_t> row_offsets(const at::Tensor& x, const std::vector<int64_t>& index) {

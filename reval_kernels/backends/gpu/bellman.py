@@ -81,6 +81,7 @@ def td_kernel(
     BLOCK: tl.constexpr,
 ):
     """The formulas of docs/method.md section 2, for every action of trajectory b."""
+    gamma = tl.cast(gamma, tl.float32)  # some compilers pass Python's floats as fp64
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     outcome = tl.load(outcomes + tl.program_id(0))
     for at in range(0, count, BLOCK):
@@ -115,6 +116,7 @@ def td_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Writes dq of every action, and dv of the next action."""
+    gamma = tl.cast(gamma, tl.float32)
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     for at in range(0, count, BLOCK):
         step = at + tl.arange(0, BLOCK)
@@ -168,6 +170,7 @@ def loss_kernel(
     LEVEL is a `contract.Level`; `scale` is 2 / normalizer.
     """
     b = tl.program_id(0)
+    scale = tl.cast(scale, tl.float32)
     start, count = _list_actions(mask, cu_seqlens, where, tokens, length, BLOCK)
     outcome = tl.load(outcomes + b)
     sums = tl.zeros([BLOCK], tl.float64)
@@ -303,8 +306,8 @@ def td_targets(
         td_kernel,
         q.contiguous(),
         v.contiguous(),
-        *_contiguous(reference[:2]),
-        rewards.double() / beta,
+        *_rounded(reference[:2], q),
+        _outcomes(rewards, beta, q),
         *run.layout,
         target,
         error,
@@ -355,8 +358,8 @@ def bellman_loss(
     run(
         loss_kernel,
         *_contiguous(values[:3]),
-        *_contiguous(reference),
-        rewards.double() / options.beta,
+        *_rounded(reference, q),
+        _outcomes(rewards, options.beta, q),
         *run.layout,
         squares,
         residual,
@@ -394,6 +397,16 @@ def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradient
         run.length,
     )
     return out
+
+
+def _outcomes(rewards: Tensor, beta: float, like: Tensor) -> Tensor:
+    """r / beta [B] in fp64, from rewards in the dtype of the values `like`."""
+    return rewards.to(like.dtype).double() / beta
+
+
+def _rounded(tensors: Iterable[Tensor | None], like: Tensor) -> list[Tensor | None]:
+    """Contiguous tensors, float64 ones in the dtype of the values `like`; the kernel itself widens narrower ones."""
+    return _contiguous(x.to(like.dtype) if x is not None and x.dtype == torch.float64 else x for x in tensors)
 
 
 def _contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:

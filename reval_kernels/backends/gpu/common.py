@@ -11,8 +11,8 @@ In memory, parts [4, M, P] hold m, s, t and the action's x (0 in the parts witho
 
 Reason for s: the weight of the maximum is exp(0) = 1. Added to 1, the other weights would lose digits: float32 cannot
 hold 1 + 1e-9. In a confident state, 1 - p consists of these digits.
-An empty part (no entry above -inf) has m = LOWEST, not -inf, so that m - m is 0 and never NaN. An empty part has s = 0.
-Another part with m = LOWEST has s > 0, because such a part leaves no entry out of s.
+An empty part (no entry above -inf) has m = LOWEST, not -inf, so that m - m is 0 and never NaN. It has s = -1, so that
+its total weight 1 + s is 0 at every temperature. At T = 1e38, exp((LOWEST - m) / T) is not small.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ...contract import RowValues, Transform
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+LEAST = tl.constexpr(1.401298464324817e-45)  # in place of 1 / T = 0 at T = inf: -inf * 0 would be NaN
 
 
 # --- host -----------------------------------------------------------------------------------------------------------
@@ -118,6 +119,7 @@ def expm1(x):
 @triton.jit
 def capped(x, softcap):
     """softcap * tanh(x / softcap), and its derivative in x, each to a few ulp."""
+    softcap = tl.cast(softcap, tl.float32)  # some compilers pass Python's floats as fp64
     y = tl.abs(x) * (-2 / softcap)
     e = expm1(y)
     t = tl.exp2(y * LOG2E)
@@ -132,13 +134,25 @@ def temperature_at(temperatures, token, inside, temperature):
     """The temperatures of these tokens if every token has its own, else the one `temperature`."""
     if temperatures is not None:
         return tl.load(temperatures + token, mask=inside, other=1.0).to(tl.float32)
-    return temperature
+    return tl.cast(temperature, tl.float32)  # some compilers pass Python's floats as fp64
 
 
 @triton.jit
 def exponent_of(temperature):
     """log2(e) / T, so that exp((x - m) / T) = exp2((x - m) * exponent)."""
-    return tl.div_rn(temperature * 0 + LOG2E, temperature)
+    return tl.maximum(tl.div_rn(tl.zeros_like(temperature) + LOG2E, temperature), LEAST)
+
+
+@triton.jit
+def inverse_of(temperature):
+    """1 / T."""
+    return tl.maximum(1 / temperature, LEAST)
+
+
+@triton.jit
+def divided(x, temperature):
+    """x / T, correctly rounded; -inf stays -inf at T = inf."""
+    return tl.where(x == float("-inf"), x, tl.div_rn(x, temperature))
 
 
 @triton.jit
@@ -169,22 +183,21 @@ def join(m, s, t, exponent, ROWS: tl.constexpr):
     # of the 1e-6.
     others = tl.sum(tl.where(top, s, (1 + s) * weight), ROWS) + (tl.sum(top.to(tl.float32), ROWS) - 1)
     t = tl.sum(weight * (t + (1 + s) * tl.maximum(apart, LOWEST)), ROWS)
-    return total_m, tl.where(total_m == LOWEST, tl.sum(s, ROWS), others), t  # m = LOWEST: no entry is left out
+    return total_m, others, t
 
 
 @triton.jit
 def numbers(m, s, t, x_action, temperature):
     """q, v, log_prob, entropy, row_max, log_sum from the joined part of a whole row."""
-    nothing = (m == LOWEST) & (s == 0)
-    s = tl.where((m == LOWEST) & (s > 0), s - 1, s)  # entries equal to LOWEST: leave one out now
+    nothing = (m == LOWEST) & (s < 0)
     # as in logsumexp: v is -inf if all logits are -inf, and +inf if one logit is +inf
     row_max = tl.where(nothing | (m == float("inf")), 0.0, m)
     log_sum = tl.where(nothing, float("-inf"), tl.where(m == float("inf"), m, log1p(s)))
-    log_prob = tl.div_rn(x_action - row_max, temperature) - log_sum
+    log_prob = divided(x_action - row_max, temperature) - log_sum
     entropy = log_sum - t / temperature / (1 + s)
-    v = tl.div_rn(row_max, temperature) + log_sum
+    v = divided(row_max, temperature) + log_sum
     # row_max is rounded as the backward rounds x * (1 / temperature): their difference is exactly 0 for the largest x
-    return tl.div_rn(x_action, temperature), v, log_prob, entropy, row_max * (1 / temperature), log_sum
+    return divided(x_action, temperature), v, log_prob, entropy, row_max * inverse_of(temperature), log_sum
 
 
 @triton.jit
@@ -217,8 +230,8 @@ def merge(
     at = parts + row.to(tl.int64)[:, None] * count + part[None, :]
     there = inside[:, None] & (part < count)[None, :]
     plane = rows.to(tl.int64) * count
-    m = tl.load(at, mask=there, other=LOWEST)  # an empty part: its weight is 0 beside a real part
-    s = tl.load(at + plane, mask=there, other=0.0)
+    m = tl.load(at, mask=there, other=LOWEST)  # past the last part: empty parts
+    s = tl.load(at + plane, mask=there, other=-1.0)
     t = tl.zeros([ROWS, PADDED], tl.float32)
     if ENTROPY:
         t = tl.load(at + 2 * plane, mask=there, other=0.0)

@@ -135,8 +135,8 @@ def linear_forward(
         at = parts + row.to(tl.int64) * tiles + tile
         plane = rows.to(tl.int64) * tiles
         tl.store(at, m, mask=inside)
-        # s leaves out one of the entries at the maximum, except for m = LOWEST: a tile with only -inf has no such entry
-        others = count - (m > LOWEST).to(tl.float32)  # tl.where would spill registers on sm_120
+        # s leaves out one of the entries at the maximum. A tile with only -inf has no such entry: there s is -1.
+        others = count - (m >= LOWEST).to(tl.float32)  # always count - 1; written so, sm_80 and sm_120 spill registers
         tl.store(at + plane, tl.sum(tl.where(top, 0.0, p), 1) + others, mask=inside)
         if ENTROPY:
             tl.store(at + 2 * plane, tl.sum(p * tl.maximum(below, LOWEST), 1), mask=inside)

@@ -26,6 +26,7 @@ from .common import (
     capped,
     expm1,
     exponent_of,
+    inverse_of,
     join,
     launch,
     merge_parts,
@@ -77,7 +78,7 @@ def row_forward(
     # Every lane keeps a separate part (m, s, t). The lanes exchange data only once, at the end.
     lane = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], LOWEST, tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
+    s = tl.full([BLOCK], -1.0, tl.float32)
     t = tl.zeros([BLOCK], tl.float32)
     for start in range(first, last, BLOCK):
         column = start + lane
@@ -90,7 +91,8 @@ def row_forward(
         # if x is a new maximum, e is the factor of the old sums; else e is the weight of x. So one exp2 serves both
         e = tl.exp2(-tl.abs(rise) * exponent)
         if ENTROPY:
-            t = tl.where(rise > 0, (t - (1 + s) * rise) * e, t + e * tl.maximum(rise, LOWEST))
+            step = tl.minimum(tl.maximum(rise, LOWEST), -LOWEST)  # 0 * inf would be NaN
+            t = tl.where(rise > 0, (t - (1 + s) * step) * e, t + e * step)
         s = tl.where(rise > 0, s * e, s) + e
         m = tl.maximum(m, x)
     m, s, t = join(m, s, t, exponent, 0)
@@ -167,7 +169,7 @@ def row_backward(
                 )
             return
 
-    scale = 1 / temperature_at(temperatures, token, True, temperature)
+    scale = inverse_of(temperature_at(temperatures, token, True, temperature))
     top, log_total, h = tl.load(row_max + token), tl.load(log_sum + token), tl.load(entropy + token)
     d_q, d_v = tl.load(dq + token), tl.load(dv + token)
     d_log, d_entropy = tl.load(dlog_prob + token), tl.load(dentropy + token)
