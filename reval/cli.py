@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reval import __version__
 from reval.config import Config, ConfigError, help_text, load_config
-from reval.config_io import is_override
+from reval.config_io import expand_home, is_override
 from reval.errors import RunError
 from reval.estimate import report
 
@@ -182,7 +182,8 @@ def _sort(arguments: list[str], valued: tuple[str, ...] = ()) -> tuple[dict[str,
 def _flags(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     """Split the arguments into flags with their values, and all other arguments in order.
 
-    A flag in FLAG_VALUES takes a value, as `--flag value` or `--flag=value`. Other flags have the value "".
+    A flag in FLAG_VALUES takes a value, as `--flag value` or `--flag=value`. Other flags have the value "". A leading
+    `~`, which the shell leaves in `--flag=~/x`, becomes the home folder.
     """
     flags: dict[str, str] = {}
     rest = []
@@ -190,7 +191,7 @@ def _flags(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str]
     for argument in left:
         flag, equals, value = argument.partition("=")
         if flag in known and flag in FLAG_VALUES:
-            flags[flag] = value if equals else next(left, "")
+            flags[flag] = expand_home(value if equals else next(left, ""))
             if not flags[flag] or flags[flag].startswith("-"):
                 raise ConfigError(f"{flag} needs a value: {flag} {FLAG_VALUES[flag]}")
         elif argument == "-h" or argument in known:
@@ -199,7 +200,7 @@ def _flags(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str]
             there = f"{', '.join(known[:-1])} and {known[-1]}"
             raise ConfigError(f"unknown flag {argument}; there are {there}; settings are section.setting=value")
         else:
-            rest.append(argument)
+            rest.append(expand_home(argument))
     return flags, rest
 
 

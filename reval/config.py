@@ -37,6 +37,24 @@ VLLM_OURS = {
 }
 
 
+# Settings that may hold a path. `~` at its beginning stands for the home folder, which the shell leaves to us in
+# arguments such as run.dir=~/runs/a.
+PATHS = {
+    "model.name",
+    "data.name",
+    "data.path",
+    "data.held_out_path",
+    "reward.function",
+    "replay.preload",
+    "evaluation.benchmarks",
+    "evaluation.folder",
+    "evaluation.reward",
+    "run.dir",
+    "run.resume",
+}
+LARGEST_SEED = 2**31 - 1  # torch takes 64 bits, and an iteration's seed has run.seed in the upper half
+
+
 @dataclass(frozen=True)
 class _Section:
     """Base class of all sections. It converts each value to the declared type and then calls `_check`."""
@@ -45,7 +63,10 @@ class _Section:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = config_io.convert(self._name(item.name), getattr(self, item.name), item.type)
+            name = self._name(item.name)
+            value = config_io.convert(name, getattr(self, item.name), item.type)
+            if name in PATHS:
+                value = config_io.expand_home(value)
             object.__setattr__(self, item.name, value)  # the class is frozen, so a plain assignment would raise
         self._check()
 
@@ -57,6 +78,9 @@ class _Section:
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             self._need(getattr(self, name) >= least, name, f"at least {least}")
+
+    def _seed(self, name: str) -> None:
+        self._need(0 <= getattr(self, name) <= LARGEST_SEED, name, f"from 0 to {LARGEST_SEED}")
 
     def _positive(self, *names: str) -> None:
         for name in names:
@@ -137,7 +161,8 @@ class DataConfig(_Section):
 
     def _check(self) -> None:
         self._at_least(1, "size")
-        self._at_least(0, "held_out", "seed")
+        self._at_least(0, "held_out")
+        self._seed("seed")
         self._need("{question}" in self.template, "template", "text that contains {question}")
         paths = all(isinstance(value, str) and value for value in self.columns.values())
         self._need(paths, "columns", "a mapping from names to the columns that hold them")
@@ -424,10 +449,16 @@ class RunConfig(_Section):
     table: int = 8
     """Number of held-out problems whose answers before and after training are printed at the end."""
 
+    def __post_init__(self) -> None:
+        if self.resume is False:  # `resume: false` in a file
+            object.__setattr__(self, "resume", "false")
+        _Section.__post_init__(self)
+
     def _check(self) -> None:
         self._need(bool(self.dir), "dir", "a folder")
         self._at_least(1, "iterations", "save_total_limit")
-        self._at_least(0, "seed", "save_every", "threads", "table")
+        self._at_least(0, "save_every", "threads", "table")
+        self._seed("seed")
         self._need(bool(self.resume), "resume", "auto, a checkpoint's folder, or false")
 
 

@@ -6,6 +6,7 @@ text follow from the declarations. It does not import torch or transformers, so 
 
 import ast
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -168,6 +169,13 @@ def _cast(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
+def expand_home(value: Any) -> Any:
+    """A path, or a list of paths, with the home folder in the place of a leading `~`. Other values stay as they are."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 # ---- Loading -------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +198,7 @@ def load(config_class: type[ConfigT], paths: Iterable[str | Path], overrides: It
     known = settings(config_class)
     values: dict[str, Any] = {}
     for path in paths:
-        values.update(_read_file(Path(path), known))
+        values.update(_read_file(Path(path).expanduser(), known))
     for override in overrides:
         _apply_override(values, override, known)
     sections = {}

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import reval
-from reval.cli import main
+from reval.cli import _flags, main
 from reval.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,12 @@ def test_resume_is_a_setting_too(calls, given):
 def test_resume_takes_a_path(calls):
     assert main(["train", TINY, "--resume", "runs/a=b/checkpoint"]) == 0
     assert calls[0][0].run.resume == "runs/a=b/checkpoint"
+
+
+def test_arguments_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["--out=~/c.png", "~/runs/a", "run.dir=~/b"]
+    assert _flags(given, ("--help", "--out")) == ({"--out": "/home/me/c.png"}, ["/home/me/runs/a", "run.dir=~/b"])
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

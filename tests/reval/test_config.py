@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reval import config_io
-from reval.config import Config, ConfigError, DataConfig, OptimConfig, ReplayConfig, help_text, load_config
+from reval.config import PATHS, Config, ConfigError, DataConfig, OptimConfig, ReplayConfig, help_text, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -199,6 +199,9 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("run.iterations=0", "run.iterations must be at least 1; got 0"),
         ("run.save_every=-1", "run.save_every must be at least 0; got -1"),
         ("run.table=-1", "run.table must be at least 0; got -1"),
+        ("run.seed=-1", "run.seed must be from 0 to 2147483647; got -1"),
+        ("run.seed=2147483648", "run.seed must be from 0 to 2147483647; got 2147483648"),
+        ("data.seed=3000000000", "data.seed must be from 0 to 2147483647; got 3000000000"),
         ("run.overwrite=yes", "run.overwrite must be true or false; got 'yes'"),
         ("run.overwrite=1", "run.overwrite must be true or false; got 1"),
         ("run.dir=", "run.dir must be a folder; got ''"),
@@ -533,7 +536,7 @@ def test_any_float_survives_an_override(lr):
 @settings(deadline=None)
 @given(text=TEXT.filter(lambda text: text and text[0] not in "'\""))
 def test_any_unquoted_text_survives_an_override(text):
-    assert load_config([], [f"run.dir={text}"]).run.dir == text
+    assert load_config([], [f"tracking.project={text}"]).tracking.project == text
 
 
 @pytest.mark.parametrize(
@@ -548,3 +551,29 @@ def test_any_unquoted_text_survives_an_override(text):
 def test_grpo_is_on_policy(overrides, message):
     assert error_of("objective.name=grpo", *overrides).startswith(message)
     load_config([], ["objective.name=grpo", "replay.updates_per_iteration=1", "reward.shaping=normalized"])
+
+
+def test_resume_false_may_be_written_without_quotes(tmp_path):
+    assert load_config([write(tmp_path, "run: {resume: false}\n")]).run.resume == "false"
+    assert "run.resume must be text; got true" in file_error(tmp_path, "run: {resume: true}\n")
+
+
+TEXTS = """
+data.split data.subset data.system_prompt data.template evaluation.template lora.targets model.attn_implementation
+model.device rollout.vllm_devices run.best_metric tracking.name tracking.project
+""".split()
+
+
+def test_a_path_in_the_home_folder(monkeypatch, tmp_path):
+    """Every setting that is a free text is either a path or in TEXTS."""
+    monkeypatch.setenv("HOME", "/home/me")
+    free = {name for name, field in config_io.settings(Config).items() if field.type in (str, str | None, list[str])}
+    assert free == PATHS | set(TEXTS)
+    given = ["run.dir=~/runs/a", "evaluation.benchmarks=[~/a.jsonl, aime24]", "data.template=~{question}"]
+    config = load_config([], given)
+    assert config.run.dir == "/home/me/runs/a" and config.evaluation.benchmarks == ["/home/me/a.jsonl", "aime24"]
+    assert config.data.template == "~{question}"
+    assert load_config([], ["reward.function=~/r.py:score"]).reward.function == "/home/me/r.py:score"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "run: {dir: here}\n")
+    assert load_config(["~/x.yaml"]).run.dir == "here"
