@@ -7,16 +7,20 @@ Trajectories are small, so every process holds the whole replay buffer and draws
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from .config import ConfigError
+
 Item = TypeVar("Item")
+VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun sets beside WORLD_SIZE. GPUs need LOCAL_RANK too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +74,44 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def together(self, call: Callable[[], Item]) -> Item:
+        """Call `call` and return its result. Every process has to call this.
+
+        A ValueError or OSError on one process becomes a ConfigError on every process. A process that raised alone would
+        leave the others waiting for it in the next collective operation.
+        """
+        error, result = None, None
+        try:
+            result = call()
+        except (ValueError, OSError) as caught:
+            error = caught
+        for message in self.gather(None if error is None else str(error)):
+            if message is not None:
+                raise ConfigError(message) from error
+        return cast(Item, result)
+
 
 @contextmanager
 def world(device: str, timeout: float) -> Iterator[World]:
-    """Connect the processes that torchrun started until the block ends. torchrun sets the variable WORLD_SIZE.
+    """Connect the processes that torchrun started until the block ends. torchrun sets VARIABLES and WORLD_SIZE.
 
     Args:
         device: the setting model.device. With GPUs each process uses the GPU of its local rank.
         timeout: seconds that a process waits for the others before it raises.
+
+    Raises ConfigError when WORLD_SIZE is set without the other variables.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size == "1":
         yield World()
         return
     gpu = device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+    missing = [name for name in (*VARIABLES, *["LOCAL_RANK"] * gpu) if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size} is set, but not {', '.join(missing)}: start several processes with torchrun, or unset "
+            "WORLD_SIZE to train with one"
+        )
     if gpu:
         # Some launchers show each process only its own GPU, as number 0.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

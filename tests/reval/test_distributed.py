@@ -13,8 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from two_processes import ADAM, CASES, batch_for, updates
 
-from reval.config import load_config
-from reval.distributed import World
+from reval.config import ConfigError, load_config
+from reval.distributed import World, world
 from reval.learner import Learner
 from reval.model.loading import load_model
 from reval.reference_policy import ReferencePolicy
@@ -120,3 +120,27 @@ def test_shares_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match="shares do not fit"):
         Two(0, 2).join([1])
+
+
+def test_what_a_launcher_left_in_the_environment_is_named(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set, but not MASTER_ADDR, MASTER_PORT: .* unset WORLD_SIZE"):
+        with world("cpu", timeout=1):
+            pass
+
+
+def test_an_error_of_one_process_is_raised_on_every_process():
+    class Two(World):
+        """The other process has an error."""
+
+        def gather(self, item):
+            return [item, "no space left"]
+
+    with pytest.raises(ConfigError, match="no space left"):
+        Two(0, 2).together(lambda: 1)
+    with pytest.raises(ConfigError, match="not here"):
+        World().together(lambda: open("/not here"))
+    assert World().together(lambda: 1) == 1
