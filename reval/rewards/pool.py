@@ -345,7 +345,8 @@ def _bound_transfers(connection: Connection, seconds: int) -> None:
 
 def _work(connection: Connection, function: str, timeout: float) -> None:
     """Score tasks until the pool closes the pipe or the trainer's process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the trainer acts on it
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C or a closed terminal reaches all; only the trainer acts on it
     # multiprocessing ends its processes with SIGTERM. If the trainer ignores SIGTERM, the worker inherits that.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout = sys.stderr

@@ -13,13 +13,13 @@ from reval.interrupt import Interruptible
 @pytest.fixture(autouse=True)
 def handlers():
     """Set the signal handlers of a program in a terminal. The process that started the tests may have changed them."""
-    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, signal.default_int_handler) for n in interrupt.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_asks_and_the_second_ends(number, monkeypatch):
     monkeypatch.setattr(interrupt, "SAME", 0.0)
     said = []
@@ -49,3 +49,19 @@ def test_a_thread_without_handlers_works_all_the_same():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruptible(lambda: None) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+
+
+def test_a_closed_terminal_cannot_be_written_to_and_the_run_is_saved_all_the_same():
+    def say():
+        raise OSError(5, "Input/output error")
+
+    with Interruptible(say) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked
