@@ -33,17 +33,17 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py CMakeLists.txt $(wil
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e .
 	touch $@
 
-# make demo ROLLOUT=vllm: the same run, with vLLM as the rollout engine
+# Each demo replaces the results of the last one. make demo ROLLOUT=vllm: the same run, with vLLM as the rollout engine
 ROLLOUT ?= hf
 ifeq ($(filter $(ROLLOUT),hf vllm),)
 $(error ROLLOUT must be hf or vllm; got $(ROLLOUT))
 endif
 ifeq ($(ROLLOUT),vllm)
 demo: $(VLLM_READY)
-	$(VLLM)/bin/python -m reval.train configs/demo.yaml rollout.engine=vllm
+	$(VLLM)/bin/python -m reval.train configs/demo.yaml run.overwrite=true rollout.engine=vllm
 else
 demo: $(READY)
-	$(BIN)/python -m reval.train configs/demo.yaml
+	$(BIN)/python -m reval.train configs/demo.yaml run.overwrite=true
 endif
 
 test: $(READY)

@@ -85,7 +85,7 @@ def test_kill_9_at_any_moment(tmp_path):
     overrides = ["run.save_every=1", "run.iterations=6"]
     train(configured(tmp_path / "whole", *overrides))
     folder, rng = tmp_path / "killed", random.Random(0)
-    arguments = [*SMALL, f"run.dir={folder}", "run.overwrite=false", *overrides]
+    arguments = [*SMALL, f"run.dir={folder}", *overrides]
     command = [sys.executable, "-m", "reval.train", "configs/tiny.yaml", *arguments, "--resume", "auto"]
 
     def logged() -> int:
@@ -212,7 +212,7 @@ def test_another_runs_folder_is_not_taken_over(tmp_path):
     train(configured(tmp_path / "two", "run.iterations=1"))
     before = (tmp_path / "two" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match="already has results"):
-        train(configured(tmp_path / "two", f"run.resume={tmp_path / 'one'}", "run.overwrite=false"))
+        train(configured(tmp_path / "two", f"run.resume={tmp_path / 'one'}"))
     assert (tmp_path / "two" / "metrics.jsonl").read_text() == before
 
 

@@ -577,3 +577,8 @@ def test_a_path_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "run: {dir: here}\n")
     assert load_config(["~/x.yaml"]).run.dir == "here"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_copied_config_replaces_no_results(path):
+    assert "overwrite" not in path.read_text()

@@ -145,7 +145,7 @@ def test_every_objective_and_a_reset_train(tmp_path):
 def test_an_earlier_runs_results_are_not_overwritten(finished):
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_text()
-    done = run(folder, "run.overwrite=false", check=False)
+    done = run(folder, check=False)
     assert done.returncode == 2
     assert "already has results" in done.stderr and "run.overwrite=true" in done.stderr
     assert "Traceback" not in done.stderr
