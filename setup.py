@@ -11,10 +11,22 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 LIBRARY, NOTE = "libreval_kernels_cpu.so", "not_built.txt"
+
+
+class CleanBuild(build):
+    """A `build` that starts with an empty folder. Otherwise a wheel would hold what an earlier build left in build/: a
+    module that was removed since, or a library although this build made none."""
+
+    def run(self) -> None:
+        target = Path(self.build_lib).resolve()
+        if target.is_relative_to(ROOT / "build"):  # --build-lib may name any folder, even one with other files
+            shutil.rmtree(target, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -23,7 +35,8 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = Path(self.get_ext_fullpath("reval_kernels.backends.cpu._")).parent
         package.mkdir(parents=True, exist_ok=True)
-        (package / NOTE).unlink(missing_ok=True)
+        for name in (LIBRARY, NOTE):
+            (package / name).unlink(missing_ok=True)  # a library of an earlier build may not fit these sources
         reason = self.build_library(package)
         if reason is None:
             return
@@ -74,4 +87,7 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("reval_kernels.backends.cpu._", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("reval_kernels.backends.cpu._", sources=[])],
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
+)
