@@ -4,15 +4,17 @@
     checkpoint                     link to the newest checkpoint
     best                           link to the checkpoint with the largest run.best_metric
 
-A checkpoint is written under a hidden name and renamed when it is complete.
+A checkpoint is written under a hidden name and renamed when it is complete. `.lock` is the file of run_lock.py.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,14 @@ STATE = "training/state.json"
 def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint from which run.resume continues, or None for a new run.
 
-    Raises ConfigError if run.resume is a path without a checkpoint.
+    Raises ConfigError if run.resume is a path without a checkpoint, or if the checkpoint is damaged.
     """
     if config.run.resume == "false":
         return None
     folder = Path(config.run.dir if config.run.resume == "auto" else config.run.resume)
-    if (folder / STATE).is_file():
-        return folder.resolve()
-    found = [path for path in checkpoints_in(folder) if (path / STATE).is_file()]
+    found = [folder] if (folder / STATE).is_file() else checkpoints_in(folder)
     if found:
-        return found[-1].resolve()
+        return _undamaged(found[-1].resolve())
     if config.run.resume == "auto":
         return None
     raise ConfigError(
@@ -63,59 +63,111 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("iteration-*"))
 
 
-def prepare_folder(config: Config, resumed: Path | None, iteration: int) -> Path:
-    """Prepare `run.dir` and return it. It then contains config.yaml with the resolved settings.
+def files_to_replace(config: Config, resumed: Path | None) -> list[str]:
+    """The names in `run.dir` that the run replaces, because they are results of another run.
 
     Args:
         resumed: the checkpoint from which the run continues, or None.
-        iteration: the iteration of that checkpoint. Later checkpoints in the same folder are renamed to left-*, because
-            the continued run writes new checkpoints of these iterations.
 
-    Raises ConfigError if the folder has results of another run and the settings do not allow overwriting them.
+    Raises ConfigError if there are any and the settings do not allow overwriting them.
     """
     folder = Path(config.run.dir)
-    found = [name for name in WRITTEN if os.path.lexists(folder / name)]
     if resumed is not None and resumed.is_relative_to(folder.resolve()):
-        found = []
-        for path in checkpoints_in(folder):
-            if path.name > _name(iteration):
-                _set_aside(path)
-        _link(folder / "checkpoint", folder / resumed.relative_to(folder.resolve()))
-    elif found and not (config.run.overwrite or config.run.resume == "auto"):
+        return []
+    found = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    if found and not (config.run.overwrite or config.run.resume == "auto"):
         raise ConfigError(
             f"run.dir {str(folder)!r} already has results ({', '.join(found)}); give another run.dir, set "
             "run.overwrite=true to replace them, or go on from its checkpoint with --resume auto"
         )
-    for name in found:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+@contextmanager
+def take_over(config: Config, resumed: Path | None, iteration: int) -> Iterator[None]:
+    """Make `run.dir` the folder of this run; the block starts what may still fail, for example a tracking service.
+
+    If the block fails, the folder is as before. Otherwise the results of another run are deleted, later checkpoints of
+    this run are renamed to left-*, because the continued run writes new checkpoints of these iterations, and
+    config.yaml gets the resolved settings.
+
+    Args:
+        resumed: the checkpoint from which the run continues, or None.
+        iteration: the iteration of that checkpoint.
+    """
+    folder = Path(config.run.dir)
+    if resumed is not None and resumed.is_relative_to(folder.resolve()):
+        yield
+        for path in checkpoints_in(folder):
+            if path.name > _name(iteration):
+                _set_aside(path)
+        _link(folder / "checkpoint", folder / resumed.relative_to(folder.resolve()))
+    else:
+        with _replacing(folder, files_to_replace(config, resumed)):
+            yield
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    return folder
+
+
+@contextmanager
+def _replacing(folder: Path, old: list[str]) -> Iterator[None]:
+    """Move the old results aside. They are deleted after the block, and come back if it fails."""
+    aside = folder / ".replaced"
+    _remove(aside)  # from a run that was killed while it started
+    aside.mkdir()
+    for name in old:
+        (folder / name).rename(aside / name)
+    try:
+        yield
+    except BaseException:
+        for name in WRITTEN:
+            _remove(folder / name)
+        for name in old:
+            (aside / name).rename(folder / name)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if there is one."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def start_checkpoint(folder: Path, world: World) -> Path:
     """Make a folder with a hidden name for a new checkpoint. Every process has to call this and gets the same path."""
-    unfinished = ""
-    if world.main:
-        (folder / "checkpoints").mkdir(exist_ok=True)
+    checkpoints = folder / "checkpoints"
+
+    def make() -> Path:
+        checkpoints.mkdir(exist_ok=True)
         for pattern in (".unfinished-*", ".old-*"):
-            for left in (folder / "checkpoints").glob(pattern):
+            for left in checkpoints.glob(pattern):
                 shutil.rmtree(left)  # from a run that was killed while it saved
-        unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=folder / "checkpoints")
-        os.chmod(unfinished, 0o755)  # mkdtemp allows the owner only
-    return Path(world.broadcast(unfinished))
+        unfinished = checkpoints / f".unfinished-{os.getpid()}"
+        unfinished.mkdir()
+        return unfinished
+
+    return world.broadcast(world.together(lambda: make() if world.main else checkpoints))
 
 
 def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Config) -> Path:
     """Rename a complete checkpoint to its name, move the links, and delete the checkpoints that exceed
     run.save_total_limit. The best one stays."""
     target = folder / "checkpoints" / _name(iteration)
+    mode = (unfinished / STATE).stat().st_mode & 0o777
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors makes files for the owner alone; the umask, which made STATE, decides
     if target.exists():
         _hide(target)
     unfinished.rename(target)
     _link(folder / "checkpoint", target)
-    best = _best(folder, config.run.best_metric)
+    keep_best_and_newest(folder, config)
+    return target
+
+
+def keep_best_and_newest(folder: Path, config: Config) -> None:
+    """Move the link `best`, and delete the checkpoints that exceed run.save_total_limit. The best one stays."""
+    best = best_checkpoint(folder, config.run.best_metric)[1]
     if best is not None:
         _link(folder / "best", best)
     for old in checkpoints_in(folder)[: -config.run.save_total_limit]:
@@ -123,7 +175,37 @@ def finish_checkpoint(folder: Path, unfinished: Path, iteration: int, config: Co
             _hide(old)
     for left in (folder / "checkpoints").glob(".old-*"):
         shutil.rmtree(left)
-    return target
+
+
+def sizes(checkpoint: Path) -> dict[str, int]:
+    """The size in bytes of each file that holds tensors, by its path in the checkpoint."""
+    files = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".distcp", "")]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files if path.is_file()}
+
+
+def _undamaged(checkpoint: Path) -> Path:
+    """The checkpoint itself. Raises ConfigError if it is damaged; the message names the newest one that is not."""
+    problem = _damage(checkpoint)
+    if problem is None:
+        return checkpoint
+    others = [path for path in checkpoints_in(checkpoint.parent.parent) if _damage(path) is None]
+    way = f"go on from the newest whole one: --resume {others[-1]}" if others else "there is no other one to go on from"
+    raise ConfigError(f"the checkpoint {checkpoint} is damaged: {problem}; {way}")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is missing in the checkpoint or has another size than when it was saved. None if all is there."""
+    try:
+        expected = read_state(checkpoint).get("files", {})
+        found = sizes(checkpoint)
+    except (OSError, ConfigError) as error:
+        return str(error)
+    for name, size in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes, but {size} were written"
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -131,7 +213,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{checkpoint} is not a checkpoint that a run can go on from: {error}") from None
+        raise ConfigError(f"{checkpoint / STATE} cannot be read: {error}") from None
 
 
 def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
@@ -152,11 +234,15 @@ def save_trajectories(path: Path, trajectories: list[Trajectory]) -> Path:
     return path
 
 
-def _best(folder: Path, metric: str | None) -> Path | None:
-    """The checkpoint with the largest value of the metric; of several, the newest. None if no checkpoint has the
-    metric."""
-    values = [(read_state(path)["metrics"].get(metric), path) for path in checkpoints_in(folder)]
-    return max(((v, path) for v, path in values if v is not None), default=(None, None))[1]
+def best_checkpoint(folder: Path, metric: str | None) -> tuple[float, Path | None]:
+    """The largest value of the metric, and the checkpoint that has it; of several, the newest. (-inf, None) if no
+    checkpoint has the metric. A checkpoint that is damaged or whose value is NaN does not count."""
+    best: tuple[float, Path | None] = (-math.inf, None)
+    for path in checkpoints_in(folder) if metric else ():
+        with suppress(ConfigError):
+            value = read_state(path)["metrics"].get(metric)
+            best = (value, path) if value is not None and value >= best[0] else best
+    return best
 
 
 def _hide(checkpoint: Path) -> None:

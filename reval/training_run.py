@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from random import Random
 
 from .checkpoint import load_checkpoint
 from .components import Components
-from .config import Config
+from .config import Config, ConfigError
 from .display import Display
 from .learner import Learner
 from .reference_policy import ReferencePolicy
 from .replay import ReplayBuffer, load_rollouts
 from .rollout.generation import Generation, ProblemSampler
-from .run_folder import prepare_folder, read_state
+from .run_folder import find_checkpoint, read_state, take_over
+from .run_lock import locked
 from .tracking import Tracker
 
 
@@ -48,11 +49,21 @@ class TrainingRun:
         # The checkpoint comes before the folder: a checkpoint that does not fit must leave the folder untouched.
         if checkpoint is not None:
             load_checkpoint(checkpoint, self)
-        main = components.world.main
-        self.folder = prepare_folder(config, checkpoint, self.iteration) if main else Path(config.run.dir)
+        self.folder = Path(config.run.dir)
         self.previous = checkpoint
         """The checkpoint that this run loaded or saved last."""
-        components.world.barrier()  # until the main process has prepared the folder
-        tracked = read_state(checkpoint)["tracker"] if checkpoint is not None else None
-        self.tracker = stack.enter_context(Tracker(self.folder, config, self.iteration, tracked, main))
-        self.display = stack.enter_context(Display(config, self.iteration, quiet=not main))
+        self.tracker = components.world.together(lambda: self._start_tracker(stack))
+        self.display = stack.enter_context(Display(config, self.iteration, quiet=not self.world.main))
+
+    def _start_tracker(self, stack: ExitStack) -> Tracker:
+        """Lock the run folder and take it over. This comes last, because everything before may still fail."""
+        config, resumed, main = self.config, self.previous, self.world.main
+        tracked = read_state(resumed)["tracker"] if resumed is not None else None
+        if main:
+            stack.enter_context(locked(self.folder))
+            if config.run.resume == "auto" and find_checkpoint(config) != resumed:
+                raise ConfigError(
+                    f"another run saved a checkpoint in run.dir {config.run.dir!r} meanwhile; start again"
+                )
+        with take_over(config, resumed, self.iteration) if main else nullcontext():
+            return stack.enter_context(Tracker(self.folder, config, self.iteration, tracked, main))
