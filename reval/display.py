@@ -104,7 +104,9 @@ class Display:
             self._progress.update(self._task, completed=iteration, now="")
             return
         total = self._config.run.iterations
-        rate = (time.perf_counter() - self._started) / (iteration - self._first)
+        rate = (time.perf_counter() - self._started) / max(
+            iteration - self._first, 1
+        )  # an iteration that is only evaluated counts as one
         left = _duration(rate * (total - iteration))
         self.note(f"{iteration}/{total} | {text} | {metrics['step_time']:.1f} s | {left} left")
 

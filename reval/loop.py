@@ -5,6 +5,7 @@ K = replay.updates_per_iteration is the number of updates of one iteration.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import save_checkpoint
+from .checkpoint import check_settings, complete_checkpoint, save_checkpoint
 from .components import Components, build
 from .config import Config, ConfigError
 from .errors import RunError
@@ -21,15 +22,26 @@ from .evaluation.answering import evaluate_components
 from .evaluation.answers import Evaluation
 from .interrupt import Interruptible
 from .learner import NonFiniteError
+from .metric_names import check_best_metric
 from .model.dtypes import with_dtypes
 from .model.saving import whole_weights
 from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, log_probs, mismatch, worst
-from .run_folder import find_checkpoint, save_trajectories
+from .run_folder import (
+    best_checkpoint,
+    checkpoints_in,
+    files_to_replace,
+    find_checkpoint,
+    read_state,
+    save_trajectories,
+)
+from .run_lock import refuse_running
 from .scoring import ScoredRollouts, score_rollouts
 from .tracking import check_installed
 from .training_run import TrainingRun
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -42,29 +54,49 @@ def train(config: Config) -> dict[str, float]:
     Raises ConfigError for settings that cannot work, before it writes anything. Raises RunError when the loss is not
     finite (the weights are untouched and the batch is saved) or when the reward function is broken.
     """
-    check_installed(config)  # first, because loading the model takes long
+    check_installed(config)  # this and the other checks come before the model, because loading it takes long
     config = with_dtypes(config)
+    refuse_running(Path(config.run.dir))
     checkpoint = find_checkpoint(config)
-    with build(config, checkpoint) as components, ExitStack() as stack:
-        try:
-            run = TrainingRun(config, components, checkpoint, stack)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        try:
-            return _train(run, components)
-        except RewardError as error:
-            where = f"the newest checkpoint is {run.previous}" if run.previous else "nothing was saved yet"
-            raise RunError(f"iteration {run.iteration + 1}: {error}\n{where}") from error
-        except NonFiniteError as error:
-            path = run.folder / "nonfinite.jsonl"
-            if components.world.main:
-                save_trajectories(path, error.trajectories)
-            raise RunError(
-                f"iteration {run.iteration + 1}: {error}. The weights are as they were and the batch is in {path}. A "
-                "smaller optim.lr or a larger objective.beta usually helps"
-            ) from error
-        finally:
-            run.tracker.plot()  # a run that fails has curves too
+    files_to_replace(config, checkpoint)
+    if checkpoint is not None:
+        check_settings(config, checkpoint)
+    try:
+        with build(config, checkpoint) as components, ExitStack() as stack:
+            try:
+                check_best_metric(config, components.evaluation_problems)
+                run = TrainingRun(config, components, checkpoint, stack)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            return _train_or_explain(run, components)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        saved = checkpoints_in(Path(config.run.dir))[-1:]
+        where = f"the newest checkpoint is {saved[0]}" if saved else "nothing was saved yet"
+        raise RunError(f"{error.strerror}: {error.filename or config.run.dir}; {where}") from error
+
+
+def _train_or_explain(run: TrainingRun, components: Components) -> dict[str, float]:
+    """`_train`. What the user can mend becomes a RunError."""
+    try:
+        return _train(run, components)
+    except RewardError as error:
+        raise RunError(f"iteration {run.iteration + 1}: {error}\n{_newest(run)}") from error
+    except NonFiniteError as error:
+        path = run.folder / "nonfinite.jsonl"
+        if components.world.main:
+            save_trajectories(path, error.trajectories)
+        raise RunError(
+            f"iteration {run.iteration + 1}: {error}. The weights are as they were and the batch is in {path}. A "
+            "smaller optim.lr or a larger objective.beta usually helps"
+        ) from error
+    finally:
+        run.tracker.plot()  # a run that fails has curves too
+
+
+def _newest(run: TrainingRun) -> str:
+    return f"the newest checkpoint is {run.previous}" if run.previous else "nothing was saved yet"
 
 
 def _train(run: TrainingRun, components: Components) -> dict[str, float]:
@@ -72,7 +104,12 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
     config, display, world = run.config, run.display, components.world
     before, after = _evaluate_first(run, components), None
     metrics: dict[str, float] = {}
-    if run.iteration >= config.run.iterations:
+    if run.previous is not None and run.tracker.logged < run.iteration:
+        # The run ended while it evaluated this iteration, whose checkpoint was saved before.
+        saved = read_state(run.previous)["metrics"]
+        metrics, after = _report(run, components, saved, _evaluating(config, run.iteration))
+        complete_checkpoint(run, metrics)
+    elif run.iteration >= config.run.iterations:
         display.note(f"nothing to do: the checkpoint is after {run.iteration} of {config.run.iterations} iterations")
     with Interruptible(lambda: display.note("finishing this iteration, then saving; again to stop at once")) as stop:
         for iteration in range(run.iteration + 1, config.run.iterations + 1):
@@ -101,29 +138,54 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
             # alone would leave the others waiting in a collective operation.
             stopping = any(world.gather(stop.asked))
             last = iteration == config.run.iterations
-            evaluating = last or _due(config.evaluation.every, iteration)
+            evaluating = _evaluating(config, iteration)
             saving = last or stopping or _due(config.run.save_every, iteration)
             metrics = scored.metrics()
             # Sending the weights is expensive, so rollout.sync_every may skip it. An evaluation needs the current
             # weights. A checkpoint needs a sync because a resumed run starts with the saved weights in the engine.
-            if evaluating or saving or _due(config.rollout.sync_every, iteration):
+            syncing = evaluating or saving or _due(config.rollout.sync_every, iteration)
+            if syncing:
                 with clock("sync"):
                     metrics |= _sync(run, components, scored.trajectories)
             metrics |= run.buffer.metrics(iteration) | {"reference/version": run.reference.version} | clock.metrics()
-            if evaluating:
-                after = _evaluate(run, components)
-                metrics |= run.tracker.evaluated(iteration, after)
-            # The log comes after the evaluation, so that one row has all metrics of the iteration.
-            metrics = run.tracker.log(iteration, metrics)
-            display.iteration(iteration, metrics)
-            # The checkpoint comes after the log, because it contains the tracker's counters.
+            # The checkpoint comes before the evaluation, which takes long and may fail.
             if saving:
                 save_checkpoint(run.folder, run, metrics)
+            metrics, evaluation = _report(run, components, metrics, evaluating)
+            after = evaluation or after
+            if not saving and _is_best(run, metrics):
+                if not syncing:
+                    _sync(run, components, scored.trajectories)
+                save_checkpoint(run.folder, run, metrics)
+            elif saving:
+                complete_checkpoint(run, metrics)
             if stopping and not last:
                 display.note(f"interrupted after iteration {iteration}; go on with --resume auto")
                 raise KeyboardInterrupt  # the command line then exits with status 130, as after any Ctrl-C
     display.results(before, after, run.folder)
     return metrics
+
+
+def _report(
+    run: TrainingRun, components: Components, metrics: dict[str, float], evaluating: bool
+) -> tuple[dict[str, float], Evaluation | None]:
+    """Evaluate and log the iteration `run.iteration`. Returns its row of metrics.jsonl, and the evaluation."""
+    evaluation = _evaluate(run, components) if evaluating else None
+    # The log comes after the evaluation, so that one row has all metrics of the iteration.
+    metrics = run.tracker.log(run.iteration, metrics | run.tracker.evaluated(run.iteration, evaluation))
+    run.display.iteration(run.iteration, metrics)
+    return metrics, evaluation
+
+
+def _evaluating(config: Config, iteration: int) -> bool:
+    return iteration == config.run.iterations or _due(config.evaluation.every, iteration)
+
+
+def _is_best(run: TrainingRun, metrics: dict[str, float]) -> bool:
+    """Whether the metrics have a new largest value of run.best_metric."""
+    name = run.config.run.best_metric
+    best = name in metrics and metrics[name] > best_checkpoint(run.folder, name)[0]
+    return run.world.broadcast(best)  # the processes measured different times, and must decide together
 
 
 def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
@@ -189,8 +251,11 @@ def _evaluate(run: TrainingRun, components: Components) -> Evaluation | None:
     """Answer the evaluation problems with the current policy and save the answers. None if there are no problems."""
     if not components.evaluation_problems:
         return None
-    with run.display.busy("answering the held-out problems"):
-        result = evaluate_components(components, run.config)
+    try:
+        with run.display.busy("answering the held-out problems"):
+            result = evaluate_components(components, run.config)
+    except RewardError as error:
+        raise RunError(f"the evaluation after iteration {run.iteration}: {error}\n{_newest(run)}") from error
     if components.world.main:
         result.save(_evaluation_file(run, run.iteration))
     return result

@@ -16,7 +16,7 @@ from ..config import Config, ConfigError
 from ..data import Problem
 from ..distributed import World
 from ..model.dtypes import with_dtypes
-from ..rewards import RewardPool
+from ..rewards import RewardError, RewardPool
 from ..rewards.answers import Extractor, extractor_of
 from ..rollout import Response, RolloutEngine
 from ..scoring import score
@@ -43,15 +43,25 @@ def evaluate(
     Args:
         pool: the reward pool for reward.function.
         scorer: computes endogenous rewards; required with evaluation.best_of_n.
+
+    Raises RewardError on every process when a reward function is broken on one of them.
     """
     settings = config.evaluation
     own = world.share(problems)
     seed = config.run.seed + world.rank  # the processes answer different problems and need different noise
     sampled = _responses(rollout, own, config, settings.samples, settings.temperature, seed)
     greedy = _responses(rollout, own, config, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
-    with _pools(own, pool, config) as pools:
-        texts, scores = _scored(own, sampled, pools, tokenizer, config)
-        greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config)
+    failure = None
+    try:
+        with _pools(own, pool, config) as pools:
+            texts, scores = _scored(own, sampled, pools, tokenizer, config)
+            greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config)
+    except RewardError as error:
+        failure = str(error)
+    # All processes raise together. If one raised alone, the others would wait for it in the next collective.
+    for message in world.gather(failure):
+        if message:
+            raise RewardError(message)
     extractors = {function: extractor_of(function) for function in pools}
     answers = [
         Answered(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import LoraConfig, ModelConfig
@@ -89,6 +90,8 @@ def _main_first(
             model, tokenizer = load()
         except (ValueError, OSError, ImportError) as caught:  # ImportError: the attention's package is missing
             error = str(caught)
+        except SafetensorError as caught:
+            error = f"the weights cannot be read: {caught}"
     kind = None if model is None else (type(model), model.config, model.generation_config)
     error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
     if kind is None or tokenizer is None:

@@ -18,8 +18,6 @@ from .services import Service, check_installed, start
 
 __all__ = ["Tracker", "check_installed"]
 
-FILES = ("metrics.jsonl", "samples.jsonl")
-
 
 class Tracker:
     """Writes files into the run folder. Every line is flushed, so that a killed run keeps its metrics and samples.
@@ -43,7 +41,13 @@ class Tracker:
         self._folder, self._config, self._main = folder, config, main
         self._updates: dict[str, list[dict[str, Any]]] = {}
         self._samples: list[dict[str, Any]] = []
-        kept = {name: _lines_until(folder / name, iteration) for name in FILES}
+        self.logged = (state or {}).get("logged", iteration)
+        """The last iteration that has a row in metrics.jsonl. A checkpoint that was saved before the evaluation of its
+        iteration has this iteration's samples but no row."""
+        kept = {
+            "metrics.jsonl": _lines_until(folder / "metrics.jsonl", self.logged),
+            "samples.jsonl": _lines_until(folder / "samples.jsonl", iteration),
+        }
         self._rows: list[dict[str, float]] = [json.loads(line) for line in kept["metrics.jsonl"]]
         state = state or {
             "tokens": self._rows[-1]["num_tokens"] if self._rows else 0,
@@ -51,12 +55,14 @@ class Tracker:
             "runs": {},
         }
         self._tokens = int(state["tokens"])
+        self._summary: dict[str, float] = state.get("summary", {})
+        """The summary of the updates of the iteration that has no row yet."""
         self._evaluations: list[tuple[int, float]] = [(int(i), accuracy) for i, accuracy in state["evaluations"]]
         self._runs: dict[str, str] = dict(state["runs"])
         self._files: dict[str, TextIO] = {}
         self._services: dict[str, Service] = {}
         if main:
-            self._services = start(folder, config, iteration, self._runs)
+            self._services = start(folder, config, self.logged, self._runs)
             self._runs |= {name: service.run for name, service in self._services.items() if service.run}
             for name, lines in kept.items():
                 _replace(folder / name, "".join(line + "\n" for line in lines))
@@ -73,8 +79,14 @@ class Tracker:
             service.close(failed=error is not None)
 
     def state(self) -> dict[str, Any]:
-        """The state of the tracker after the iterations logged so far, for a checkpoint. It can be written as JSON."""
-        return {"tokens": self._tokens, "evaluations": list(self._evaluations), "runs": dict(self._runs)}
+        """The state of the tracker, for a checkpoint. It can be written as JSON."""
+        return {
+            "logged": self.logged,
+            "tokens": self._tokens,
+            "evaluations": list(self._evaluations),
+            "runs": dict(self._runs),
+            "summary": self._summary | _summary(self._updates),
+        }
 
     def update(self, prefix: str, update: dict[str, Any]) -> None:
         """Store the result of one update until the next `log`.
@@ -115,13 +127,13 @@ class Tracker:
         """Write one iteration: `metrics`, and the means over the results of its updates. Returns the whole row."""
         self._tokens += int(metrics["num_tokens"])
         seconds = metrics.get("time/rollout", 0.0)
-        row = {"iteration": iteration, **metrics, **_summary(self._updates)}
+        row = {"iteration": iteration, **metrics, **self._summary, **_summary(self._updates)}
         row["rollout/tokens_per_second"] = metrics["num_tokens"] / seconds if seconds else 0.0
         row["num_tokens"] = self._tokens
         self._write("metrics.jsonl", [row])
         self._rows.append(row)
         self._send(iteration, row, self._samples)
-        self._updates, self._samples = {}, []
+        self._updates, self._samples, self._summary, self.logged = {}, [], {}, iteration
         return row
 
     def plot(self) -> None:

@@ -155,7 +155,13 @@ def test_a_torn_entry_of_the_reward_errors_is_dropped(whole):
 def test_without_a_state_the_files_say_how_far_the_run_was(whole):
     expected = (whole / "metrics.jsonl").read_text()
     with Tracker(whole, settings(), iteration=4) as tracker:
-        assert tracker.state() == {"tokens": 100, "evaluations": [(2, 2 / 7), (4, 4 / 7)], "runs": {}}
+        assert tracker.state() == {
+            "logged": 4,
+            "tokens": 100,
+            "evaluations": [(2, 2 / 7), (4, 4 / 7)],
+            "runs": {},
+            "summary": {},
+        }
         play(tracker, 5, 6)
     assert (whole / "metrics.jsonl").read_text() == expected
 
