@@ -172,7 +172,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_leaves_the_last_checkpoint(
     save_file = reval.checkpoint.save_file
     monkeypatch.setattr(reval.checkpoint, "save_file", full)
     small = [*QUICK, "run.save_every=1", "data.held_out=0"]
-    message = "the checkpoint of iteration 2 could not be saved: .*No space left on device .[0-9]+ MB were free.; the newest one is .*000001"
+    message = r"of iteration 2 could not be saved: .*No space left on device \(\d+ MB were free\); the newest .*000001"
     with pytest.raises(RunError, match=message):
         train(configured(tmp_path, *small))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-000001"]
