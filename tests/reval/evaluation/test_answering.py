@@ -16,7 +16,7 @@ from reval.data import Problem
 from reval.distributed import World
 from reval.evaluation.answering import evaluate, main
 from reval.evaluation.answers import Answered, Evaluation
-from reval.rewards import Scores
+from reval.rewards import RewardError, Scores
 from reval.rollout import Response
 
 
@@ -170,6 +170,27 @@ def test_processes_answer_their_share_and_all_know_everything(setting, size):
     assert results == [alone] * size
     asked = {seed: [p for (p,) in prompts] for prompts, _, temperature, seed in rollout.calls[:-2] if temperature}
     assert asked == {rank: list(range(5))[rank::size] for rank in range(min(size, 5))}
+
+
+def test_a_reward_function_that_breaks_on_one_process_ends_the_evaluation_on_all(setting):
+    rollout, problems, pool, tokenizer, config = setting
+    meeting, slots, messages = threading.Barrier(2), [None] * 2, [""] * 2
+
+    class Broken(Lookup):
+        def score(self, *_):
+            raise RewardError("no rewards")
+
+    def work(rank):
+        try:
+            world = Threads(rank, 2, meeting, slots)
+            evaluate(rollout, problems, (pool, Broken())[rank], tokenizer, config, world=world)
+        except RewardError as error:
+            messages[rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    [t.start() for t in threads]
+    [t.join(20) for t in threads]
+    assert messages == ["no rewards"] * 2
 
 
 def test_answers_are_saved_one_problem_a_line(setting, tmp_path):
