@@ -82,7 +82,7 @@ def _train(arguments: list[str]) -> int:
         overrides.append(f"run.resume={flags['--resume']}")
     if "--gpus" in flags and "--dry-run" not in flags:
         raise ConfigError("--gpus only goes with --dry-run; torchrun --nproc-per-node says how many GPUs train")
-    gpus = _whole(flags, "--gpus", os.environ.get("WORLD_SIZE", "1"), 1)
+    gpus = _whole(flags, "--gpus", os.environ.get("WORLD_SIZE") or "1", 1)
     config = load_config(files, overrides)
     if "--dry-run" in flags:
         _print_config(config)

@@ -70,7 +70,10 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
         # check_head runs the model on the CPU, before it moves to a GPU. Other attentions may need a GPU.
         everywhere = config.attn_implementation in ("sdpa", "eager")
         attention = config.attn_implementation if everywhere else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of the model {str(path)!r} cannot be read: {error}") from error
     check_head(model)
     if model.config._attn_implementation != config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
@@ -90,8 +93,6 @@ def _main_first(
             model, tokenizer = load()
         except (ValueError, OSError, ImportError) as caught:  # ImportError: the attention's package is missing
             error = str(caught)
-        except SafetensorError as caught:
-            error = f"the weights cannot be read: {caught}"
     kind = None if model is None else (type(model), model.config, model.generation_config)
     error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
     if kind is None or tokenizer is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -48,3 +50,11 @@ def test_a_model_whose_attention_needs_a_gpu_loads_without_one(tmp_path, tiny):
     assert model.config._attn_implementation == "gpu_only"
     with pytest.raises(RuntimeError, match="needs a GPU"):
         model(input_ids=torch.tensor([[7, 8]]))
+
+
+def test_weights_that_are_cut_off_are_named(tmp_path, tiny):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match=f"the weights of the model '{tmp_path}' cannot be read: "):
+        load_model(ModelConfig(name=str(tmp_path)))
