@@ -17,6 +17,7 @@ from reval.config import Config, ConfigError, help_text, load_config
 from reval.config_io import expand_home, is_override
 from reval.errors import RunError
 from reval.estimate import report
+from reval.sources import check_files
 
 USAGE = """\
 usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--resume auto|PATH|false] [--dry-run]
@@ -85,6 +86,7 @@ def _train(arguments: list[str]) -> int:
     gpus = _whole(flags, "--gpus", os.environ.get("WORLD_SIZE") or "1", 1)
     config = load_config(files, overrides)
     if "--dry-run" in flags:
+        check_files(config, training=True)
         _print_config(config)
         print(report(config, gpus), end="")
         return 0
@@ -107,6 +109,7 @@ def _evaluate(arguments: list[str]) -> int:
     own = [folder / "config.yaml" for folder in (checkpoint, checkpoint.resolve().parent)]
     config = load_config([*[path for path in own if path.is_file()][:1], *files[1:]], overrides)
     if "--dry-run" in flags:
+        check_files(config)
         return _print_config(config)
     from reval.evaluation.answering import main as evaluate
 

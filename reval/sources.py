@@ -1,18 +1,55 @@
-"""Reads the rows of a data set as dictionaries, from a JSONL file, a parquet file or the Hugging Face hub.
+"""Reads the rows of a data set as dictionaries: from a file, the Hugging Face hub or a reasoning_gym generator.
 
 Parquet files and the hub need the extra `data` (pip install 'reval[data]').
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import difflib
+import functools
 import importlib
 import json
+import multiprocessing
+import os
+import pickle
+import random
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .config import Config, ConfigError
+
 Row = dict[str, Any]
+
+
+def check_files(config: Config, training: bool = False) -> None:
+    """Raise ConfigError if a file that the settings name does not exist.
+
+    Args:
+        training: also check replay.preload, which an evaluation does not read.
+    """
+    benchmarks = [name for name in config.evaluation.benchmarks if Path(name).suffix]
+    rewards = {"reward.function": config.reward.function}
+    rewards |= {"evaluation.reward": config.evaluation.reward} if config.evaluation.benchmarks else {}
+    files = [
+        ("data.path", config.data.path),
+        ("data.held_out_path", config.data.held_out_path),
+        *(("evaluation.benchmarks", name) for name in benchmarks),
+        *((name, spec.rpartition(":")[0]) for name, spec in rewards.items() if ".py:" in spec),
+        ("replay.preload", config.replay.preload if training else None),
+    ]
+    for name, path in files:
+        if path is not None:
+            try:
+                _existing(path)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from None
 
 
 def read_file(path: str | Path) -> Iterator[Row]:
@@ -21,29 +58,40 @@ def read_file(path: str | Path) -> Iterator[Row]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[Row]:
-    """The rows of a JSONL file: one JSON object per line. Empty lines are skipped.
+    """The rows of a JSONL file: one JSON object per line, in UTF-8. Empty lines are skipped.
 
-    Raises ValueError, with the line number, for a line that is not a JSON object; ValueError for a missing file.
+    Only a line feed ends a line: U+2028 within a text is a character of this text. A byte order mark is skipped.
+
+    Raises ValueError, with the line number, for a line that is not a JSON object or that holds a lone surrogate, which
+    no tokenizer can encode; ValueError for a missing file.
     """
-    with open(_existing(path), encoding="utf-8") as file:
+    with open(_existing(path), "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text)
+                if b"\\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+            except UnicodeError as error:
+                raise ValueError(f"{path}, line {number}: not Unicode text: {error}") from None
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object but {line.strip()[:80]!r}")
+                raise ValueError(f"{path}, line {number}: not a JSON object but {text.strip()[:80]!r}")
             yield row
 
 
 def read_parquet(path: str | Path) -> Iterator[Row]:
     """The rows of a parquet file. Nested columns become dictionaries and lists."""
-    parquet = _extra("pyarrow.parquet", f"reading {path}")
-    with parquet.ParquetFile(_existing(path)) as file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
+    parquet, file = _extra("pyarrow.parquet", f"reading {path}"), _existing(path)
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's errors do not name the file
+        raise ValueError(f"{path}: not a parquet file that can be read: {error}") from None
 
 
 def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
@@ -58,6 +106,55 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
         where = f"{name!r}" + ("" if subset is None else f", subset {subset!r}") + f", split {split!r}"
         raise ValueError(f"the data set {where} cannot be loaded: {type(error).__name__}: {error}") from error
     yield from loaded
+
+
+def read_reasoning_gym(name: str, options: dict[str, Any], size: int, seed: int) -> list[Row]:
+    """The entries of a reasoning_gym generator. The same arguments give the same entries in every process.
+
+    Some generators iterate over sets of text, whose order follows the hash seed of the process. Others draw from the
+    global random generator. So the entries are made in a new process in which both are fixed.
+
+    Raises ValueError for settings that reasoning_gym refuses, and if the new process dies.
+    """
+    return pickle.loads(_generated(name, pickle.dumps(options), size, seed))
+
+
+@functools.lru_cache(maxsize=4)  # the new process imports reasoning_gym, which takes a second or more
+def _generated(name: str, options: bytes, size: int, seed: int) -> bytes:
+    with _hash_seed("0"), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_generate, name, options, size, seed).result()
+        except BrokenProcessPool:
+            raise ValueError(
+                f"the process that makes the problems of data.name={name!r} died; its output is on stderr. A script "
+                'that trains must do so under `if __name__ == "__main__":`, since new processes import it'
+            ) from None
+
+
+@contextlib.contextmanager
+def _hash_seed(value: str) -> Iterator[None]:
+    """Processes that start within the block hash text with this seed."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = value
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONHASHSEED"]
+        os.environ.update({} if before is None else {"PYTHONHASHSEED": before})
+
+
+def _generate(name: str, options: bytes, size: int, seed: int) -> bytes:
+    """Runs in the new process. Output of the generator goes to stderr, so that it does not mix with the trainer's."""
+    import reasoning_gym
+
+    random.seed(seed)
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            dataset = reasoning_gym.create_dataset(name, size=size, seed=seed, **pickle.loads(options))
+            return pickle.dumps([dict(entry) for entry in dataset])
+        except Exception as error:  # each generator has errors of its own
+            text = f"{type(error).__name__}: {error}"
+            raise ValueError(f"reasoning_gym refuses data.name={name!r} with data.options: {text}") from None
 
 
 def pick(row: Row, columns: dict[str, str]) -> Row:
@@ -79,7 +176,9 @@ def pick(row: Row, columns: dict[str, str]) -> Row:
 
 def _existing(path: str | Path) -> Path:
     if not Path(path).is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
+        folder = Path(path).parent
+        near = difflib.get_close_matches(Path(path).name, os.listdir(folder) if folder.is_dir() else [], n=1)
+        raise ValueError(f"there is no file {str(path)!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return Path(path)
 
 
