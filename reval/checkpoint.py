@@ -60,6 +60,7 @@ FIXED = (
     "data.columns",
     "data.template",
     "data.system_prompt",
+    "data.chat_template_kwargs",
     "data.size",
     "data.held_out",
     "data.seed",
@@ -179,6 +180,7 @@ def _write_rest(
         "updates": run.learner.updates,
         "reference_version": run.reference.version,
         "problems_drawn": run.problems.drawn,
+        "problem_digests": run.problem_digests,
         "rng": run.rng.getstate(),
         "ahead": ahead,
         "tracker": run.tracker.state(),
@@ -190,9 +192,10 @@ def _write_rest(
 def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     """Set the state of the run to that of the checkpoint, except for the weights: these are loaded with the model.
 
-    `check_settings` comes first.
+    `check_settings` comes first. Raises ConfigError if the problems are others than those of the checkpoint.
     """
     state, training = read_state(checkpoint), checkpoint / "training"
+    _check_problems(run.problem_digests, state.get("problem_digests"), checkpoint)
     run.iteration = state["iteration"]
     run.reference.version = state["reference_version"]
     run.problems.drawn = state["problems_drawn"]
@@ -222,6 +225,18 @@ def check_settings(config: Config, checkpoint: Path) -> None:
                 f"{name} must stay {show(saved[section][key])} to go on from {checkpoint}; got "
                 f"{show(now[section][key])}. To train its weights with other settings, start a new run with "
                 f"model.name={checkpoint} and another run.dir"
+            )
+
+
+def _check_problems(now: dict[str, str], saved: dict[str, str] | None, checkpoint: Path) -> None:
+    """Raise ConfigError if the problems are others than those of the checkpoint. Checkpoints of format 1 from older
+    versions of reval have no digests (None)."""
+    for name, digest in (saved or {}).items():
+        if now[name] != digest:
+            raise ConfigError(
+                f"the {name} problems are not those of {checkpoint}, so the run cannot go on from it: the settings "
+                "under data, the data itself, evaluation.benchmarks (training leaves their problems out), the "
+                "tokenizer, its chat template or the version of reasoning_gym has changed"
             )
 
 

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .config import Config, ConfigError
-from .data import Problem, load_problems
+from .data import Problem, Problems, load_problems
 from .distributed import World, world
 from .model.dtypes import rollout_dtype
 from .model.loading import load_model
 from .model.saving import whole_weights
 from .model.sharding import unsharded
-from .rewards import RewardPool
+from .rewards import RewardPool, check_columns
 from .rollout import RolloutEngine, make_rollout
+from .sources import check_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Components:
     training_problems: list[Problem]
     evaluation_problems: list[Problem]
     """The held-out problems first, then the problems of each benchmark. Training uses none of them."""
+    problem_digests: dict[str, str]
+    """See Problems.digests."""
     rollout_engine: RolloutEngine
     """Generates responses with the policy's weights."""
     reward_pool: RewardPool
@@ -55,16 +58,44 @@ def build(config: Config, checkpoint: Path | None = None) -> Iterator[Components
     transformers_logging.disable_progress_bar()
     with world(config.model.device, config.distributed.timeout) as processes:
         try:
+            processes.from_main(lambda: check_files(config))  # first, because loading the model takes long
             model, tokenizer = load_model(config.model, config.run.seed, config.lora, processes, checkpoint)
-            context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-            longest = context - config.rollout.max_new_tokens
-            training, evaluation = load_problems(config.data, tokenizer, longest, config.evaluation)
+            # The main process makes the problems, because another process may read or generate other ones.
+            training, evaluation, digests = processes.from_main(lambda: _problems(config, model, tokenizer))
             engine = _rollout_engine(config, model, tokenizer, processes)
             pool = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         with pool, closing(engine):
-            yield Components(model, tokenizer, training, evaluation, engine, pool, processes)
+            yield Components(model, tokenizer, training, evaluation, digests, engine, pool, processes)
+
+
+def _problems(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Problems:
+    """The problems. Raises ValueError for one that the model cannot read or the reward function can never score."""
+    shape = model.config.get_text_config()
+    context = getattr(shape, "max_position_embeddings", None) or 1 << 30
+    longest = context - config.rollout.max_new_tokens
+    if longest < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: the model's context "
+            f"has {context} tokens"
+        )
+    problems = load_problems(config.data, tokenizer, longest, config.evaluation)
+    for problem in problems.training + problems.evaluation:
+        if (largest := max(problem.token_ids)) >= shape.vocab_size:
+            raise ValueError(
+                f"{problem.where}: the token {largest} ({tokenizer.decode([largest])!r}) is not in the model's "
+                f"vocabulary of {shape.vocab_size}; the tokenizer has more tokens than the model"
+            )
+        try:
+            check_columns(_reward_function(problem, config), problem.columns)
+        except ValueError as error:
+            raise ValueError(f"{problem.where}: {error}") from None
+    return problems
+
+
+def _reward_function(problem: Problem, config: Config) -> str:
+    return config.reward.function if problem.benchmark is None else config.evaluation.reward
 
 
 def _rollout_engine(

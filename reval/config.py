@@ -35,6 +35,23 @@ VLLM_OURS = {
     "max_num_seqs",
     "tensor_parallel_size",
 }
+# Arguments with which the trainer calls the chat template, so data.chat_template_kwargs refuses them.
+TEMPLATE_OURS = {
+    "conversation",
+    "messages",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "tokenizer_kwargs",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "strftime_now",
+}
 
 
 # Settings that may hold a path. `~` at its beginning stands for the home folder, which the shell leaves to us in
@@ -149,9 +166,12 @@ class DataConfig(_Section):
     """Column names in the file or hub data set, where they differ from ours. Example: {prompt: problem, answer:
     reward_model.ground_truth} reads the prompt from `problem`; a dot leads into a nested column."""
     template: str = "{question}"
-    """The user's message. {question} stands for the problem."""
+    """The user's message. {question} stands for the problem: a text, or the last user message of chat messages."""
     system_prompt: str | None = None
-    """The system message. null: the default of the model's chat template."""
+    """The system message, before all other messages. null: that of the row, or the default of the model's chat
+    template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the model's chat template. Example: data.chat_template_kwargs.enable_thinking=false for Qwen3."""
     size: int = 1000
     """Number of problems drawn from the generator, before duplicates are removed."""
     held_out: int = 32
@@ -166,6 +186,8 @@ class DataConfig(_Section):
         self._need("{question}" in self.template, "template", "text that contains {question}")
         paths = all(isinstance(value, str) and value for value in self.columns.values())
         self._need(paths, "columns", "a mapping from names to the columns that hold them")
+        for name in sorted(self.chat_template_kwargs.keys() & TEMPLATE_OURS):
+            raise ConfigError(f"data.chat_template_kwargs must leave out {name!r}, which the trainer sets")
         if self.source in ("reasoning_gym", "hub"):
             self._need(bool(self.name), "name", f"a data set because data.source is {self.source!r}")
             self._need(self.path is None, "path", "null unless data.source is 'jsonl' or 'parquet'")

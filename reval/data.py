@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from .config import DataConfig, EvaluationConfig
 from .evaluation.benchmarks import load_benchmark
-from .sources import Row, pick, read_file, read_hub, read_jsonl, read_parquet
-
-Prompt = str | list[dict[str, str]]
+from .prompts import Prompt, encode, make_prompt
+from .sources import Row, pick, read_file, read_hub, read_jsonl, read_parquet, read_reasoning_gym
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,31 @@ class Problem:
     """The other columns of the data set (answer, question, metadata, ...). The reward function gets them."""
     benchmark: str | None = None
     """The name of the benchmark. None for training and held-out problems."""
+    where: str = ""
+    """Where the problem comes from, for messages. Example: problems.jsonl, row 7."""
+
+
+class Problems(NamedTuple):
+    """All problems of a run."""
+
+    training: list[Problem]
+    evaluation: list[Problem]
+    """The held-out problems, then those of each benchmark. No prompt of them is among the training problems."""
+    digests: dict[str, str]
+    """A hash of the prompts' token ids and of the columns: of the training problems and of all held-out problems. Equal
+    hashes mean equal problems in equal order."""
+
+
+class _Asked(NamedTuple):
+    """A row of a data set as the model is asked it."""
+
+    prompt: Prompt
+    columns: Row
+    where: str
+
+    @property
+    def key(self) -> str:
+        return json.dumps(self.prompt, sort_keys=True)
 
 
 def load_problems(
@@ -36,10 +62,11 @@ def load_problems(
     tokenizer: PreTrainedTokenizerBase,
     longest_prompt: int,
     evaluation: EvaluationConfig | None = None,
-) -> tuple[list[Problem], list[Problem]]:
-    """The training problems and the evaluation problems: the held-out ones, then those of each benchmark.
+) -> Problems:
+    """The training problems and the evaluation problems.
 
-    No prompt of the evaluation problems is among the training problems.
+    Rows with the same prompt and the same columns count once. Rows with the same prompt and other columns are different
+    problems; all of them are held out, or all are trained on.
 
     Args:
         longest_prompt: the number of prompt tokens that fit: the model's context minus rollout.max_new_tokens.
@@ -47,61 +74,47 @@ def load_problems(
     Raises ValueError for an empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
     """
     chat = tokenizer.chat_template is not None
-    rows = list(_generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat))
-    distinct = {_key(prompt): (prompt, columns) for prompt, columns in rows}
-    rows = list(distinct.values())
-    random.Random(config.seed).shuffle(rows)
+    _check_template_variables(config, tokenizer)
+    groups = _by_prompt(_generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat))
+    random.Random(config.seed).shuffle(groups)
     if config.held_out_path is not None:
-        held_out, training = list(_prompts(read_file(config.held_out_path), config.held_out_path, config, chat)), rows
+        held_out = list(_prompts(read_file(config.held_out_path), config.held_out_path, config, chat))
     else:
-        held_out, training = rows[: config.held_out], rows[config.held_out :]
-    sets: dict[str | None, list[tuple[Prompt, Row]]] = {None: held_out}
-    keys = {_key(prompt) for prompt, _ in held_out}
+        held_out = [row for group in groups[: config.held_out] for row in group]
+    sets: dict[str | None, list[_Asked]] = {None: held_out}
+    keys = {row.key for row in held_out}
     if evaluation is not None:
         asked = replace(config, template=evaluation.template or config.template, columns={})
         for name, own in (load_benchmark(spec, evaluation.folder) for spec in evaluation.benchmarks):
             sets[name] = list(_prompts(own, name, asked, chat))
             # The benchmark's template may differ from that of training. Training must not use these problems either, so
             # the keys contain the prompts in the training template too.
-            keys |= {_key(prompt) for prompt, _ in _prompts(own, name, replace(config, columns={}), chat)}
-        if evaluation.problems is not None:
-            sets = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in sets.items()}
-    training = [row for row in training if _key(row[0]) not in keys]
+            keys |= {row.key for row in _prompts(own, name, replace(config, columns={}), chat)}
+    training = [row for group in groups if group[0].key not in keys for row in group]
     if not training:
         raise ValueError(
-            f"no problems are left to train on: {len(rows)} distinct ones came from data.{_origin(config)}, and "
-            f"{len(held_out)} are held out (data.held_out)"
+            f"no problems are left to train on: {len(groups)} distinct ones came from data.{_origin(config)}, and "
+            f"{len({row.key for row in held_out})} are held out (data.held_out)"
         )
-    answered = [p for name, own in sets.items() for p in _encoded(own, tokenizer, longest_prompt, name)]
-    return _encoded(training, tokenizer, longest_prompt), answered
+    encoded = _encoded(training, tokenizer, longest_prompt, config)
+    answered = {name: _encoded(own, tokenizer, longest_prompt, config, name) for name, own in sets.items()}
+    digests = {"training": _digest(encoded), "held-out": _digest(answered[None])}
+    if evaluation is not None and evaluation.problems is not None:
+        answered = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in answered.items()}
+    return Problems(encoded, [problem for own in answered.values() for problem in own], digests)
 
 
-def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a prompt. Messages are formatted with the chat template; text is encoded as it is."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, so it cannot encode chat messages; give prompts as text (a JSONL file "
-            "whose `prompt` is a string), or set tokenizer.chat_template"
-        )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _generated(config: DataConfig, chat: bool) -> Iterator[_Asked]:
+    """The generated problems. A generator may give one question several times; only the first time counts."""
+    seen = set()
+    entries = read_reasoning_gym(config.name, config.options, config.size, config.seed)
+    for number, entry in enumerate(entries, 1):
+        if entry["question"] not in seen:
+            seen.add(entry["question"])
+            yield _asked(entry["question"], entry, f"data.name={config.name!r}, problem {number}", config, chat)
 
 
-def _generated(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, dict[str, Any]]]:
-    import reasoning_gym
-
-    try:
-        dataset = reasoning_gym.create_dataset(config.name, size=config.size, seed=config.seed, **config.options)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"reasoning_gym refuses data.name={config.name!r} with data.options: {error}") from error
-    for entry in dataset:
-        text = config.template.replace("{question}", entry["question"])
-        yield _prompt(text, config, chat), dict(entry)
-
-
-def _read(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
+def _read(config: DataConfig, chat: bool) -> Iterator[_Asked]:
     if config.source == "hub":
         yield from _prompts(read_hub(config.name, config.subset, config.split), config.name, config, chat)
         return
@@ -110,50 +123,93 @@ def _read(config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
     yield from _prompts(read(config.path), config.path, config, chat)
 
 
-def _prompts(rows: Iterable[Row], source: str, config: DataConfig, chat: bool) -> Iterator[tuple[Prompt, Row]]:
-    """The prompt of each row, as the model gets it, and the other columns of the row."""
+def _prompts(rows: Iterable[Row], source: str, config: DataConfig, chat: bool) -> Iterator[_Asked]:
+    """Each row as the model is asked it. Its columns are all columns except the prompt."""
     for number, row in enumerate(rows, 1):
-        columns = pick(row, config.columns)
+        where, columns = f"{source}, row {number}", pick(row, config.columns)
         prompt = columns.pop("prompt", None)
         if not isinstance(prompt, str | list) or not prompt:
             raise ValueError(
-                f"{source}, row {number}: needs `prompt`, a text or a list of chat messages; it has "
+                f"{where}: needs `prompt`, a text or a list of chat messages; it has "
                 f"{', '.join(row) or 'nothing'} (data.columns='{{prompt: ...}}' names another column)"
             )
-        if isinstance(prompt, str):
-            prompt = _prompt(config.template.replace("{question}", prompt), config, chat)
-        yield prompt, columns
+        yield _asked(prompt, columns, where, config, chat)
 
 
-def _sample(rows: list[tuple[Prompt, Row]], count: int, seed: str) -> list[tuple[Prompt, Row]]:
-    """`count` random rows in their original order. The same seed and rows give the same choice."""
-    kept = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
-    return [rows[i] for i in sorted(kept)]
+def _asked(prompt: Any, columns: Row, where: str, config: DataConfig, chat: bool) -> _Asked:
+    try:
+        return _Asked(make_prompt(prompt, config, chat), columns, where)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _key(prompt: Prompt) -> str:
-    return json.dumps(prompt, sort_keys=True)
+def _by_prompt(rows: Iterable[_Asked]) -> list[list[_Asked]]:
+    """The rows in groups with the same prompt. A row that equals an earlier row is left out."""
+    groups: dict[str, list[_Asked]] = {}
+    seen = set()
+    for row in rows:
+        own = (row.key, _text(row.columns))
+        if own not in seen:
+            seen.add(own)
+            groups.setdefault(row.key, []).append(row)
+    return list(groups.values())
 
 
-def _prompt(text: str, config: DataConfig, chat: bool) -> Prompt:
-    """Messages for a chat model; plain text for a model without a chat template."""
-    if not chat:
-        return text if config.system_prompt is None else f"{config.system_prompt}\n\n{text}"
-    system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-    return [*system, {"role": "user", "content": text}]
+def _sample(problems: list[Problem], count: int, seed: str) -> list[Problem]:
+    """`count` random problems in their original order. The same seed and problems give the same choice."""
+    kept = random.Random(seed).sample(range(len(problems)), min(count, len(problems)))
+    return [problems[i] for i in sorted(kept)]
 
 
 def _encoded(
-    rows: list[tuple[Prompt, Row]], tokenizer: PreTrainedTokenizerBase, longest_prompt: int, name: str | None = None
+    rows: list[_Asked],
+    tokenizer: PreTrainedTokenizerBase,
+    longest_prompt: int,
+    config: DataConfig,
+    name: str | None = None,
 ) -> list[Problem]:
-    problems = [Problem(prompt, encode(prompt, tokenizer), columns, name) for prompt, columns in rows]
-    for problem in problems:
-        if not 0 < len(problem.token_ids) <= longest_prompt:
+    problems = []
+    for row in rows:
+        try:
+            ids = encode(row.prompt, tokenizer, config.chat_template_kwargs)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+        if not 0 < len(ids) <= longest_prompt:
             raise ValueError(
-                f"a prompt has {len(problem.token_ids)} tokens; 1 to {longest_prompt} fit (the model's context less "
-                f"rollout.max_new_tokens): {str(problem.prompt)[:200]!r}"
+                f"{row.where}: a prompt has {len(ids)} tokens; 1 to {longest_prompt} fit (the model's context less "
+                f"rollout.max_new_tokens): {str(row.prompt)[:200]!r}"
             )
+        problems.append(Problem(row.prompt, ids, row.columns, name, row.where))
     return problems
+
+
+def _digest(problems: list[Problem]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(f"{problem.token_ids}{_text(problem.columns)}\n".encode())
+    return digest.hexdigest()
+
+
+def _text(columns: Row) -> str:
+    """The columns as text, the same in every process. Their order does not matter."""
+    return json.dumps(sorted(columns.items()), default=_plain, skipkeys=True)
+
+
+def _plain(value: Any) -> Any:
+    """Stands for a value that JSON does not have. The order of a set and the address of an object have no effect,
+    because they differ in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _check_template_variables(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a variable that the chat template does not mention: it would have no effect."""
+    template = str(tokenizer.chat_template or "")
+    for name in config.chat_template_kwargs:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            whose = "the model's chat template does not mention it" if template else "the model has no chat template"
+            raise ValueError(f"data.chat_template_kwargs: {name!r} would have no effect, because {whose}")
 
 
 def _origin(config: DataConfig) -> str:

@@ -140,17 +140,20 @@ def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:
     table = Table(title="Held-out problems", show_lines=False)
     for name in ("problem", "before", "", "after", ""):
         table.add_column(name, overflow="fold")
-    earlier = {(a.benchmark, _last(a.prompt)): a for a in before.answers}
-    pairs = [(earlier.get((new.benchmark, _last(new.prompt))), new) for new in after.answers]
+    earlier = {(a.benchmark, str(a.prompt)): a for a in before.answers}
+    pairs = [(earlier.get((new.benchmark, str(new.prompt))), new) for new in after.answers]
     for old, new in [(old, new) for old, new in pairs if old is not None][:count]:
         cells = [_short(old.sampled[0]), _mark(old.scores[0]), _short(new.sampled[0]), _mark(new.scores[0])]
-        table.add_row(*map(escape, [_short(_last(new.prompt)), *cells]))
+        table.add_row(*map(escape, [_short(_question(new.prompt)), *cells]))
     return table
 
 
-def _last(prompt: Prompt) -> str:
-    """The text of a prompt. For chat messages: the text of the last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+def _question(prompt: Prompt) -> str:
+    """The text of a prompt. For chat messages: the last user message. The last message may be the assistant's begin."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message for message in prompt if message["role"] == "user"] or prompt
+    return str(asked[-1]["content"])
 
 
 def _short(text: str) -> str:

@@ -90,6 +90,10 @@ class World:
                 raise ConfigError(message) from error
         return cast(Item, result)
 
+    def from_main(self, make: Callable[[], Item]) -> Item:
+        """The result of `make`, which only the main process calls, on every process. Raises as `together` does."""
+        return self.broadcast(cast(Item, self.together(lambda: make() if self.main else None)))
+
 
 @contextmanager
 def world(device: str, timeout: float) -> Iterator[World]:

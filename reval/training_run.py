@@ -39,6 +39,7 @@ class TrainingRun:
         self.rng = Random(config.run.seed)
         """Draws the replayed batches. It has the same seed on every process, so all processes draw the same batches."""
         self.problems = ProblemSampler(components.training_problems, config.run.seed)
+        self.problem_digests = components.problem_digests
         self.buffer = ReplayBuffer(config.replay.capacity)
         if config.replay.preload and checkpoint is None:
             self.buffer.add(load_rollouts(config.replay.preload, components.model.config.get_text_config().vocab_size))
@@ -54,6 +55,11 @@ class TrainingRun:
         """The checkpoint that this run loaded or saved last."""
         self.tracker = components.world.together(lambda: self._start_tracker(stack))
         self.display = stack.enter_context(Display(config, self.iteration, quiet=not self.world.main))
+        if (left := len(components.training_problems)) < config.rollout.prompts:
+            self.display.note(
+                f"training has {left} problem{'s'[: left > 1]} (data.held_out={config.data.held_out}), fewer than "
+                f"rollout.prompts={config.rollout.prompts}: each iteration uses some of them several times"
+            )
 
     def _start_tracker(self, stack: ExitStack) -> Tracker:
         """Lock the run folder and take it over. This comes last, because everything before may still fail."""

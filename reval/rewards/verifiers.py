@@ -112,12 +112,7 @@ def score_reasoning_gym(
     )
     rewards: list[float | None] = []
     for completion, question, answer, about in zip(completions, questions, answers, metadata, strict=True):
-        about = json.loads(about) if isinstance(about, str) else about
-        if not isinstance(about, dict) or "source_dataset" not in about:
-            raise ValueError(
-                "reward function 'reasoning_gym' needs metadata['source_dataset'], the name of a reasoning_gym data "
-                f"set, but the metadata is {about!r:.200}"
-            )
+        about = _gym_metadata(about)
         found = extract_answer(completion)
         entry = {"question": question, "answer": answer, "metadata": about}
         scorer = _gym_scorer(about["source_dataset"])
@@ -130,6 +125,28 @@ VERIFIERS: dict[str, RewardFunction] = {
     "math": score_math,
     "reasoning_gym": score_reasoning_gym,
 }
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""The arguments of every reward function besides the columns."""
+
+
+def check_columns(spec: str, columns: dict[str, Any]) -> None:
+    """Raise ValueError if the reward function `spec` could score no completion of a problem with these columns.
+
+    Of your own function, only the names of the columns are checked. A row that it cannot score shows when it is used.
+    """
+    for name in ARGUMENTS:
+        if name in columns:
+            raise ValueError(f"the column {name!r} must have another name, because reward functions have this argument")
+    if spec == "number":
+        _gold_number(_column(spec, "answer", columns))
+    if spec == "math" and ((answer := _column(spec, "answer", columns)) is None or not str(answer).strip()):
+        raise ValueError(f"column 'answer' must hold LaTeX for reward function 'math', but holds {answer!r}")
+    if spec == "reasoning_gym":
+        for name in ("question", "answer", "metadata"):
+            _column(spec, name, columns)
+        _gym_metadata(columns["metadata"])
+
+
 _PACKAGES = {"math": ("math_verify", "math-verify[antlr4_13_2]"), "reasoning_gym": ("reasoning_gym", "reasoning_gym")}
 
 
@@ -216,7 +233,7 @@ def _did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _column(function: str, name: str, columns: dict[str, list]) -> list[Any]:
+def _column(function: str, name: str, columns: dict[str, Any]) -> Any:
     if name not in columns:
         raise ValueError(
             f"reward function {function!r} needs the column {name!r}, but the data set's columns are "
@@ -274,6 +291,16 @@ def _last_box(text: str) -> str | None:
         elif token.startswith(r"\boxed"):
             open_braces.append(match.end())
     return box
+
+
+def _gym_metadata(given: Any) -> dict[str, Any]:
+    about = json.loads(given) if isinstance(given, str) else given
+    if not isinstance(about, dict) or "source_dataset" not in about:
+        raise ValueError(
+            "reward function 'reasoning_gym' needs metadata['source_dataset'], the name of a reasoning_gym data set, "
+            f"but the metadata is {about!r:.200}"
+        )
+    return about
 
 
 @functools.cache  # get_score_answer_fn builds a whole data set object in every call

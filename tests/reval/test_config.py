@@ -22,8 +22,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # A new setting must be added to this list too, so that nobody adds a setting by accident.
 SETTINGS = """
-data.columns data.held_out data.held_out_path data.name data.options data.path data.seed data.size data.source
-data.split data.subset data.system_prompt data.template
+data.chat_template_kwargs data.columns data.held_out data.held_out_path data.name data.options data.path data.seed
+data.size data.source data.split data.subset data.system_prompt data.template
 distributed.timeout
 evaluation.benchmarks evaluation.best_of_n evaluation.every evaluation.folder evaluation.greedy evaluation.k
 evaluation.problems evaluation.reward evaluation.samples evaluation.temperature evaluation.template
@@ -267,6 +267,10 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         (
             "data.columns.prompt=3",
             "data.columns must be a mapping from names to the columns that hold them; got {'prompt': 3}",
+        ),
+        (
+            "data.chat_template_kwargs.tokenize=true",
+            "data.chat_template_kwargs must leave out 'tokenize', which the trainer sets",
         ),
         ("evaluation.k=[1, 5]", "evaluation.k must be a list of numbers from 1 to evaluation.samples (4); got [1, 5]"),
         ("evaluation.k=[0]", "evaluation.k must be a list of numbers from 1 to evaluation.samples (4); got [0]"),
