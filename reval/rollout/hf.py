@@ -15,13 +15,17 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from .protocol import Response, end_tokens
 from .weights import checked, expected_weights
 
+PAD = 0
+"""The token that fills a row before the prompt and after the end of the response. Any token of the model's vocabulary
+serves: it is masked before the prompt, and cut off after the end. The tokenizer may have no padding token at all."""
+
 
 class HFRollout:
     """Generates with `model` itself or with a copy.
 
     Args:
         model: the policy.
-        tokenizer: pads on the left.
+        tokenizer: its end-of-sequence token ends a response.
         batch_size: number of sequences that are decoded at once.
         dtype: the dtype of the weights that generate. None: the dtype of `model`.
         private: True if `model` belongs to this engine; its weights then come with `sync`. False if `model` is the
@@ -43,7 +47,7 @@ class HFRollout:
             own: Any = model if private else copy.deepcopy(model)
             self._model = own.requires_grad_(False).eval().to(dtype or model.dtype)
             self._expected = expected_weights(model)
-        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._batch_size = batch_size
         self._lock = threading.Lock()
         self._ends = end_tokens(model, tokenizer)
 
@@ -108,7 +112,7 @@ class HFRollout:
             top_k=0,
             top_p=1.0,
             eos_token_id=self._ends,
-            pad_token_id=self._tokenizer.pad_token_id,
+            pad_token_id=PAD,
             use_cache=True,
         )
         try:
@@ -121,8 +125,10 @@ class HFRollout:
 
     def _decode(self, prompts: list[list[int]], count: int) -> list[list[Response]]:
         """`count` responses to each prompt, in one batch."""
-        padded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
-        ids, attention = (padded[key].to(self._model.device) for key in ("input_ids", "attention_mask"))
+        empty = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+        padded = [[PAD] * n + prompt for n, prompt in zip(empty, prompts, strict=True)]
+        masks = [[0] * n + [1] * len(prompt) for n, prompt in zip(empty, prompts, strict=True)]
+        ids, attention = (torch.tensor(rows, device=self._model.device) for rows in (padded, masks))
         policy: Any = self._model
         generated = policy.generate(
             input_ids=ids.repeat_interleave(count, 0),
