@@ -134,6 +134,25 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert asked[0] == asked[1]
 
 
+def test_a_run_does_not_go_on_with_other_problems(tmp_path, capsys):
+    path, folder = tmp_path / "p.jsonl", tmp_path / "run"
+    rows_of = [{"prompt": f"{i}+1", "answer": i + 1} for i in range(5)]
+    settings = ["data.source=jsonl", f"data.path={path}", "run.iterations=1", "evaluation.every=0"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    train(configured(folder, *settings))
+    assert "training has 1 problem (data.held_out=4), fewer than rollout.prompts=4" in capsys.readouterr().out
+    path.write_text("".join(json.dumps(row | {"answer": 0}) + "\n" for row in rows_of))
+    again = configured(folder, *settings, "run.resume=auto", "run.iterations=2")
+    with pytest.raises(ConfigError, match="the training problems are not those of .*iteration-000001"):
+        train(again)
+    # A checkpoint of an older version has no digests.
+    state = (folder / "checkpoint" / "training" / "state.json").resolve()
+    held = json.loads(state.read_text())
+    assert held.pop("problem_digests").keys() == {"training", "held-out"}
+    state.write_text(json.dumps(held))
+    assert train(again)["iteration"] == 2
+
+
 def test_which_checkpoints_are_kept(tmp_path):
     train(configured(tmp_path, "run.save_every=1", "run.save_total_limit=2", "run.best_metric=completions/mean_length"))
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -144,3 +144,17 @@ def test_an_error_of_one_process_is_raised_on_every_process():
     with pytest.raises(ConfigError, match="not here"):
         World().together(lambda: open("/not here"))
     assert World().together(lambda: 1) == 1
+
+
+def test_only_the_main_process_makes_what_every_process_gets():
+    class Other(World):
+        """Rank 1 of 2: the main process made 7."""
+
+        def gather(self, item):
+            return [None, item]
+
+        def broadcast(self, item):
+            return 7
+
+    assert Other(1, 2).from_main(lambda: 1 / 0) == 7
+    assert World().from_main(lambda: 3) == 3

@@ -65,6 +65,15 @@ def test_shared_prefill_saves_work_and_changes_no_token(tiny, monkeypatch):
     assert ids(generate(model, tokenizer, responses=8)) == ids(shared)
 
 
+def test_the_tokenizer_needs_no_padding_token_and_no_attention_mask(tiny):
+    model, tokenizer = tiny
+    expected = ids(generate(model, tokenizer))
+    tokenizer.pad_token, tokenizer.model_input_names = None, ["input_ids"]
+    assert ids(generate(model, tokenizer)) == expected
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
+    assert [[len(row) for row in group] for group in ids(generate(model, tokenizer))] == [[6] * 3] * 3
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 100])
 def test_any_batch_size_gives_all_responses(tiny, batch_size):
     groups = generate(*tiny, batch_size=batch_size, responses=4, temperature=0.0)
