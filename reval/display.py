@@ -18,6 +18,8 @@ from rich.table import Table
 from .config import Config
 from .data import Prompt
 from .evaluation.answers import Evaluation
+from .evaluation.estimators import is_right
+from .rewards import ROUNDING
 
 SHOWN = {
     "reward": "reward {:.2f}",
@@ -169,4 +171,4 @@ def _duration(seconds: float) -> str:
 
 
 def _mark(score: float | None) -> str:
-    return "?" if score is None else "✓" if score >= 1 else "✗" if score <= 0 else f"{score:.2f}"
+    return "?" if score is None else "✓" if is_right(score) else "✗" if score <= ROUNDING else f"{score:.2f}"

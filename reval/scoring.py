@@ -6,6 +6,7 @@ Each process scores its share of the responses. Afterwards every process holds a
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from .components import Components
 from .config import Config
 from .data import Problem, Prompt
 from .replay import Trajectory
-from .rewards import RewardError, RewardPool, Scores
+from .rewards import ROUNDING, RewardError, RewardPool, Scores
 from .rollout import Response
 from .rollout.generation import Rollouts
 
@@ -178,7 +179,8 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
             "normalized": the centered reward divided by the population deviation of the group. A group with equal
             rewards gets 0.
             "plus_minus_one": 2r - 1, for r in 0..1.
-            Means and deviations are over the scored responses of the group.
+            Means and deviations are over the scored responses of the group. Rewards are equal if they differ by
+            rounding only (`ROUNDING`): otherwise "normalized" would divide rounding errors by rounding errors.
 
     Raises ValueError for an unknown `how`, for different lengths, and for a reward outside 0..1 with "plus_minus_one".
     """
@@ -189,19 +191,23 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
     scored = _scored_by_group(rewards, groups)
     if how == "plain":
         return list(rewards)
-    if how == "centered":
-        means = {group: mean(values) for group, values in scored.items()}
-        return [None if r is None else r - means[g] for r, g in zip(rewards, groups, strict=True)]
-    if how == "normalized":
-        scale = {group: (mean(values), pstdev(values) or 1.0) for group, values in scored.items()}
-        return [None if r is None else (r - scale[g][0]) / scale[g][1] for r, g in zip(rewards, groups, strict=True)]
-    assert how == "plus_minus_one", how
-    for index, r in enumerate(rewards):
-        if r is not None and not 0.0 <= r <= 1.0:
-            raise ValueError(
-                f"how='plus_minus_one' expects rewards in 0..1, but rewards[{index}] is {r}; use 'plain' or 'centered'"
-            )
-    return [None if r is None else 2.0 * r - 1.0 for r in rewards]
+    if how == "plus_minus_one":
+        for index, r in enumerate(rewards):
+            if r is not None and not -ROUNDING <= r <= 1.0 + ROUNDING:
+                raise ValueError(
+                    f"how='plus_minus_one' expects rewards in 0..1, but rewards[{index}] is {r}; use 'plain' or "
+                    "'centered'"
+                )
+        return [None if r is None else 2.0 * r - 1.0 for r in rewards]
+    scale = {group: (mean(values), _deviation(values)) for group, values in scored.items()}
+
+    def shaped(reward: float, group: int) -> float:
+        average, deviation = scale[group]
+        if deviation == 0.0:
+            return 0.0
+        return (reward - average) / (deviation if how == "normalized" else 1.0)
+
+    return [None if r is None else shaped(r, g) for r, g in zip(rewards, groups, strict=True)]
 
 
 def reward_metrics(rewards: list[float | None], groups: list[int]) -> dict[str, float]:
@@ -220,7 +226,7 @@ def reward_metrics(rewards: list[float | None], groups: list[int]) -> dict[str, 
     metrics: dict[str, float] = {}
     scored = _scored_by_group(rewards, groups)
     if scored:
-        deviations = [pstdev(values) for values in scored.values()]
+        deviations = [_deviation(values) for values in scored.values()]
         metrics["reward"] = mean(r for r in rewards if r is not None)
         metrics["reward_std"] = mean(deviations)
         metrics["frac_reward_zero_std"] = deviations.count(0.0) / len(deviations)
@@ -230,12 +236,7 @@ def reward_metrics(rewards: list[float | None], groups: list[int]) -> dict[str, 
 
 
 def _scored_by_group(rewards: list[float | None], groups: list[int]) -> dict[int, list[float]]:
-    """The rewards of each group that has a scored response.
-
-    The functions above use the module `statistics`, which sums exactly: equal rewards have their value as mean and 0 as
-    deviation. With a sum in floating point three rewards of 0.1 would have a deviation of about 1e-17, and a group
-    without a learning signal would count as a group with one.
-    """
+    """The rewards of each group that has a scored response."""
     if len(rewards) != len(groups):
         raise ValueError(f"groups must have one entry per reward ({len(rewards)}), but has {len(groups)}")
     scored: dict[int, list[float]] = {}
@@ -243,3 +244,10 @@ def _scored_by_group(rewards: list[float | None], groups: list[int]) -> dict[int
         if reward is not None:
             scored.setdefault(group, []).append(float(reward))
     return scored
+
+
+def _deviation(rewards: list[float]) -> float:
+    """The population deviation; exactly 0 if the rewards differ by rounding only."""
+    if math.isclose(min(rewards), max(rewards), rel_tol=ROUNDING, abs_tol=ROUNDING):
+        return 0.0
+    return pstdev(rewards)

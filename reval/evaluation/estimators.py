@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from math import comb
 from typing import Any
 
+from ..rewards import ROUNDING
+
 
 def is_right(score: float | None) -> bool:
-    """True if the score means that the problem is solved: 1 or more. None (not scored) counts as not solved."""
-    return score is not None and score >= 1
+    """True if the score means that the problem is solved: 1 or more, up to rounding (0.9999999999999999 is 1). None
+    (not scored) counts as not solved."""
+    return score is not None and score >= 1 - ROUNDING
 
 
 def pass_at_k(scores: Sequence[float | None], k: int) -> float:

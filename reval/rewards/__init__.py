@@ -5,6 +5,6 @@ worker must replace a killed one in a fraction of a second.
 """
 
 from reval.rewards.pool import RewardPool, Scores
-from reval.rewards.verifiers import VERIFIERS, RewardError, check_columns, resolve
+from reval.rewards.verifiers import ROUNDING, VERIFIERS, RewardError, check_columns, resolve
 
-__all__ = ["VERIFIERS", "RewardError", "RewardPool", "Scores", "check_columns", "resolve"]
+__all__ = ["ROUNDING", "VERIFIERS", "RewardError", "RewardPool", "Scores", "check_columns", "resolve"]

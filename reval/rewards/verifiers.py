@@ -30,6 +30,10 @@ from typing import Any
 RewardFunction = Callable[..., list[float | None]]
 
 
+ROUNDING = 1e-6
+"""Rewards that differ by at most this, absolutely or relatively, count as equal: the sum of ten times 0.1 is not 1."""
+
+
 class RewardError(ValueError):
     """The reward function is wrong: it cannot be found or loaded, returns invalid rewards, or raises every time."""
 

@@ -32,7 +32,29 @@ def test_normalized_divides_by_the_deviation_and_leaves_groups_without_signal_at
     assert shape_rewards([0.1] * 3, [0] * 3, "normalized") == [0.0] * 3
 
 
+NOISE = [
+    [0.9999999999999999, 1.0, 1.0, 1.0],  # as from a sum of ten times 0.1
+    [1.0, 1.0 + 1e-16, 0.99999994],  # 0.99999994 is the float32 below 1
+    [0.0, 5.6e-17, -1e-17],  # 0.1 + 0.2 - 0.3
+    [1e12, 1e12 + 0.001],
+]
+
+
+@pytest.mark.parametrize("rewards", NOISE)
+def test_rewards_that_differ_by_rounding_are_equal(rewards):
+    groups = [3] * len(rewards)
+    assert shape_rewards(rewards, groups, "normalized") == [0.0] * len(rewards)
+    assert shape_rewards(rewards, groups, "centered") == [0.0] * len(rewards)
+    metrics = reward_metrics(rewards, groups)
+    assert metrics["frac_reward_zero_std"] == 1.0 and metrics["reward_std"] == 0.0
+
+
+def test_small_rewards_that_differ_are_no_rounding():
+    assert shape_rewards([0.0, 1e-4], [0, 0], "normalized") == [-1.0, 1.0]
+
+
 def test_plus_minus_one():
+    assert shape_rewards([1.0000000000000002, -1e-17], [0, 0], "plus_minus_one") == pytest.approx([1.0, -1.0])
     assert shape_rewards([0.0, 0.25, 1.0, None], [0] * 4, "plus_minus_one") == [-1.0, -0.5, 1.0, None]
 
 

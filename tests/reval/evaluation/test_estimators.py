@@ -21,6 +21,11 @@ def test_pass_at_k_stays_exact_where_factorials_overflow_a_float():
     assert pass_at_k([1.0] + [0.0] * 1999, 1000) == pytest.approx(0.5, abs=1e-12)
 
 
+def test_a_full_score_is_right_up_to_rounding():
+    scores = [0.9999999999999999, 0.0]
+    assert is_right(sum([0.1] * 10)) and pass_at_k(scores, 2) == 1.0 and not is_right(0.9999)
+
+
 def test_only_a_full_score_is_right():
     assert [is_right(s) for s in (1.0, 1, 2.0, 0.99, 0.0, -1.0, None)] == [True, True, True, False, False, False, False]
     assert pass_at_k([None, 0.5], 2) == 0.0
