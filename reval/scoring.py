@@ -134,10 +134,12 @@ def score(
 ) -> tuple[list[str], Scores]:
     """Decode one response to each of the problems, and score the texts. A problem may occur several times.
 
-    The reward function and people read the texts. Training uses the token ids.
+    The reward function and people read the texts, which leave out only the end-of-sequence token at the end. If other
+    special tokens were hidden, `<|user|>7` would be rewarded as 7. Training uses the token ids.
     """
-    ids = [response.token_ids for response in responses]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # [] would decode to one empty text
+    ids, special = [response.token_ids for response in responses], set(tokenizer.all_special_ids)
+    shown = [r.token_ids[:-1] if r.finished and r.token_ids[-1] in special else r.token_ids for r in responses]
+    texts = tokenizer.batch_decode(shown, skip_special_tokens=False) if ids else []  # [] would decode to one empty text
     names = sorted({name for p in problems for name in p.columns})
     columns = {name: [p.columns.get(name) for p in problems] for name in names}
     return texts, pool.score([p.prompt for p in problems], texts, ids, columns)

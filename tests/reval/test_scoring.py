@@ -3,7 +3,9 @@ without a score."""
 
 import pytest
 
+from reval.data import Problem
 from reval.rewards import RewardPool
+from reval.rollout import Response
 from reval.scoring import reward_metrics, score, shape_rewards
 
 REWARDS = [1.0, 0.0, None, 1.0, 0.0, None, 1.0]
@@ -91,6 +93,25 @@ def test_nothing_to_summarise():
     assert reward_metrics([None, None], [0, 0]) == {"reward_unscored": 1.0}
     assert shape_rewards([], [], "centered") == []
     assert shape_rewards([None], [0], "centered") == [None]
+
+
+def test_the_reward_sees_special_tokens_but_not_the_one_that_ends_the_response(tiny):
+    """`<|user|>7<|assistant|>` is not 7. A response that the length limit cut off may end with any token."""
+    _, tokenizer = tiny
+    tokens = ["7", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
+    seven, end, pad, user, assistant = tokenizer.convert_tokens_to_ids(tokens)
+    responses = [
+        Response([seven, end], finished=True),
+        Response([user, seven, assistant, end], finished=True),
+        Response([pad, seven, end], finished=True),
+        Response([seven, user], finished=False),
+        Response([end], finished=True),
+    ]
+    problem = Problem([{"role": "user", "content": "3 + 4 ="}], [1], {"answer": "7"})
+    with RewardPool("number", workers=1, timeout=5.0) as pool:
+        texts, scores = score([problem] * 5, responses, pool, tokenizer)
+    assert texts == ["7", "<|user|>7<|assistant|>", "<|pad|>7", "7<|user|>", ""]
+    assert scores.rewards == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_process_without_a_share_decodes_and_scores_nothing(tiny):
