@@ -339,7 +339,7 @@ class OptimConfig(_Section):
     """Learning rate after the warmup."""
     schedule: Literal["constant", "linear"] = "constant"
     """Learning rate after the warmup. constant: it stays the same. linear: it falls to 0 by the last update of the
-    run."""
+    run. A skipped update (docs/method.md section 5) does not count."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay per update of the two running means: of the gradient and of the squared gradient."""
     eps: float = 1e-8

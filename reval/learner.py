@@ -60,8 +60,12 @@ class Learner:
 
         The number of micro-batches and the number of processes change the result by rounding only.
 
-        Returns `loss`, `grad_norm` before clipping, `lr`, and `residual_terms`: tensors [B] by name, with the residual
-        of each trajectory and its terms. The order of the trajectories in these tensors is not that of the batch.
+        There is no step if the batch has no signal (`_has_signal`): AdamW divides the gradient by its own size, so even
+        a gradient of rounding errors would move every weight by about the learning rate.
+
+        Returns `loss`, `grad_norm` before clipping, `lr`, `skipped` (1 if there was no step, else 0), and
+        `residual_terms`: tensors [B] by name, with the residual of each trajectory and its terms. The order of the
+        trajectories in these tensors is not that of the batch.
 
         Raises NonFiniteError before the weights move.
         """
@@ -71,16 +75,19 @@ class Learner:
             layer.training = self._config.model.gradient_checkpointing
         own_losses: list[float] = []
         own_terms: list[dict[str, Tensor]] = []
+        signal = False
         for micro in plan(trajectories, self._world, self.model.device, self._config):
             loss, terms = self._backward(micro, len(trajectories))
             if micro.indices:
                 own_losses.append(loss)
                 own_terms.append(terms)
+                signal = signal or self._has_signal(micro.trajectories, terms["residual"])
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._config.optim.max_grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # FSDP: each process knows the norm of its slices
-        reports = self._world.gather((own_losses, own_terms))
-        loss = sum(x for losses, _ in reports for x in losses)
+        reports = self._world.gather((own_losses, own_terms, signal))
+        loss = sum(x for losses, *_ in reports for x in losses)
+        signal = any(own for *_, own in reports)
         grad_norm = norm.item()
         if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
             self.optimizer.zero_grad(set_to_none=True)
@@ -88,15 +95,16 @@ class Learner:
         lr = self._config.optim.lr * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if signal:
+            self.optimizer.step()
+            self.updates += 1
+            for t in trajectories:
+                t.uses += 1
         # Free the gradients now instead of just before the next backward pass, because generation needs the memory.
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        for t in trajectories:
-            t.uses += 1
-        pieces = [piece for _, terms in reports for piece in terms]
+        pieces = [piece for _, terms, _ in reports for piece in terms]
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "residual_terms": joined}
+        return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": float(not signal), "residual_terms": joined}
 
     def _backward(self, micro: MicroBatch, count: int) -> tuple[float, dict[str, Tensor]]:
         """Add the gradient of one micro-batch to the gradient of the batch, which has `count` trajectories.
@@ -125,6 +133,21 @@ class Learner:
             "log_ratio": out.log_ratio,
         }
         return out.loss.item(), {name: x.float().cpu() for name, x in terms.items()}
+
+    def _has_signal(self, trajectories: list[Trajectory], residuals: Tensor) -> bool:
+        """Whether a trajectory has a reward other than 0, or a residual that is larger than rounding makes it.
+
+        Two sources of rounding: the reference's return is a float32, and each action's log-probability has the error of
+        the data type that the transformer computes in. These errors differ between micro-batches of different shapes.
+        """
+        model, storage = self._config.model, torch.finfo(torch.float32).eps
+        compute = torch.finfo(torch.bfloat16).eps if "bfloat16" in (model.dtype, model.compute_dtype) else storage
+        for t, residual in zip(trajectories, residuals.abs().tolist(), strict=True):
+            returns = abs(t.reference["v"]) + abs(t.reference["log_prob"])
+            rounding = 4 * storage * returns + 16 * compute * float(t.action_mask.sum()) ** 0.5
+            if t.reward or residual > rounding:
+                return True
+        return False
 
     def _schedule(self) -> float:
         """The factor on optim.lr for the next update."""

@@ -197,14 +197,15 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _summary(updates: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Means over the updates with the same prefix: loss, grad_norm, lr, and the terms of the residuals.
+    """Means over the updates with the same prefix: loss, grad_norm, lr, skipped, and the terms of the residuals.
 
-    loss, grad_norm and lr are means over updates; the terms of the residuals are means over all trajectories.
+    loss, grad_norm, lr and skipped (the fraction of updates without a step) are means over updates; the terms of the
+    residuals are means over all trajectories.
     """
     out: dict[str, float] = {}
     for prefix, done in updates.items():
         top = "" if prefix == "reval" else "replay/"
-        for key in ("loss", "grad_norm", "lr"):
+        for key in ("loss", "grad_norm", "lr", "skipped"):
             out[top + key] = sum(u[key] for u in done) / len(done)
         terms = {key: torch.cat([u["residual_terms"][key] for u in done]) for key in done[0]["residual_terms"]}
         residual = terms.pop("residual")

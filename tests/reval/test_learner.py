@@ -97,6 +97,46 @@ def test_a_non_finite_update_leaves_the_weights_alone(tiny_config, trajectories,
     assert all(p.grad is None for p in model.parameters())
 
 
+LEVELS = ["trajectory", "token", "subtrajectory"]
+DTYPES = [{}, {"compute_dtype": "bfloat16"}, {"dtype": "bfloat16"}]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["float32", "bf16 compute", "bf16"])
+def test_without_a_signal_the_weights_stay(tiny_config, trajectories, level, dtypes):
+    """All rewards are 0, and the policy is its reference. The replayed batches have other micro-batches than those
+    that computed the reference's values, so their residuals are rounding errors."""
+    config = replace(tiny_config, objective=ObjectiveConfig(level=level), model=replace(tiny_config.model, **dtypes))
+    model, _ = load_model(config.model, seed=0)
+    members = trajectories(40)
+    for t in members:
+        t.reward = 0.0
+    ReferencePolicy(model, config).annotate(members)
+    learner, before = Learner(model, config), {n: p.clone() for n, p in model.named_parameters()}
+    for batch in (members, members[::2], members[3:9], members[7:8]):
+        update = learner.update(batch)
+        assert update["skipped"] == 1.0 and update["residual_terms"]["residual"].abs().max() < 0.1
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert learner.updates == 0 and all(t.uses == 0 for t in members)
+
+
+@pytest.mark.parametrize("signal", ["reward", "residual"])
+def test_one_reward_or_one_residual_is_a_signal(tiny_config, trajectories, signal):
+    model, _ = load_model(tiny_config.model, seed=0)
+    config = configured(tiny_config, micro_batch_tokens=40)
+    members = trajectories(13)
+    for t in members:
+        t.reward = 0.0
+    ReferencePolicy(model, config).annotate(members)
+    if signal == "reward":
+        members[4].reward = 1e-3
+    else:
+        members[4].reference["v"] += 1e-3
+    learner, before = Learner(model, config), model.lm_head.weight.clone()
+    assert learner.update(members)["skipped"] == 0.0
+    assert learner.updates == 1 and not torch.equal(model.lm_head.weight, before)
+
+
 def test_gradient_checkpointing_and_bf16_compute_change_little(tiny_config, trajectories):
     members = annotated(tiny_config, trajectories)
     optim = OptimConfig(max_grad_norm=float("inf"))

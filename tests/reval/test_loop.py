@@ -14,6 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reval.config import ModelConfig
+from reval.model.loading import load_model
+
 TINY = [sys.executable, "-m", "reval.train", "configs/tiny.yaml"]
 METRICS = {
     "iteration",
@@ -27,6 +30,7 @@ METRICS = {
     "loss",
     "grad_norm",
     "lr",
+    "skipped",
     "reference/version",
     "rollout/lag",
     "buffer/size",
@@ -69,7 +73,7 @@ def test_a_run_writes_every_file(finished):
     assert {s["iteration"] for s in samples} == {1, 2, 3} and {"prompt", "completion", "score"} <= set(samples[0])
     assert len((folder / "evaluations" / "iteration-000003.jsonl").read_text().splitlines()) == 8
     assert "held-out accuracy, temperature 1" in done.stdout and "s left" in done.stdout
-    assert "Reply with only the number." in done.stdout
+    assert "Reply with only the" in done.stdout
 
 
 def test_the_written_config_has_the_dtypes_that_auto_selected(tmp_path):
@@ -85,7 +89,7 @@ def test_metrics_have_their_documented_names(finished):
         assert set(row) >= METRICS
         assert set(row) >= {f"reval/{p}" for p in RESIDUAL_TERMS} | {f"reval/replay/{p}" for p in RESIDUAL_TERMS}
     assert [row["buffer/size"] for row in rows] == [16, 32, 32]
-    assert rows[0]["reval/residual_abs"] < 1e-3, "the policy is its reference, and all rewards are alike"
+    assert rows[0]["reval/residual_abs"] == pytest.approx(10.0), "the policy is its reference, and r / beta is -1 / 0.1"
     assert rows[0]["num_tokens"] < rows[1]["num_tokens"] < rows[2]["num_tokens"]
     assert "eval/accuracy" in rows[2] and "eval/accuracy" not in rows[1]
 
@@ -95,9 +99,6 @@ def test_the_checkpoint_loads_and_has_moved(finished):
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
     assert tokenizer.chat_template and tokenizer.eos_token_id == 1
-    from reval.config import ModelConfig
-    from reval.model.loading import load_model
-
     initial, _ = load_model(ModelConfig(name="tiny"), seed=0)
     assert not torch.equal(model.lm_head.weight, initial.lm_head.weight)
     assert (folder / "checkpoint").resolve().name == "iteration-000003"
@@ -140,6 +141,16 @@ def test_every_objective_and_a_reset_train(tmp_path):
         rows = metrics(tmp_path / name)
         assert len(rows) == 2 and rows[1]["grad_norm"] > 0
         assert rows[1]["reference/version"] == (2 if name == "token" else 0)
+
+
+def test_a_run_without_a_reward_moves_no_weight(tmp_path):
+    """The random model has no right answer, so all centered rewards are 0."""
+    run(tmp_path / "still", "reward.shaping=centered", "run.iterations=2", "data.held_out=0")
+    for row in metrics(tmp_path / "still"):
+        assert row["skipped"] == row["replay/skipped"] == 1.0 and row["reval/residual_abs"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "still" / "checkpoint")
+    initial, _ = load_model(ModelConfig(name="tiny"), seed=0)
+    assert all(torch.equal(p, initial.state_dict()[name]) for name, p in model.state_dict().items())
 
 
 def test_an_earlier_runs_results_are_not_overwritten(finished):
@@ -185,7 +196,8 @@ def some(prompts, completions, completion_ids, **columns):
 @pytest.mark.parametrize(("name", "message"), [("short", "short"), ("nan", "nan"), ("huge", "nonfinite.jsonl")])
 def test_a_broken_reward_stops_the_run_and_loses_nothing(tmp_path, name, message):
     (tmp_path / "rewards.py").write_text(REWARDS)
-    done = run(tmp_path / "run", f"reward.function={tmp_path}/rewards.py:{name}", "data.held_out=0", check=False)
+    options = [f"reward.function={tmp_path}/rewards.py:{name}", "reward.shaping=centered", "data.held_out=0"]
+    done = run(tmp_path / "run", *options, check=False)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     if name == "huge":
         rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
@@ -197,7 +209,8 @@ def test_a_broken_reward_stops_the_run_and_loses_nothing(tmp_path, name, message
 
 def test_unscored_responses_stay_out_of_the_buffer_and_exceptions_are_shown(tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
-    done = run(tmp_path / "run", f"reward.function={tmp_path}/rewards.py:some", "data.held_out=0", "run.iterations=2")
+    options = [f"reward.function={tmp_path}/rewards.py:some", "reward.shaping=centered", "data.held_out=0"]
+    done = run(tmp_path / "run", *options, "run.iterations=2")
     rows = metrics(tmp_path / "run")
     errors = sum(row["reward_errors"] for row in rows)
     assert errors > 0 and "reward errors!" in done.stdout

@@ -57,7 +57,7 @@ def play_without_log(tracker: Tracker, i: int) -> None:
     tracker.reward_error(i, f"boom\niteration {i + 100}\nKeyError: {i}")
     for kind, n in (("reval", 3), ("reval/replay", 2)):
         terms = {"residual": torch.arange(n) * 1.0 - i, "v_policy": torch.ones(n) * i}
-        tracker.update(kind, {"loss": i + 0.1, "grad_norm": 2.0, "lr": 1e-3, "residual_terms": terms})
+        tracker.update(kind, {"loss": i + 0.1, "grad_norm": 2.0, "lr": 1e-3, "skipped": 0.0, "residual_terms": terms})
 
 
 @pytest.fixture
