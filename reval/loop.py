@@ -42,6 +42,8 @@ from .tracking import check_installed
 from .training_run import TrainingRun
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNSCORED_PROMPTS = 4
+"""After this many prompts in a row without a score, the reward function or a column is wrong, not one row."""
 
 
 def train(config: Config) -> dict[str, float]:
@@ -120,8 +122,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
             with clock("reward"):
                 scored = score_rollouts(rollouts, iteration, config, components)
             try:
-                if scored.failure:
-                    raise RewardError(scored.failure)
+                _check_scores(run, scored, iteration)
                 # The buffer gets the fresh trajectories before the updates, so that the replayed batches contain them
                 # too: every trajectory of the buffer then has the same chance.
                 run.buffer.add(scored.trajectories)
@@ -204,6 +205,20 @@ def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
             update = run.learner.update(batch)
         # Separate metrics: older policies generated the replayed batches, so the residuals of these differ.
         run.tracker.update("reval" if k == 0 else "reval/replay", update)
+
+
+def _check_scores(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:
+    """Raise RewardError if the scores cannot be used, or if there are none.
+
+    One row that cannot be scored must not end the run, because a resumed run draws this row again. So the run goes on
+    after an iteration without a score if it has few prompts, but not if nothing was ever scored.
+    """
+    if scored.failure:
+        raise RewardError(scored.failure)
+    run.unscored_prompts = 0 if scored.trajectories else run.unscored_prompts + run.config.rollout.prompts
+    last = iteration == run.config.run.iterations
+    if run.unscored_prompts >= UNSCORED_PROMPTS or (run.unscored_prompts and last and not len(run.buffer)):
+        raise RewardError(f"{scored.unscored()}\n{run.unscored_prompts} prompts in a row had no score")
 
 
 def _record_responses(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:

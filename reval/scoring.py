@@ -18,7 +18,7 @@ from .components import Components
 from .config import Config
 from .data import Problem, Prompt
 from .replay import Trajectory
-from .rewards import ROUNDING, RewardError, RewardPool, Scores
+from .rewards import ROUNDING, AllFailedError, RewardError, RewardPool, Scores
 from .rollout import Response
 from .rollout.generation import Rollouts
 
@@ -60,6 +60,10 @@ class ScoredRollouts:
     exceptions: list[str]
     """`Scores.first_error` of each process that has a first error."""
 
+    def unscored(self) -> str:
+        """What to say when no response has a score."""
+        return nothing_scored(len(self.responses), self.errors, self.timeouts, self.exceptions)
+
     def samples(self) -> list[tuple[Prompt, str, float | None]]:
         """(prompt, text, score) of each response."""
         return [(r.prompt, r.text, r.score) for r in self.responses]
@@ -81,7 +85,8 @@ class ScoredRollouts:
 def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, components: Components) -> ScoredRollouts:
     """Score the responses, shape the rewards and make the trajectories. Every process has to call this.
 
-    Raises RewardError on every process when the reward function is broken on one of them.
+    Raises RewardError on every process when the reward function returns something else than rewards on one of them. A
+    response for which the function fails has no score; the caller decides when there are too many of them.
     """
     world = components.world
     own_groups = list(zip(world.share(rollouts.problems), rollouts.own, strict=True))
@@ -142,7 +147,10 @@ def score(
     texts = tokenizer.batch_decode(shown, skip_special_tokens=False) if ids else []  # [] would decode to one empty text
     names = sorted({name for p in problems for name in p.columns})
     columns = {name: [p.columns.get(name) for p in problems] for name in names}
-    return texts, pool.score([p.prompt for p in problems], texts, ids, columns)
+    try:
+        return texts, pool.score([p.prompt for p in problems], texts, ids, columns)
+    except AllFailedError as error:  # these problems may be the only ones that the function cannot score
+        return texts, error.scores
 
 
 def _trajectories(
@@ -167,6 +175,17 @@ def _trajectories(
                 )
             )
     return out
+
+
+def nothing_scored(responses: int, errors: int, timeouts: int, exceptions: list[str]) -> str:
+    """An error message: why none of the responses has a score. The arguments are as in ScoredRollouts."""
+    reasons = {
+        "the reward function raised or its process died": errors,
+        "scoring took longer than reward.timeout": timeouts,
+        "the reward function returned None, so it may not accept the row's answer": responses - errors - timeouts,
+    }
+    text = "; ".join(f"for {count}, {reason}" for reason, count in reasons.items() if count)
+    return f"none of {responses} responses has a score: {text}" + (f"\n{exceptions[0]}" if exceptions else "")
 
 
 def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> list[float | None]:

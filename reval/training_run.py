@@ -36,6 +36,8 @@ class TrainingRun:
         self.config, self.world, self.tokenizer = config, components.world, components.tokenizer
         self.iteration = 0
         """The last finished iteration."""
+        self.unscored_prompts = 0
+        """How many of the last prompts in a row had no response with a score. Only whole iterations are counted."""
         self.rng = Random(config.run.seed)
         """Draws the replayed batches. It has the same seed on every process, so all processes draw the same batches."""
         self.problems = ProblemSampler(components.training_problems, config.run.seed)

@@ -15,6 +15,7 @@ from ..components import Components, build
 from ..config import Config, ConfigError
 from ..data import Problem
 from ..distributed import World
+from ..errors import RunError
 from ..model.dtypes import with_dtypes
 from ..rewards import RewardError, RewardPool
 from ..rewards.answers import Extractor, extractor_of
@@ -45,17 +46,19 @@ def evaluate(
         scorer: computes endogenous rewards; required with evaluation.best_of_n.
 
     Raises RewardError on every process when a reward function is broken on one of them.
+    Raises RunError if no answer to the held-out problems, or none to a benchmark, has a score: its accuracy would be 0
+    whatever the answers are.
     """
     settings = config.evaluation
     own = world.share(problems)
     seed = config.run.seed + world.rank  # the processes answer different problems and need different noise
     sampled = _responses(rollout, own, config, settings.samples, settings.temperature, seed)
     greedy = _responses(rollout, own, config, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
-    failure = None
+    failure, failures = None, list[str]()
     try:
         with _pools(own, pool, config) as pools:
-            texts, scores = _scored(own, sampled, pools, tokenizer, config)
-            greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config)
+            texts, scores = _scored(own, sampled, pools, tokenizer, config, failures)
+            greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config, failures)
     except RewardError as error:
         failure = str(error)
     # All processes raise together. If one raised alone, the others would wait for it in the next collective.
@@ -79,6 +82,7 @@ def evaluate(
         for i, p in enumerate(own)
     ]
     joined = world.join(answers)
+    _check_scores(joined, [error for errors in world.gather(failures) for error in errors])
     if settings.best_of_n:
         assert scorer is not None, "evaluation.best_of_n needs a scorer"
         together = max(1, config.trajectories_per_iteration // (settings.samples * world.size))
@@ -124,8 +128,9 @@ def _scored(
     pools: dict[str, RewardPool],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
+    failures: list[str],
 ) -> tuple[list[list[str]], list[list[float | None]]]:
-    """The texts and the scores of each problem's responses."""
+    """The texts and the scores of each problem's responses. Adds the reward functions' first errors to `failures`."""
     flat = [(p, r) for p, group in zip(problems, groups, strict=True) for r in group]
     texts = [""] * len(flat)
     rewards: list[float | None] = [None] * len(flat)
@@ -133,10 +138,22 @@ def _scored(
         places = [i for i, (p, _) in enumerate(flat) if _function(p, config) == function]
         if places:
             own_texts, own_scores = score([flat[i][0] for i in places], [flat[i][1] for i in places], pool, tokenizer)
+            failures += [] if own_scores.first_error is None else [own_scores.first_error]
             for i, text, reward in zip(places, own_texts, own_scores.rewards, strict=True):
                 texts[i], rewards[i] = text, reward
     ends = list(accumulate(map(len, groups), initial=0))
     return [texts[a:b] for a, b in pairwise(ends)], [rewards[a:b] for a, b in pairwise(ends)]
+
+
+def _check_scores(answers: list[Answered], failures: list[str]) -> None:
+    """See `evaluate`."""
+    for name in dict.fromkeys(a.benchmark for a in answers):
+        if all(s is None for a in answers if a.benchmark == name for s in (*a.scores, a.greedy_score)):
+            which = "the held-out problems" if name is None else f"the benchmark {name}"
+            raise RunError(
+                f"no answer to {which} has a score: the reward function returned None, raised or took longer than "
+                "reward.timeout; does it accept the answers of these rows?" + "".join(f"\n{f}" for f in failures[:1])
+            )
 
 
 def _endogenous(

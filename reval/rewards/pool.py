@@ -56,6 +56,15 @@ class Scores:
     first_error: str | None
 
 
+class AllFailedError(RewardError):
+    """The function failed for every one of at least two completions: it is wrong, or these completions belong to a row
+    that it cannot score. `scores` counts the failures."""
+
+    def __init__(self, message: str, scores: Scores):
+        super().__init__(message)
+        self.scores = scores
+
+
 class RewardPool:
     """Worker processes that score completions with one reward function.
 
@@ -113,9 +122,9 @@ class RewardPool:
             columns: the other columns of the data set by name, each with one entry per completion.
 
         Raises:
-            RewardError: the function did not return a list with one finite number or None per completion. Or the
-                function failed for every one of at least two completions: then the function or a column is wrong. (A
-                failure for a single completion may have either cause, and is only counted in `errors`.)
+            RewardError: the function did not return a list with one finite number or None per completion.
+            AllFailedError: the function failed for every one of at least two completions: then the function or a column
+                is wrong. (A failure for a single completion may have either cause, and is only counted in `errors`.)
             ValueError: lengths differ, or a column has the name of another argument.
         """
         if self._closed:
@@ -301,9 +310,10 @@ class _Job:
     def result(self) -> Scores:
         scores, count = self._scores, len(self._scores.rewards)
         if scores.errors == count > 1:
-            raise RewardError(
+            raise AllFailedError(
                 f"reward function {self._function!r} failed for all {count} completions; the first was "
-                f"{scores.first_error}"
+                f"{scores.first_error}",
+                scores,
             )
         if scores.errors == 0:
             scores.first_error = self._chunk_error

@@ -14,7 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reval.config import ModelConfig
+from reval.config import ModelConfig, load_config
+from reval.errors import RunError
+from reval.loop import train
 from reval.model.loading import load_model
 
 TINY = [sys.executable, "-m", "reval.train", "configs/tiny.yaml"]
@@ -189,7 +191,10 @@ def huge(prompts, completions, completion_ids, **columns):
 def some(prompts, completions, completion_ids, **columns):
     if any("7" in c for c in completions):
         raise KeyError("seven")
-    return [None if len(c) % 2 else 1.0 for c in completions]
+    return [1.0 if sum(map(ord, c)) % 3 else None for c in completions]
+
+def by_answer(prompts, completions, completion_ids, answer, **columns):
+    return [None if a is None else float(int(a) == len(c)) for a, c in zip(answer, completions)]
 """
 
 
@@ -217,6 +222,50 @@ def test_unscored_responses_stay_out_of_the_buffer_and_exceptions_are_shown(tmp_
     assert "KeyError: 'seven'" in (tmp_path / "run" / "reward_errors.txt").read_text()
     assert all(0 < row["reward_unscored"] < 1 and row["reward"] == 1.0 for row in rows)
     assert rows[0]["buffer/size"] == round(16 * (1 - rows[0]["reward_unscored"]))
+
+
+def by_answer(folder, answers, *overrides):
+    """Settings of a run in which row i has the answer answers[i]. An answer that is no number cannot be scored."""
+    (folder / "rewards.py").write_text(REWARDS)
+    rows = [{"prompt": f"{i} + {i} = ?", "answer": answer} for i, answer in enumerate(answers)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_config(
+        ["configs/tiny.yaml"],
+        [
+            f"run.dir={folder}/run",
+            "data.source=jsonl",
+            f"data.path={folder}/rows.jsonl",
+            "data.held_out=0",
+            f"reward.function={folder}/rewards.py:by_answer",
+            "run.save_every=0",
+            "tracking.tensorboard=false",
+            *overrides,
+        ],
+    )
+
+
+def test_a_row_that_cannot_be_scored_is_left_out_and_counted(tmp_path):
+    answers = ["8"] * 5 + ["n/a"]
+    train(by_answer(tmp_path, answers, "rollout.prompts=1", "run.iterations=6"))
+    rows = metrics(tmp_path / "run")
+    assert sorted(row["reward_errors"] for row in rows) == [0, 0, 0, 0, 0, 4]
+    assert sorted(row["reward_unscored"] for row in rows) == [0, 0, 0, 0, 0, 1]
+    assert "invalid literal" in (tmp_path / "run" / "reward_errors.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "overrides", "message"),
+    [
+        ("n/a", [], "(?s)none of 16 responses has a score: for 16, the reward function raised.*invalid literal"),
+        (None, [], "none of 16 responses has a score: for 16, the reward function returned None"),
+        (None, ["rollout.prompts=1", "run.iterations=9"], "(?s)iteration 4: none of 4 resp.*4 prompts in a row"),
+        (None, ["rollout.prompts=1", "run.iterations=1"], "iteration 1: none of 4 responses has a score"),
+        ("n/a", ["data.held_out=3"], "(?s)no answer to the held-out problems has a score.*invalid literal"),
+    ],
+)
+def test_a_run_that_nothing_can_be_scored_in_ends_with_an_error(tmp_path, answer, overrides, message):
+    with pytest.raises(RunError, match=message):
+        train(by_answer(tmp_path, [answer] * 8, *overrides))
 
 
 def test_ctrl_c_saves_a_checkpoint(tmp_path):
