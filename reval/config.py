@@ -283,7 +283,10 @@ class ReplayConfig(_Section):
     """Number of trajectories drawn for each replayed update. null: as many as one iteration generates."""
     preload: str | None = None
     """JSONL file of logged rollouts that fills the buffer at the start. Each row has `prompt_ids`, `response_ids` and
-    `reward`. Log-probabilities are not needed."""
+    `reward` (docs/rollouts.md). Log-probabilities are not needed."""
+    preload_shaping: Literal["same", "plain", "centered", "normalized", "plus_minus_one"] = "same"
+    """Shaping of the rewards in replay.preload. same: reward.shaping, because a log holds raw rewards. plain: the loss
+    uses them as they are."""
 
     def _check(self) -> None:
         self._at_least(1, "capacity", "updates_per_iteration")
@@ -500,6 +503,8 @@ class TrackingConfig(_Section):
     """Name of the run in wandb and trackio. null: the name of the folder run.dir."""
     samples: int = 8
     """Number of completions saved per iteration."""
+    rollouts: bool = False
+    """Also write every scored rollout to rollouts.jsonl, which replay.preload of another run reads."""
 
     def _check(self) -> None:
         self._need(bool(self.project), "project", "a name")

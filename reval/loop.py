@@ -28,6 +28,7 @@ from .model.saving import whole_weights
 from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, log_probs, mismatch, worst
+from .rollout_log import rollout_rows
 from .run_folder import (
     best_checkpoint,
     checkpoints_in,
@@ -222,8 +223,10 @@ def _check_scores(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> N
 
 
 def _record_responses(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:
-    """Write the samples and the reward function's exceptions of this iteration."""
+    """Write the samples, the rollouts and the reward function's exceptions of this iteration."""
     run.tracker.samples(iteration, scored.samples())
+    if run.config.tracking.rollouts:
+        run.tracker.rollouts(rollout_rows(scored.trajectories))
     for exception in scored.exceptions:
         run.tracker.reward_error(iteration, exception)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -150,34 +148,3 @@ class ReplayBuffer:
         assert len(self._held) <= self.added, "the buffer has more trajectories than were ever added"
         assert len({id(t) for t in self._held}) == len(self._held), "the buffer has one trajectory twice"
         assert all(t.uses >= 0 for t in self._held), "a negative reuse count"
-
-
-def load_rollouts(path: str, vocabulary: int) -> list[Trajectory]:
-    """Read the logged rollouts that fill a buffer at the start. Any policy may have generated them.
-
-    Each line is a JSON object with `prompt_ids`, `response_ids` and `reward`. The loss uses this reward as it is,
-    without shaping.
-
-    Raises ValueError, with the line, for a file or line that cannot be read and for token ids outside the vocabulary.
-    """
-    out = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"replay.preload {path!r} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, response, reward = row["prompt_ids"], row["response_ids"], float(row["reward"])
-            ids = np.array(prompt + response)
-            if ids.dtype.kind != "i" or not ((ids >= 0) & (ids < vocabulary)).all():
-                raise ValueError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
-            mask = np.arange(len(ids)) >= len(prompt)
-            out.append(Trajectory(token_ids=ids, action_mask=mask, reward=reward, score=reward, iteration=0))
-        except KeyError as error:
-            raise ValueError(f"replay.preload {path!r}, line {number}: has no {error}") from None
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"replay.preload {path!r}, line {number}: {error}") from None
-    return out

@@ -26,6 +26,7 @@ WRITTEN = (
     "config.yaml",
     "metrics.jsonl",
     "samples.jsonl",
+    "rollouts.jsonl",
     "evaluations",
     "tensorboard",
     "curves.png",

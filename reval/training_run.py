@@ -12,8 +12,9 @@ from .config import Config, ConfigError
 from .display import Display
 from .learner import Learner
 from .reference_policy import ReferencePolicy
-from .replay import ReplayBuffer, load_rollouts
+from .replay import ReplayBuffer
 from .rollout.generation import Generation, ProblemSampler
+from .rollout_log import load_rollouts
 from .run_folder import find_checkpoint, read_state, take_over
 from .run_lock import locked
 from .tracking import Tracker
@@ -44,7 +45,8 @@ class TrainingRun:
         self.problem_digests = components.problem_digests
         self.buffer = ReplayBuffer(config.replay.capacity)
         if config.replay.preload and checkpoint is None:
-            self.buffer.add(load_rollouts(config.replay.preload, components.model.config.get_text_config().vocab_size))
+            self.buffer.add(load_rollouts(config, components.model))
+        preloaded = self.buffer.added
         self.reference = ReferencePolicy(components.model, config, components.world, checkpoint)
         self.learner = Learner(components.model, config, components.world)
         self.generation = Generation(components.rollout_engine, self.problems, config, components.world)
@@ -61,6 +63,11 @@ class TrainingRun:
             self.display.note(
                 f"training has {left} problem{'s'[: left > 1]} (data.held_out={config.data.held_out}), fewer than "
                 f"rollout.prompts={config.rollout.prompts}: each iteration uses some of them several times"
+            )
+        if preloaded > config.replay.capacity:
+            self.display.note(
+                f"replay.preload has {preloaded} rollouts, of which the last {config.replay.capacity} stay "
+                "(replay.capacity)"
             )
 
     def _start_tracker(self, stack: ExitStack) -> Tracker:

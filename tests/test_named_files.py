@@ -31,7 +31,8 @@ NOT_OURS = re.compile(r"\w+://\S+|#include <\S+>")  # addresses and system heade
 
 # Names without folders stand for that name in any folder.
 WRITTEN_BY_A_RUN = (
-    "config.yaml metrics.jsonl samples.jsonl nonfinite.jsonl reward_errors.txt curves.png evaluation.jsonl state.json"
+    "config.yaml metrics.jsonl samples.jsonl rollouts.jsonl nonfinite.jsonl reward_errors.txt curves.png "
+    "evaluation.jsonl state.json"
 ).split()
 ALLOWED = {
     "a run writes it into its folder": [*WRITTEN_BY_A_RUN, "iteration-*.jsonl", "evaluations/*.jsonl"],

@@ -18,6 +18,8 @@ from .services import Service, check_installed, start
 
 __all__ = ["Tracker", "check_installed"]
 
+ROLLOUTS = "rollouts.jsonl"
+
 
 class Tracker:
     """Writes files into the run folder. Every line is flushed, so that a killed run keeps its metrics and samples.
@@ -67,6 +69,9 @@ class Tracker:
             for name, lines in kept.items():
                 _replace(folder / name, "".join(line + "\n" for line in lines))
                 self._files[name] = open(folder / name, "a", encoding="utf-8")
+            _cut(folder / ROLLOUTS, iteration)
+            if config.tracking.rollouts:
+                self._files[ROLLOUTS] = open(folder / ROLLOUTS, "a", encoding="utf-8")
             _keep_errors_until(folder / "reward_errors.txt", iteration)
 
     def __enter__(self) -> Tracker:
@@ -116,6 +121,10 @@ class Tracker:
             for prompt, completion, score in rows[: self._config.tracking.samples]
         ]
         self._write("samples.jsonl", self._samples)
+
+    def rollouts(self, rows: list[dict[str, Any]]) -> None:
+        """Append the rows (rollout_log.py) of an iteration to rollouts.jsonl."""
+        self._write(ROLLOUTS, rows)
 
     def reward_error(self, iteration: int, error: str) -> None:
         """Append the text `error`, an exception of the reward function, to reward_errors.txt."""
@@ -178,6 +187,20 @@ def _lines_until(path: Path, iteration: int) -> list[str]:
                 break
             kept.append(line)
     return kept
+
+
+def _cut(path: Path, iteration: int) -> None:
+    """Remove the lines of later iterations, and an incomplete last line, from a JSONL file that may not fit in memory.
+    The lines are sorted by iteration."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
 def _keep_errors_until(path: Path, iteration: int) -> None:

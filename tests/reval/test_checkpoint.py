@@ -24,7 +24,10 @@ import reval.run_folder
 from reval.config import ConfigError, load_config
 from reval.errors import RunError
 from reval.loop import train
+from reval.model.loading import load_model
 from reval.model.saving import save_model
+from reval.replay import ReplayBuffer
+from reval.rollout_log import load_rollouts
 
 SMALL = ["run.iterations=7", "run.save_every=2", "data.held_out=4", "evaluation.every=3", "reference.reset_every=3"]
 
@@ -178,15 +181,44 @@ def test_the_only_pickle_in_a_checkpoint_is_the_index_of_dcp(tmp_path):
     assert {n for n in names if not n.endswith(allowed)} == {".metadata"}
 
 
-def test_logged_rollouts_are_replayed(tmp_path):
+def test_logged_rollouts_are_replayed(tmp_path, capsys):
     rollouts = tmp_path / "rollouts.jsonl"
     row = {"prompt_ids": [10, 11, 12], "response_ids": [13, 14, 1], "reward": 1.0}
-    rollouts.write_text("".join(json.dumps(row | {"response_ids": [13 + i, 1]}) + "\n" for i in range(16)))
+    rollouts.write_text("".join(json.dumps(row | {"response_ids": [13 + i, 1]}) + "\n" for i in range(40)))
     train(configured(tmp_path / "run", f"replay.preload={rollouts}", "run.iterations=1"))
     first = rows(tmp_path / "run")[0]
     assert first["buffer/size"] == 32 and first["reval/replay/residual_abs"] > 1, "with rewards of 1 / beta = 10"
+    assert "replay.preload has 40 rollouts, of which the last 32 stay (replay.capacity)" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="replay.preload"):
         train(configured(tmp_path / "none", "replay.preload=nowhere.jsonl"))
+
+
+def test_one_run_writes_the_rollouts_that_another_run_preloads(tmp_path, monkeypatch):
+    """The run dies in iteration 6 and goes on after iteration 4: its file equals that of an uninterrupted run."""
+    log = ["tracking.rollouts=true", "data.held_out=0", "replay.capacity=112"]
+    train(configured(tmp_path / "whole", *log))
+    with monkeypatch.context() as patch:
+        die_in(patch, 6)
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            train(configured(tmp_path / "dies", *log))
+    train(configured(tmp_path / "dies", "run.resume=auto", *log))
+    written = tmp_path / "dies" / "rollouts.jsonl"
+    assert written.read_text() == (tmp_path / "whole" / "rollouts.jsonl").read_text()
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [i for i in range(1, 8) for _ in range(16)]
+    config = configured(tmp_path / "new", f"replay.preload={written}", "replay.capacity=112")
+    saved = load_file(tmp_path / "whole" / "checkpoint" / "training" / "replay.safetensors")
+    loaded = ReplayBuffer(112)
+    loaded.add(load_rollouts(config, load_model(config.model)[0]))
+    for name in ("token_ids", "action_mask", "lengths", "numbers"):
+        assert loaded.state()[name].tolist() == saved[name].tolist(), name
+
+
+def test_a_resume_with_another_shaping_is_refused(tmp_path):
+    """The buffer holds shaped rewards."""
+    train(configured(tmp_path, "run.iterations=1", "data.held_out=0"))
+    with pytest.raises(ConfigError, match="reward.shaping must stay 'plus_minus_one'.*got 'centered'"):
+        train(configured(tmp_path, "run.resume=auto", "reward.shaping=centered", "data.held_out=0"))
 
 
 def test_a_resume_that_cannot_work_is_refused_before_anything_is_written(tmp_path):

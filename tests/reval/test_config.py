@@ -34,14 +34,14 @@ objective.beta objective.level objective.name objective.semi_gradient
 optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.packing optim.schedule optim.warmup
 optim.weight_decay
 reference.offload reference.reset_every
-replay.batch_size replay.capacity replay.preload replay.updates_per_iteration
+replay.batch_size replay.capacity replay.preload replay.preload_shaping replay.updates_per_iteration
 reward.function reward.shaping reward.timeout reward.workers
 rollout.ahead rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.probe_tokens
 rollout.prompts rollout.responses rollout.sync_every rollout.temperature rollout.timeout
 rollout.vllm_devices rollout.vllm_gpu_memory rollout.vllm_mode rollout.vllm_options
 run.best_metric run.dir run.display run.iterations run.overwrite run.resume run.save_every run.save_total_limit run.seed
 run.table run.threads
-tracking.name tracking.project tracking.samples tracking.tensorboard tracking.trackio tracking.wandb
+tracking.name tracking.project tracking.rollouts tracking.samples tracking.tensorboard tracking.trackio tracking.wandb
 """.split()
 
 
@@ -374,13 +374,15 @@ def test_an_unknown_name_gets_the_nearest_one(name, near, tmp_path):
 
 def test_names_with_nothing_near():
     assert error_of("replay.xyz=1") == (
-        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, batch_size, preload"
+        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, batch_size, preload, "
+        "preload_shaping"
     )
     assert error_of("zzz.xyz=1").startswith("unknown setting 'zzz.xyz'; the sections are model, data, rollout, ")
     assert error_of("zzz.xyz=1").endswith("; --help lists every setting")
     assert error_of("data.options.=1").startswith("unknown setting 'data.options.'")
     assert error_of("replay=3") == (
-        "'replay' is a section, with the settings capacity, updates_per_iteration, batch_size, preload; got 'replay=3'"
+        "'replay' is a section, with the settings capacity, updates_per_iteration, batch_size, preload, "
+        "preload_shaping; got 'replay=3'"
     )
 
 

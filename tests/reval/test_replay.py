@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from random import Random
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from reval.replay import ReplayBuffer, Trajectory, load_rollouts
+from reval.replay import ReplayBuffer, Trajectory
 
 
 def trajectory(reward: float = 0.0, iteration: int = 0) -> Trajectory:
@@ -98,40 +97,6 @@ def test_the_state_of_an_empty_buffer_loads():
     buffer = ReplayBuffer(3)
     buffer.load_state(ReplayBuffer(3).state())
     assert len(buffer) == 0 and buffer.sample(2, Random(0)) == []
-
-
-ROW = {"prompt_ids": [1, 2], "response_ids": [3, 4], "reward": 1}
-
-
-def test_logged_rollouts_start_a_buffer(tmp_path):
-    path = tmp_path / "rollouts.jsonl"
-    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | {"response_ids": [5], "reward": -0.5, "x": 0}) + "\n")
-    first, second = load_rollouts(str(path), 6)
-    assert first.token_ids.tolist() == [1, 2, 3, 4] and first.action_mask.tolist() == [False, False, True, True]
-    assert (second.reward, second.score, second.iteration, second.uses) == (-0.5, -0.5, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt_ids": [1], "reward": 1}, "line 2: has no 'response_ids'"),
-        (ROW | {"response_ids": [9]}, "line 2: token ids must be whole numbers from 0 to 5"),
-        (ROW | {"response_ids": [1.5]}, "line 2: token ids must be whole numbers"),
-        (ROW | {"response_ids": []}, "line 2: action_mask marks no token"),
-        (ROW | {"reward": None}, "line 2: float"),
-        ([1], "line 2: list"),
-    ],
-)
-def test_broken_rollouts_are_named_by_line(tmp_path, row, message):
-    path = tmp_path / "rollouts.jsonl"
-    path.write_text(json.dumps(ROW) + "\n" + json.dumps(row))
-    with pytest.raises(ValueError, match=message):
-        load_rollouts(str(path), 6)
-
-
-def test_a_missing_rollouts_file_is_named():
-    with pytest.raises(ValueError, match="replay.preload 'nowhere.jsonl' cannot be read: No such file"):
-        load_rollouts("nowhere.jsonl", 6)
 
 
 def test_check_sees_a_broken_buffer():

@@ -19,10 +19,19 @@ import torch
 
 from reval.config import Config, ConfigError, TrackingConfig
 from reval.evaluation.answers import Evaluation
-from reval.tracking import Tracker
+from reval.tracking import Tracker, _cut
 from reval.tracking.services import COLUMNS
 
 FILES = ("metrics.jsonl", "samples.jsonl", "reward_errors.txt")
+
+
+def test_rollouts_are_cut_to_the_checkpoint(tmp_path):
+    """An incomplete last line, which kill -9 leaves, goes too."""
+    whole = '{"iteration": 1}\n{"iteration": 2}\n'
+    for iteration, after, kept in ((2, '{"iteration": 3}\n', whole), (3, '{"iteration": 3', whole), (0, "", "")):
+        (tmp_path / "rollouts.jsonl").write_text(whole + after)
+        _cut(tmp_path / "rollouts.jsonl", iteration)
+        assert (tmp_path / "rollouts.jsonl").read_text() == kept
 
 
 class Answers(Evaluation):
