@@ -29,6 +29,8 @@ class Reference(NamedTuple):
     """float32 [B], V_ref(s_1)"""
     log_prob: Tensor
     """float32 [B], sum_h log pi_ref(a_h|s_h)"""
+    returns: Tensor
+    """float32 [B], R_ref: the sum of `v` and `log_prob`, rounded once."""
     values: TokenValues | None = None
     """float32 [B, T]; only for objective.level=token and subtrajectory, which need the values of single tokens."""
 
@@ -55,7 +57,7 @@ def reval(
     of the whole residual (objective.level=trajectory), of every d_h (token), or of the sum from each d_h to the end
     (subtrajectory).
     """
-    known = reference.v + reference.log_prob if config.level == "trajectory" else reference.values
+    known = reference.returns if config.level == "trajectory" else reference.values
     assert known is not None, "reference_policy.py keeps token values for the levels that need them"
     loss, residual = linear_reval_loss(
         hidden,

@@ -1,11 +1,14 @@
 """The reference policy, and its values of trajectories.
 
-Each trajectory stores V_ref(s_1) and sum_h log pi_ref(a_h|s_h) in `Trajectory.reference`. The loss needs only the sum
-of these two numbers (docs/method.md section 3). The trajectory also stores the version of the reference that computed
-them. A reset of the reference makes the stored values stale; `annotate` recomputes them when an update next uses the
-trajectory. As long as no values are stale, the reference computes nothing and its weights need not be on the GPU.
+Each trajectory stores V_ref(s_1) and sum_h log pi_ref(a_h|s_h) in `Trajectory.reference`, and their sum, the return
+R_ref, which is all that the loss needs (docs/method.md section 3). R_ref is summed in float64 and rounded to float32
+once, as the loss does it with the policy's return: so a policy equal to its reference has the residual 0.
 
-    Trajectory.reference = {"version": int, "v": float, "log_prob": float}
+The trajectory also stores the version of the reference that computed these numbers. A reset of the reference makes the
+stored values stale; `annotate` recomputes them when an update next uses the trajectory. As long as no values are stale,
+the reference computes nothing and its weights need not be on the GPU.
+
+    Trajectory.reference = {"version": int, "v": float, "log_prob": float, "returns": float}
     with objective.level=token or subtrajectory also "values": float32 [H, 3], q, v and log_prob of the H actions
 """
 
@@ -119,8 +122,9 @@ class ReferencePolicy:
         """The dictionary that each trajectory of the micro-batch stores."""
         batch = micro.batch
         out = token_values(model, batch, self._config.model)
-        v, log_prob = out.v[:, 0].tolist(), out.log_prob.sum(1).tolist()
-        rows = [{"version": self.version, "v": a, "log_prob": b} for a, b in zip(v, log_prob, strict=True)]
+        returns = out.v[:, 0].cpu().double() + out.log_prob.cpu().double().sum(1)
+        numbers = zip(out.v[:, 0].tolist(), out.log_prob.sum(1).tolist(), returns.tolist(), strict=True)
+        rows = [{"version": self.version, "v": v, "log_prob": log, "returns": r} for v, log, r in numbers]
         if self._config.objective.level != "trajectory":
             per_token, mask = torch.stack(out[:3], -1).cpu().numpy(), batch.mask.cpu().numpy()
             for i, row in enumerate(rows):
@@ -132,9 +136,9 @@ def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
     """The stored reference values of annotated trajectories, as tensors for `batch`, which has the same trajectories in
     the same order."""
     device = batch.mask.device
-    v, log_prob = (
+    v, log_prob, returns = (
         torch.tensor([t.reference[key] for t in trajectories], dtype=torch.float32, device=device)
-        for key in ("v", "log_prob")
+        for key in ("v", "log_prob", "returns")
     )
     values = None
     if "values" in trajectories[0].reference:
@@ -142,4 +146,4 @@ def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
         stored = np.concatenate([t.reference["values"] for t in trajectories])
         padded[batch.mask] = torch.from_numpy(stored).to(device)
         values = TokenValues(*padded.unbind(-1))
-    return Reference(v, log_prob, values)
+    return Reference(v, log_prob, returns, values)

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+NUMBERS = ("v", "log_prob", "returns")
+"""The numbers in `Trajectory.reference` that the state of a buffer holds, see reference_policy.py."""
+
 
 @dataclass(slots=True, eq=False)
 class Trajectory:
@@ -109,7 +112,7 @@ class ReplayBuffer:
             "numbers": np.array([[t.reward, t.score] for t in held], np.float64).reshape(-1, 2),
             "counts": np.array([[t.iteration, t.finished, t.uses] for t in held], np.int64).reshape(-1, 3),
             "reference_version": np.array([r.get("version", -1) for r in found], np.int64),
-            "reference": np.array([[r.get("v", 0), r.get("log_prob", 0)] for r in found], np.float64).reshape(-1, 2),
+            "reference": np.array([[r.get(key, 0) for key in NUMBERS] for r in found], np.float64).reshape(-1, 3),
             "has_values": np.array(["values" in r for r in found], bool),
             "values": np.concatenate([np.empty((0, 3), np.float32), *values]),
         }
@@ -132,8 +135,7 @@ class ReplayBuffer:
                 uses=uses,
             )
             if (version := int(arrays["reference_version"][i])) >= 0:
-                v, log_prob = arrays["reference"][i].tolist()
-                t.reference = {"version": version, "v": v, "log_prob": log_prob}
+                t.reference = {"version": version} | dict(zip(NUMBERS, arrays["reference"][i].tolist(), strict=True))
             if arrays["has_values"][i]:
                 count = int(t.action_mask.sum())
                 t.reference["values"] = arrays["values"][values_from : values_from + count]

@@ -100,7 +100,8 @@ def bellman_loss(
     Args:
         values: the policy's TokenValues, [B, T] padded or [N] packed, differentiable.
         reference: the reference policy's TokenValues of the same shape. Or, for level "trajectory", its returns [B],
-            V_ref(s_1) + sum_h log pi_ref(a_h|s_h). They get no gradient.
+            V_ref(s_1) + sum_h log pi_ref(a_h|s_h), best summed in float64 and then rounded to the dtype of the values,
+            as it is done here with the policy's return. They get no gradient.
         rewards, mask, cu_seqlens, beta, backend: as in `td_targets`.
         level: "trajectory", "token" or "subtrajectory".
         semi_gradient: no gradient through the TD target; for level "token" only. arXiv 2505.15311, appendix H.3, shows

@@ -76,7 +76,7 @@ def test_a_saved_state_loads_from_a_file(tmp_path, trajectories):
     for i, t in enumerate(members):
         t.uses, t.finished, t.iteration = i, i % 2 == 0, 3 * i
         if i % 3:
-            t.reference = {"version": i, "v": 1 / (i + 1), "log_prob": -1e5 / 3}
+            t.reference = {"version": i, "v": 1 / (i + 1), "log_prob": -1e5 / 3, "returns": -1e5 / 7}
         if i % 3 == 2:
             t.reference["values"] = np.random.default_rng(i).random((int(t.action_mask.sum()), 3), np.float32)
     buffer.add(members)

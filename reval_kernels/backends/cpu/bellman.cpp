@@ -141,7 +141,8 @@ struct Loss {
     double sum = 0;
     if (returns) {
       for (int64_t h = 0; h < at.size(); ++h) sum += log_prob[at[h]];
-      return v[at[0]] + sum - (*returns)[b] - outcome;
+      // The policy's return is rounded to T as the reference's was: equal policies have the residual 0.
+      return static_cast<T>(v[at[0]] + sum) - (*returns)[b] - outcome;
     }
     for (int64_t h = 0; h < at.size(); ++h) sum += delta_log(at[h]);
     return delta_v(at[0]) + sum - outcome;

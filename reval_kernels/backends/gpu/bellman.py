@@ -181,7 +181,8 @@ def loss_kernel(
     first = _action(where, start, count * 0, count, mask is not None)
     total = _minus(v, v_ref, first, count > 0, PER_TOKEN) + tl.sum(sums, 0)
     if not PER_TOKEN:
-        total -= tl.load(returns + b).to(tl.float64)
+        # The policy's return is rounded to fp32 as the reference's was: equal policies have the residual 0.
+        total = total.to(tl.float32).to(tl.float64) - tl.load(returns + b).to(tl.float64)
     total = tl.where(count > 0, total - outcome, 0.0)
     tl.store(residual + b, total)
 
