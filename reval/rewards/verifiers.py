@@ -18,7 +18,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -26,6 +25,9 @@ from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from reval.rewards.equality import equal, readable
+from reval.rewards.final_answer import final_answer
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -40,7 +42,6 @@ class RewardError(ValueError):
 
 _NUMBER = re.compile(r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 _EXPRESSION = re.compile(r"[0-9 +\-*/x×()]+")
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def score_number(
@@ -65,12 +66,13 @@ def score_number(
 def score_math(
     prompts: list, completions: list[str], completion_ids: list[list[int]], **columns: list
 ) -> list[float | None]:
-    r"""Reward 1.0 if math-verify finds the completion's final answer equal to column `answer`, else 0.0.
+    r"""Reward 1.0 if the completion's final answer is equal to the column `answer`, else 0.0.
 
-    The final answer of a completion is the content of the last closed `\boxed{...}`. Without a box, math-verify
-    extracts the final answer. The column `answer` holds LaTeX, with or without $ around it, and only the answer, no
-    worked solution. A completion that math-verify cannot read scores 0.0. If math-verify cannot read the column's
-    answer, the reward is None, because no completion could then be right.
+    `final_answer` says what the final answer of a completion is; docs/extending.md says what counts as equal.
+    math-verify judges expressions. The column `answer` holds only the answer, no worked solution: LaTeX or plain text,
+    with or without $ around it, a number, or a list of answers that are all required. What follows "####" in it is the
+    answer, as in GSM8K. If the column's answer is empty or cannot be read, the reward is None, because no completion
+    could then be right.
 
     This function has no time limit: `10^{10^{10}}` in a completion never returns. Run this function in a RewardPool,
     which kills the process. The time limits of math-verify are switched off, because they are signal handlers: a
@@ -79,19 +81,17 @@ def score_math(
     Raises:
         ValueError: no column `answer`.
     """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # hides the warning that its time limits are off
     rewards: list[float | None] = []
     for completion, answer in zip(completions, _column("math", "answer", columns), strict=True):
-        gold = [] if answer is None else _parse_gold(str(answer).strip())
-        if not gold:
+        gold = _gold_text(answer)
+        if not readable(gold):
             rewards.append(None)
             continue
-        box = _last_box(completion)
-        final = completion if box is None else rf"\boxed{{{box}}}"
-        found = parse(final, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None)
-        rewards.append(float(verify(gold, found, timeout_seconds=None)))
+        try:
+            final = final_answer(completion)
+            rewards.append(float(final is not None and equal(gold, final)))
+        except RecursionError:  # thousands of brackets in each other
+            rewards.append(0.0)
     return rewards
 
 
@@ -272,29 +272,11 @@ def _gold_number(answer: Any) -> Decimal:
     return number
 
 
-@functools.lru_cache(maxsize=4096)  # all responses to a prompt have the same answer
-def _parse_gold(answer: str) -> list:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    wrapped = answer if len(answer) > 1 and answer[0] == answer[-1] == "$" else f"${answer}$"
-    configs = [LatexExtractionConfig(), ExprExtractionConfig()]
-    return parse(wrapped, configs, fallback_mode="no_fallback", parsing_timeout=None)
-
-
-def _last_box(text: str) -> str | None:
-    r"""Content of the `\boxed{...}` that closes last, found in one pass. None if no box is closed."""
-    box = None
-    open_braces: list[int | None] = []  # for a box, the index where its content starts; for any other brace, None
-    for match in _BOX_OR_BRACE.finditer(text):
-        token = match.group()
-        if token == "}":
-            start = open_braces.pop() if open_braces else None
-            box = box if start is None else text[start : match.start()]
-        elif token == "{":
-            open_braces.append(None)
-        elif token.startswith(r"\boxed"):
-            open_braces.append(match.end())
-    return box
+def _gold_text(answer: Any) -> str:
+    if answer is None:
+        return ""
+    text = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
+    return text.rpartition("####")[2].strip()
 
 
 def _gym_metadata(given: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from reval import config
 from reval.evaluation import benchmarks
 from reval.evaluation.benchmarks import BENCHMARKS, GPQA_COLUMNS, load_benchmark
+from reval.rewards.verifiers import score_math
 
 ROWS = {
     "aime24": {"id": 60, "problem": "P", "solution": "long", "answer": "204", "url": "u", "year": "2024"},
@@ -66,6 +67,28 @@ def test_gpqa_letters_point_at_the_right_choice_and_do_not_depend_on_the_file(tm
         assert sorted(line[4:] for line in row["prompt"].splitlines() if line[:1] == "(") == ["right", "w1", "w2", "w3"]
     write(tmp_path, "gpqa", *reversed(rows))
     assert load_benchmark("gpqa", tmp_path)[1] == first[::-1]
+
+
+def test_gpqa_is_scored_by_its_letter(tmp_path, no_hub):
+    write(tmp_path, "gpqa", *(ROWS["gpqa"] | {"Question": f"Q{i}"} for i in range(8)))
+    _, rows = load_benchmark("gpqa", tmp_path)
+    forms = (
+        "{}",
+        "({})",
+        "Answer: {}",
+        "**{}**",
+        "The final answer is {}.",
+        r"\boxed{{{}}}",
+        "{}. right",
+        "Hm.\n\n({})",
+    )
+    for row in rows:
+        others = [letter for letter in "ABCD" if letter != row["answer"]]
+        for form in forms:
+            texts = [form.format(letter) for letter in (row["answer"], *others)]
+            assert score_math([""] * 4, texts, [[1]] * 4, answer=[row["answer"]] * 4) == [1.0, 0.0, 0.0, 0.0], texts
+        hedged = [f"{row['answer']} or {others[0]}", "A, B, C, D", "(A) or (B)", row["answer"].lower(), ""]
+        assert score_math([""] * 5, hedged, [[1]] * 5, answer=[row["answer"]] * 5) == [0.0] * 5
 
 
 def test_a_local_file_may_simply_have_prompt_and_answer(tmp_path, no_hub):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reval.rewards.answers import extractor_of, math_answer, normalise, number_answer, tagged_answer
+from reval.rewards.answers import canonical, extractor_of, math_answer, number_answer, tagged_answer
 
 
 @pytest.mark.parametrize(
@@ -19,23 +19,32 @@ from reval.rewards.answers import extractor_of, math_answer, normalise, number_a
     ],
 )
 def test_spellings_of_one_answer(alike):
-    assert len({normalise(text) for text in alike}) == 1, [normalise(text) for text in alike]
+    assert len({canonical(text) for text in alike}) == 1, [canonical(text) for text in alike]
 
 
 def test_answers_that_differ_stay_apart():
     texts = ["1/2", "1/3", "(1,2)", "[1,2]", "x+1", "x-1", "1,23", "123", "12", "a", "b", "", "1/0", r"\sqrt{2}"]
-    assert len({normalise(text) for text in texts}) == len(texts)
+    assert len({canonical(text) for text in texts}) == len(texts)
 
 
 def test_number_follows_the_verifier_s_rule():
     assert [number_answer(t) for t in ("7", " 3 + 4 = 7.0.", "1,000", "about 7", "")] == ["7", "7", "1000", None, None]
 
 
-def test_math_takes_the_last_box_else_the_last_number():
+def test_a_number_may_have_any_number_of_digits():
+    # Python refuses to convert integers of more than 4300 digits to text.
+    assert number_answer("9" * 4301) == "9" * 4301
+    assert number_answer("-0.0" + "9" * 4301) == "-0.0" + "9" * 4301
+    assert math_answer(r"\boxed{" + "9" * 4301 + "}") == "9" * 4301
+    assert [number_answer(t) for t in ("-0.0", "007.50", "100", "1,000,000")] == ["0", "7.5", "100", "1000000"]
+
+
+def test_math_takes_the_final_answer_of_the_verifier():
     assert math_answer(r"first \boxed{1}, no: \boxed{\frac{1}{2}} and 9") == "1/2"
-    assert math_answer("so 3 apples and 1,200 pears.") == "1200"
+    assert math_answer("so 3 apples and 1,200 pears. The answer is 1,200 pears.") == "1200"
+    assert math_answer("There are 3 apples and 1,200 pears.") is None
+    assert math_answer(r"<think>\boxed{1}</think> \boxed{2}") == "2"
     assert math_answer(r"\boxed{}") is None
-    assert math_answer("none") is None
 
 
 def test_math_extraction_computes_nothing():

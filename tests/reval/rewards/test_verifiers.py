@@ -3,15 +3,18 @@
 Most cases of `number` are wrong answers. A rule "take the last number" would pass every test with right answers.
 """
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reval.rewards import VERIFIERS, RewardError, resolve, verifiers
+from reval.rewards import VERIFIERS, RewardError, RewardPool, resolve, verifiers
+from reval.rewards.final_answer import final_answer
 
 
 def score(name, completion, **columns):
@@ -149,9 +152,22 @@ def test_math(completion, answer, reward):
 
 
 def test_the_last_box_ends_at_its_own_brace():
-    assert verifiers._last_box(r"{ } } \boxed{3} \boxed{\left\{\frac{1}{2}\right.} }") == r"\left\{\frac{1}{2}\right."
-    assert verifiers._last_box(r"\boxed 7 \fbox{7} boxed{7}") is None
-    assert verifiers._last_box("\\boxed{" * 100_000) is None  # one scan per box instead of one pass would take minutes
+    assert final_answer(r"{ } } \boxed{3} or so \boxed{\left\{\frac{1}{2}\right.} }") == r"\left\{\frac{1}{2}\right."
+    assert final_answer(r"so it is \boxed 7 or boxed{7}") is None
+    assert final_answer("\\boxed{" * 100_000) is None  # one scan per box instead of one pass would take minutes
+
+
+def test_math_and_its_table():
+    r"""Every row of math_pairs.jsonl: the column `answer`, a completion, and whether a mathematician calls it right."""
+    lines = (Path(__file__).parent / "math_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    golds, completions = [row["gold"] for row in rows], [row["response"] for row in rows]
+    right = sum(row["right"] for row in rows)
+    assert len(rows) >= 1000 and 0.4 < right / len(rows) < 0.6
+    with RewardPool("math", workers=2, timeout=60) as pool:
+        scores = pool.score([""] * len(rows), completions, [[1]] * len(rows), {"answer": golds})
+    assert (scores.timeouts, scores.errors, scores.first_error) == (0, 0, None)
+    assert [row for row, reward in zip(rows, scores.rewards, strict=True) if reward != row["right"]] == []
 
 
 def test_math_is_quiet_about_its_disabled_time_limits():
