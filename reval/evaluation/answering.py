@@ -18,7 +18,6 @@ from ..distributed import World
 from ..errors import RunError
 from ..model.dtypes import with_dtypes
 from ..rewards import RewardError, RewardPool
-from ..rewards.answers import Extractor, extractor_of
 from ..rollout import Response, RolloutEngine
 from ..scoring import score
 from .answers import Answered, Evaluation
@@ -59,13 +58,13 @@ def evaluate(
         with _pools(own, pool, config) as pools:
             texts, scores = _scored(own, sampled, pools, tokenizer, config, failures)
             greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config, failures)
+            extracted = _extracted(own, texts, pools, config)
     except RewardError as error:
         failure = str(error)
     # All processes raise together. If one raised alone, the others would wait for it in the next collective.
     for message in world.gather(failure):
         if message:
             raise RewardError(message)
-    extractors = {function: extractor_of(function) for function in pools}
     answers = [
         Answered(
             p.prompt,
@@ -75,7 +74,7 @@ def evaluate(
             next(iter(greedy_scores[i]), None),
             benchmark=p.benchmark,
             answer=p.columns.get("answer"),
-            extracted=_extracted(extractors[_function(p, config)], texts[i]),
+            extracted=extracted[i],
             lengths=[len(r.token_ids) for r in sampled[i]],
             finished=[r.finished for r in sampled[i]],
         )
@@ -178,8 +177,19 @@ def _endogenous(
     return out
 
 
-def _extracted(extractor: Extractor | None, texts: list[str]) -> list[str | None] | None:
-    return None if extractor is None else [extractor(text) for text in texts]
+def _extracted(
+    problems: list[Problem], texts: list[list[str]], pools: dict[str, RewardPool], config: Config
+) -> list[list[str | None] | None]:
+    """The final answers in each problem's texts. None if the reward function has no extractor."""
+    out: list[list[str | None] | None] = [None] * len(problems)
+    for function, pool in pools.items():
+        places = [i for i, p in enumerate(problems) if _function(p, config) == function]
+        found = pool.extract([text for i in places for text in texts[i]])
+        if found is not None:
+            answers = iter(found)
+            for i in places:
+                out[i] = [next(answers) for _ in texts[i]]
+    return out
 
 
 def evaluate_components(components: Components, config: Config) -> Evaluation:

@@ -1,8 +1,8 @@
 r"""Extracts the final answer of a completion as text, for majority votes (maj@k).
 
 Two answers count as equal when their texts are equal after `canonical`. A verifier recognises more equal answers: here
-`x+1` and `1+x` are two answers. Your own reward function supports votes if it has the attribute `extract_answer`, a
-function from the completion to text or None.
+`x+1` and `1+x` are two answers. `RewardPool.extract` runs these functions in its workers. Your own reward function
+supports votes if it has the attribute `extract_answer`, a function from the completion to text or None.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .final_answer import final_answer
 from .normalize import normalize
 from .quantities import quantity
 from .structure import spelling
-from .verifiers import _final_number, resolve
+from .verifiers import RewardFunction, _final_number
 
 Extractor = Callable[[str], str | None]
 
@@ -54,12 +54,12 @@ EXTRACTORS: dict[str, Extractor] = {
 }
 
 
-def extractor_of(spec: str) -> Extractor | None:
-    """The function that extracts answers for the reward function `spec` (see `resolve`).
+def extractor_of(spec: str, function: RewardFunction) -> Extractor | None:
+    """The function that extracts answers for the reward function `spec`, which `resolve` found.
 
-    None if `spec` is your own reward function and has no attribute `extract_answer`.
+    None if `function` is your own and has no attribute `extract_answer`.
     """
-    return EXTRACTORS.get(spec) or getattr(resolve(spec), "extract_answer", None)
+    return EXTRACTORS.get(spec) or getattr(function, "extract_answer", None)
 
 
 def canonical(answer: str) -> str:

@@ -4,9 +4,10 @@ A computer algebra system that gets `10^{10^{10}}` computes for ever. It does so
 do not interrupt: only killing the process ends the computation. So worker processes score the completions, and a killed
 worker is replaced. A process is not a sandbox: a reward function has all rights of the user who runs the trainer.
 
-`RewardPool` starts and kills the processes. `_Job` keeps the state of one call to `score`. `_work` is the function that
-a worker process runs. The stdout of workers goes to stderr, so that the output of a reward function does not mix with
-the trainer's output.
+`RewardPool` starts and kills the processes. `_Job` keeps the state of one call to `score` or `extract`. `_work` is the
+function that a worker process runs. A worker leads a process group of its own: whoever kills the worker also kills the
+processes that the reward function started. Only a process that leaves the group (`start_new_session=True`) escapes. The
+stdout of workers goes to stderr, so that the output of a reward function does not mix with the trainer's output.
 """
 
 import contextlib
@@ -20,14 +21,17 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from reval.rewards.answers import Extractor, extractor_of
 from reval.rewards.verifiers import RewardError, RewardFunction, resolve
 
 _STARTUP_SECONDS = 120.0  # limit for the imports of a worker; importing torch from a cold disk takes tens of seconds
@@ -75,7 +79,8 @@ class RewardPool:
 
     Workers are spawned processes. They import the main module of the program and then `function`; these imports do not
     count against `timeout`. The main module is imported under another name, so protect the code that it runs with
-    `if __name__ == "__main__":`. Use a pool from one thread at a time.
+    `if __name__ == "__main__":`. Use a pool from one thread at a time. `function` may start processes, with
+    multiprocessing too; they end with their worker.
 
     Args:
         function: spec for `resolve`: a registered name, "package.module:function" or "path/to/file.py:function".
@@ -98,6 +103,8 @@ class RewardPool:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
         self._closed = False
+        self._extracts = False
+        weakref.finalize(self, _kill_all, self._workers)  # at the end of a program that forgets to close
         try:
             self._fill()
             while any(worker.starting for worker in self._workers):
@@ -127,9 +134,28 @@ class RewardPool:
                 is wrong. (A failure for a single completion may have either cause, and is only counted in `errors`.)
             ValueError: lengths differ, or a column has the name of another argument.
         """
+        return self._do(
+            _Job("score", self._function, prompts, completions, completion_ids, columns, workers=self._count)
+        )
+
+    def extract(self, completions: list[str]) -> list[str | None] | None:
+        """The final answer of each completion, for majority votes. None if the reward function has no extractor.
+
+        The extractor runs in the workers, under the time limit of `score`. The answer is None where the extractor
+        returned None, raised or was killed.
+
+        Raises:
+            RewardError: the extractor returned something else than text or None, or failed for every one of at least
+                two completions.
+        """
+        if not self._extracts:
+            return None
+        nothing: list = [None] * len(completions)
+        return self._do(_Job("extract", self._function, nothing, completions, nothing, {}, workers=self._count)).rewards
+
+    def _do(self, job: "_Job") -> Any:
         if self._closed:
-            raise RuntimeError("RewardPool.score was called after close()")
-        job = _Job(self._function, prompts, completions, completion_ids, columns, workers=self._count)
+            raise RuntimeError(f"RewardPool.{job.what} was called after close()")
         for worker in [w for w in self._workers if not w.process.is_alive()]:
             self._discard(worker)  # this worker died between two calls, so no completion counts as an error
         try:
@@ -175,7 +201,7 @@ class RewardPool:
 
     def _discard(self, worker: "_Worker") -> None:
         self._workers.remove(worker)
-        worker.process.kill()
+        _kill(worker)
         worker.connection.close()
         worker.process.join(_TRANSFER_SECONDS)
         with contextlib.suppress(ValueError):  # the process still runs: it is stuck in a system call
@@ -212,7 +238,8 @@ class RewardPool:
                 if kind == "died" and late:
                     kind = "late"  # the worker may have ended itself, see `_ORPHAN_SECONDS`
             elif late:
-                kind, value = "late", None
+                # A process that the worker started may hold the pipe open after the worker's death.
+                kind, value = ("late", None) if worker.process.is_alive() else _death(worker)
             else:
                 continue
             if worker.starting:
@@ -226,7 +253,7 @@ class RewardPool:
 
     def _finish_start(self, worker: "_Worker", kind: str, value: Any) -> None:
         if kind == "ready":
-            worker.starting, worker.deadline = False, None
+            worker.starting, worker.deadline, self._extracts = False, None, value
             return
         self._discard(worker)
         name = f"reward function {self._function!r}"
@@ -258,10 +285,18 @@ class _Worker:
 
 
 class _Job:
-    """State of one call to `score`: the queue of chunks not yet sent, and the results so far."""
+    """State of one call to `score` or `extract`: the queue of chunks not yet sent, and the results so far."""
 
     def __init__(
-        self, function: str, prompts: list, completions: list, completion_ids: list, columns: dict, *, workers: int
+        self,
+        what: str,
+        function: str,
+        prompts: list,
+        completions: list,
+        completion_ids: list,
+        columns: dict,
+        *,
+        workers: int,
     ) -> None:
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         for name in columns:
@@ -271,7 +306,8 @@ class _Job:
         for name, values in {**own, **columns}.items():
             if len(values) != count:
                 raise ValueError(f"{name} must have one entry per completion ({count}), but has {len(values)}")
-        self._function = function
+        self.what = what
+        self._name = _name(what, function)
         self._inputs = (prompts, completions, completion_ids)
         self._columns = columns
         self._scores = Scores(rewards=[None] * count, timeouts=0, errors=0, first_error=None)
@@ -282,10 +318,10 @@ class _Job:
         self.queue = deque(list(range(start, min(start + size, count))) for start in range(0, count, size))
 
     def payload(self, indices: list[int]) -> tuple:
-        """The message to a worker: (indices, inputs, columns) of these completions, for `_run`."""
+        """The message to a worker: (what, indices, inputs, columns) of these completions, for `_run`."""
         inputs = [[values[i] for i in indices] for values in self._inputs]
         columns = {name: [values[i] for i in indices] for name, values in self._columns.items()}
-        return indices, inputs, columns
+        return self.what, indices, inputs, columns
 
     def record(self, indices: list[int], kind: str, value: Any) -> None:
         """Store the result of a task: rewards, or the reason why there are none."""
@@ -311,13 +347,28 @@ class _Job:
         scores, count = self._scores, len(self._scores.rewards)
         if scores.errors == count > 1:
             raise AllFailedError(
-                f"reward function {self._function!r} failed for all {count} completions; the first was "
-                f"{scores.first_error}",
-                scores,
+                f"{self._name} failed for all {count} completions; the first was {scores.first_error}", scores
             )
         if scores.errors == 0:
             scores.first_error = self._chunk_error
         return scores
+
+
+def _name(what: str, function: str) -> str:
+    return ("" if what == "score" else "extract_answer of ") + f"reward function {function!r}"
+
+
+def _kill(worker: _Worker) -> None:
+    """Kill a worker and the processes that it started."""
+    pid = worker.process.pid
+    with contextlib.suppress(OSError):  # there is no such group: the worker has not made it yet, or all have ended
+        os.killpg(pid, signal.SIGKILL)  # type: ignore[arg-type]
+    worker.process.kill()
+
+
+def _kill_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        _kill(worker)
 
 
 def _receive(worker: _Worker) -> tuple[str, Any]:
@@ -355,8 +406,11 @@ def _bound_transfers(connection: Connection, seconds: int) -> None:
 
 def _work(connection: Connection, function: str, timeout: float) -> None:
     """Score tasks until the pool closes the pipe or the trainer's process ends."""
+    os.setpgid(0, 0)  # a group of its own, see `_kill`; the terminal's Ctrl-C does not reach it
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C or a closed terminal reaches all; only the trainer acts on it
+        signal.signal(number, signal.SIG_IGN)  # only the trainer acts on an interrupt or a closed terminal
+    multiprocessing.current_process().daemon = False  # a daemonic process may not start processes
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
     # multiprocessing ends its processes with SIGTERM. If the trainer ignores SIGTERM, the worker inherits that.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout = sys.stderr
@@ -366,16 +420,25 @@ def _work(connection: Connection, function: str, timeout: float) -> None:
     with contextlib.suppress(EOFError, OSError):
         _serve(connection, function, timeout)
     sys.stderr.flush()
-    os._exit(0)  # sys.exit would wait for threads that the reward function started
+    os.killpg(0, signal.SIGKILL)  # sys.exit would wait for threads and processes that the reward function started
+
+
+def _end_with_trainer() -> None:
+    """If the trainer is killed, end this worker and the processes that it started."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    wait([trainer.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def _serve(connection: Connection, function: str, timeout: float) -> None:
     with open(os.devnull, "w") as nowhere:
-        # If the trainer is killed, nobody kills a worker that hangs. This timer then ends the worker. The timer needs
-        # neither the interpreter lock nor a signal handler, so it works while C code runs.
+        # If the trainer is killed, `_end_with_trainer` ends this worker, unless C code holds the interpreter lock for
+        # ever. This timer then ends the worker. The timer needs neither the lock nor a signal handler.
         faulthandler.dump_traceback_later(_STARTUP_SECONDS + _ORPHAN_SECONDS, exit=True, file=nowhere)
         try:
             reward = resolve(function)
+            extractor = extractor_of(function, reward)
         except RewardError as error:
             connection.send(("unloadable", str(error)))
             return
@@ -383,25 +446,41 @@ def _serve(connection: Connection, function: str, timeout: float) -> None:
             text = f"reward function {function!r} cannot be loaded:\n{_short_traceback(error)}"
             connection.send(("unloadable", text))
             return
-        connection.send(("ready", None))
+        connection.send(("ready", extractor is not None))
         while True:
             faulthandler.cancel_dump_traceback_later()
             task = connection.recv_bytes()
             faulthandler.dump_traceback_later(timeout + _ORPHAN_SECONDS, exit=True, file=nowhere)
-            connection.send(_run(reward, function, task))
+            connection.send(_run(reward, extractor, function, task))
 
 
-def _run(reward: RewardFunction, function: str, task: bytes) -> tuple[str, Any]:
-    """Score one task. Returns ("scored", rewards), ("raised", traceback) or ("invalid", message about the result)."""
+def _run(reward: RewardFunction, extractor: Extractor | None, function: str, task: bytes) -> tuple[str, Any]:
+    """Do one task. Returns ("scored", results), ("raised", traceback) or ("invalid", message about the results)."""
     try:
-        indices, (prompts, completions, completion_ids), columns = pickle.loads(task)
-        result = reward(prompts, completions, completion_ids, **columns)
+        what, indices, (prompts, completions, completion_ids), columns = pickle.loads(task)
+        if what == "extract":
+            assert extractor is not None, "the pool asks only a function with an extractor"
+            result: object = [extractor(completion) for completion in completions]
+        else:
+            result = reward(prompts, completions, completion_ids, **columns)
     except BaseException as error:  # includes SystemExit, which a script that a verifier runs may raise
         return "raised", _short_traceback(error)
     try:
-        return "scored", _checked(result, function, indices, completions)
+        check = _checked_answers if what == "extract" else _checked
+        return "scored", check(result, function, indices, completions)
     except RewardError as error:
         return "invalid", str(error)
+
+
+def _checked_answers(result: Any, function: str, indices: list[int], completions: list[str]) -> list[str | None]:
+    """The extracted answers. RewardError unless each is text or None."""
+    for index, completion, answer in zip(indices, completions, result, strict=True):
+        if answer is not None and not isinstance(answer, str):
+            raise RewardError(
+                f"{_name('extract', function)} must return text or None, but returned {reprlib.repr(answer)} "
+                f"({type(answer).__name__}) for {_name_completion(index, completion)}"
+            )
+    return result
 
 
 def _checked(result: object, function: str, indices: list[int], completions: list[str]) -> list[float | None]:

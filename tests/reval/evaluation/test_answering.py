@@ -17,6 +17,7 @@ from reval.distributed import World
 from reval.evaluation.answering import evaluate, main
 from reval.evaluation.answers import Answered, Evaluation
 from reval.rewards import RewardError, Scores
+from reval.rewards.answers import number_answer
 from reval.rollout import Response
 
 
@@ -38,6 +39,9 @@ class Lookup:
     def score(self, prompts, completions, completion_ids, columns):
         pairs = zip(completions, columns["answer"], strict=True)
         return Scores([None if c == "?" else float(c.startswith(a)) for c, a in pairs], 0, 0, None)
+
+    def extract(self, completions):
+        return [number_answer(c) for c in completions]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from reval.rewards import resolve
 from reval.rewards.answers import canonical, extractor_of, math_answer, number_answer, tagged_answer
 
 
@@ -64,6 +65,6 @@ def test_a_function_of_yours_may_bring_its_own(tmp_path):
         "def other(prompts, completions, completion_ids, **columns):\n    return [0.0 for _ in completions]\n"
         "score.extract_answer = str.upper\n"
     )
-    extract = extractor_of(f"{path}:score")
+    extract = extractor_of(f"{path}:score", resolve(f"{path}:score"))
     assert extract is not None and extract("a") == "A"
-    assert extractor_of(f"{path}:other") is None
+    assert extractor_of(f"{path}:other", resolve(f"{path}:other")) is None

@@ -8,6 +8,7 @@ because a busy machine may stall a worker for a second. No test measures speed; 
 
 import ctypes
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -70,6 +71,17 @@ def obedient(prompts, completions, completion_ids, **columns):
             if len(completions) > 1:
                 raise RuntimeError("one at a time, please")
             rewards.append(1.0)
+        elif completion.startswith("child and "):
+            child = subprocess.Popen(["sleep", "1000"])
+            Path(columns["file"][0]).write_text(str(child.pid))
+            if completion == "child and wait":
+                child.wait()
+            elif completion == "child and die":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            rewards.append(1.0)
+        elif completion == "processes":
+            with multiprocessing.Pool(2) as children:
+                rewards.append(sum(children.map(abs, [-1, -2, -3])))
         elif completion == "pid":
             rewards.append(os.getpid())
         else:
@@ -90,6 +102,18 @@ OBEDIENT = f"{__file__}:obedient"
 
 def score(pool, completions, **columns):
     return pool.score(["prompt"] * len(completions), completions, [[1]] * len(completions), columns)
+
+
+def answer_of(completion):
+    """The extractor of `obedient`."""
+    if completion == "sleep":
+        time.sleep(1000)
+    if completion == "raise":
+        raise KeyError("no such luck")
+    return {"none": None, "number": 7}.get(completion, f"<{completion}>")
+
+
+obedient.extract_answer = answer_of
 
 
 def numbers(count):
@@ -227,6 +251,29 @@ def test_math_that_never_ends_freezes_nothing():
     assert scores == Scores([0.0] * 4 + [None] + [0.0] * 2 + [1.0], 1, 0, None)
 
 
+def test_answers_are_extracted_in_the_workers():
+    completions = numbers(40)
+    completions[3], completions[17], completions[30] = "none", "raise", "sleep"
+    with RewardPool(OBEDIENT, timeout=2) as pool:
+        assert pool.extract(completions) == [None if i in (3, 17, 30) else f"<{i}>" for i in range(40)]
+        with pytest.raises(
+            RewardError, match=r"extract_answer of reward function .*obedient' must return text or None, "
+        ):
+            pool.extract(["1", "number"])
+        with pytest.raises(
+            RewardError, match="extract_answer of reward function .*obedient' failed for all 2 completions"
+        ):
+            pool.extract(["raise"] * 2)
+        assert score(pool, ["1"]).rewards == [1.0] and pool.extract([]) == []
+    with RewardPool("number", timeout=60) as pool:
+        assert pool.extract(["9" * 4301, "7.", "seven"]) == ["9" * 4301, "7", None]
+
+
+def test_a_function_without_an_extractor_extracts_nothing():
+    with RewardPool(f"{__file__}:echo", workers=1, timeout=60) as pool:
+        assert pool.extract(["1"]) is None
+
+
 def test_a_frozen_worker_with_a_full_pipe_is_replaced(monkeypatch):
     monkeypatch.setattr(pool_module, "_TRANSFER_SECONDS", 1)
     with RewardPool(OBEDIENT, workers=1, timeout=2) as pool:
@@ -344,6 +391,22 @@ def test_close_leaves_no_worker():
         score(pool, ["1"])
 
 
+@pytest.mark.parametrize("completion", ["child and wait", "child and die", "child and go"])
+def test_a_worker_takes_its_children_along(tmp_path, completion):
+    with RewardPool(OBEDIENT, workers=1, timeout=2) as pool:
+        scores = score(pool, [completion], file=[str(tmp_path / "pid")])
+        child = int((tmp_path / "pid").read_text())
+        kept = completion == "child and go"
+        assert wait_for_end([child], 0 if kept else 10) == ([child] if kept else [])
+        assert (scores.timeouts, scores.errors) == {"wait": (1, 0), "die": (0, 1), "go": (0, 0)}[completion.split()[-1]]
+    assert wait_for_end([child], 10) == []
+
+
+def test_a_function_may_use_multiprocessing():
+    with RewardPool(OBEDIENT, workers=1, timeout=60) as pool:
+        assert score(pool, ["processes"]) == Scores([6.0], 0, 0, None)
+
+
 def test_workers_ignore_ctrl_c():
     with RewardPool(OBEDIENT, timeout=60) as pool:
         pids = {worker.process.pid for worker in pool._workers}
@@ -398,16 +461,27 @@ def test_in_a_script_without_a_guard(start_script):
     assert script.returncode == 1 and "must do so under `if __name__" in err
 
 
-@pytest.mark.parametrize("completion", ["1", "loop in C"])
-def test_workers_end_when_their_trainer_is_killed(start_script, completion):
+def test_children_end_with_a_script_that_forgets_to_close(start_script, tmp_path):
+    body = f"""pool = RewardPool({OBEDIENT!r}, workers=1, timeout=60)
+print(pool.score(["p"], ["child and go"], [[1]], {{"file": [{str(tmp_path / "pid")!r}]}}).rewards)"""
+    assert start_script(body).communicate(timeout=60) == ("[1.0]\n", "")
+    assert wait_for_end([int((tmp_path / "pid").read_text())], 10) == []
+
+
+@pytest.mark.parametrize("completion", ["1", "loop in C", "child and wait"])
+def test_workers_end_when_their_trainer_is_killed(start_script, completion, tmp_path):
     body = f"""pool = RewardPool({OBEDIENT!r}, timeout=1)
 print(*(worker.process.pid for worker in pool._workers), flush=True)
 import threading
 from reval.rewards import pool as module
 module.wait = lambda *arguments: (print("sent", flush=True), threading.Event().wait())  # never looks again
-pool.score(["p"] * 2, [{completion!r}] * 2, [[1]] * 2, {{}})"""
+pool.score(["p"] * 2, [{completion!r}] * 2, [[1]] * 2, {{"file": [{str(tmp_path / "pid")!r}] * 2}})"""
     script = start_script(body)
     pids = [int(pid) for pid in script.stdout.readline().split()]
     assert script.stdout.readline() == "sent\n"
+    if completion == "child and wait":
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        pids.append(int((tmp_path / "pid").read_text()))
     script.kill()
-    assert len(pids) == 2 and wait_for_end(pids, 30) == []
+    assert len(pids) >= 2 and wait_for_end(pids, 30) == []
