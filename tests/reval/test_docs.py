@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -80,7 +81,10 @@ def test_the_loss_in_extending_equals_huber_and_trains(tiny, tiny_config, trajec
     batch = collate(members, model.device)
     reference = reference_of(members, batch)
     values = token_values(model, batch, tiny_config.model)
-    out = names["huber"](values, batch, reference, tiny_config.objective, 6)
+    given = (values, batch, reference, tiny_config.objective, 6)
+    out = names["huber"](*given)
+    kinds = get_type_hints(names["huber"], names)  # the page says whose types these are
+    assert all(isinstance(one, kind) for one, kind in zip((*given, out), kinds.values(), strict=True))
     out.loss.backward()
     expected = torch.nn.functional.huber_loss(out.residual, torch.zeros_like(out.residual))
     torch.testing.assert_close(out.loss.detach(), expected.detach())
