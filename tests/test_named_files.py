@@ -41,7 +41,9 @@ ALLOWED = {
         "CONFIG.yaml MORE.yaml FILE.png mine.yaml problems.jsonl my/set.jsonl t0.7.jsonl t1.0.jsonl "
         "path/to/file.py file.py"
     ).split(),
-    "a library has it: transformers, the CHAMP data set, the compiler": ["config.json", "v0.json", "immintrin.h"],
+    "a library has it: transformers, the CHAMP data set, the compiler": (
+        "config.json tokenizer.json tokenizer_config.json vocab.json vocab.txt tekken.json v0.json immintrin.h"
+    ).split(),
 }
 
 

@@ -17,6 +17,9 @@ from .head import check_head
 from .lora import add_adapters, load_adapters
 from .sharding import empty, shard
 
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
+"""A folder with none of these files has no tokenizer."""
+
 
 def load_model(
     config: ModelConfig,
@@ -66,7 +69,7 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
         model = model.to(dtype)
     else:
         path = smollm2_checkpoint() if name == SMOLLM2 else name
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _tokenizer(path, "model.name" if name == config.name else "the checkpoint")
         # check_head runs the model on the CPU, before it moves to a GPU. Other attentions may need a GPU.
         everywhere = config.attn_implementation in ("sdpa", "eager")
         attention = config.attn_implementation if everywhere else "sdpa"
@@ -78,6 +81,34 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
     if model.config._attn_implementation != config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
     return model, tokenizer
+
+
+def _tokenizer(path: str | Path, whose: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ValueError with one line that says what is missing."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the tokenizers package raises plain Exception for a damaged tokenizer.json
+        raise ValueError(f"{whose}: {_no_tokenizer(str(path), error)}") from error
+
+
+def _no_tokenizer(path: str, error: Exception) -> str:
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.startswith(("/", ".")):
+            return f"there is no folder '{path}'"
+        return f"no folder is named '{path}', and the hub gave no tokenizer of this name: {_line(error)}"
+    found = {file.name for file in folder.iterdir()}
+    if found & TOKENIZER_FILES:
+        return f"the tokenizer in '{path}' cannot be loaded: {_line(error)}"
+    return (
+        f"'{path}' has no tokenizer. It needs tokenizer.json and tokenizer_config.json, and holds "
+        f"{', '.join(sorted(found)) or 'nothing'}. Save the tokenizer of the model that it comes from: "
+        f"AutoTokenizer.from_pretrained(MODEL).save_pretrained('{path}')"
+    )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _main_first(

@@ -58,3 +58,33 @@ def test_weights_that_are_cut_off_are_named(tmp_path, tiny):
     os.truncate(tmp_path / "model.safetensors", 1000)
     with pytest.raises(ValueError, match=f"the weights of the model '{tmp_path}' cannot be read: "):
         load_model(ModelConfig(name=str(tmp_path)))
+
+
+@pytest.fixture
+def saved(tmp_path, tiny):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_model_without_a_tokenizer_says_what_is_missing(saved):
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer") as error:
+        load_model(ModelConfig(name=str(saved)))
+    message = str(error.value)
+    assert message.startswith(f"model.name: '{saved}' has no tokenizer. It needs tokenizer.json and")
+    assert "and holds chat_template.jinja, config.json, " in message and "\n" not in message
+
+
+@pytest.mark.parametrize("damaged", ["{", "{}", "[1]"])
+def test_a_damaged_tokenizer_is_named(saved, damaged):
+    (saved / "tokenizer.json").write_text(damaged)
+    with pytest.raises(ValueError, match=f"^model.name: the tokenizer in '{saved}' cannot be loaded: .+") as error:
+        load_model(ModelConfig(name=str(saved)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no_such_folder", "../a/b/c"])
+def test_a_folder_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=f"^model.name: there is no folder '{name}'$"):
+        load_model(ModelConfig(name=name))
