@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from reval import __version__
 from reval.config import Config, ConfigError, help_text, load_config
@@ -249,8 +250,19 @@ def _environment() -> Iterator[tuple[str, str]]:
         yield "backends", f"reval_kernels cannot be imported: {error}"
         return
     for name, backend in reval_kernels.backends().items():
-        default = f", default for {', '.join(backend.default_for)}" if backend.default_for else ""
-        yield f"  {name}", f"available{default}" if backend.available else f"not available: {backend.reason}"
+        yield f"  {name}", _usable(backend, bool(gpus))
+
+
+def _usable(backend: Any, gpu: bool) -> str:
+    """What a backend can do on this machine. Triton is found as installed with or without a GPU."""
+    if not backend.available:
+        return f"not available: {backend.reason}"
+    if backend.default_for == ("cuda",) and not gpu:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return "available for CPU tensors, very slowly: TRITON_INTERPRET=1 is set"
+        return "installed, but needs a GPU (or TRITON_INTERPRET=1, to run CPU tensors very slowly)"
+    devices = ["every other device" if device == "*" else device for device in backend.default_for]
+    return f"available, default for {', '.join(devices)}" if devices else "available"
 
 
 def _version(package: str) -> str:

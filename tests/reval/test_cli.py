@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import reval
-from reval.cli import _flags, main
+from reval.cli import _flags, _usable, main
 from reval.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +242,19 @@ def test_env_names_versions_devices_and_backends(capsys, monkeypatch):
     assert "\ntorch          2." in out
     assert "  triton       not available: no GPU\n" in out
     assert "  portable     available, default for cpu, mps\n" in out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "interpret", "expected"),
+    [
+        (1, "", "available, default for cuda"),
+        (0, "", "installed, but needs a GPU (or TRITON_INTERPRET=1, to run CPU tensors very slowly)"),
+        (0, "1", "available for CPU tensors, very slowly: TRITON_INTERPRET=1 is set"),
+    ],
+)
+def test_env_says_whether_triton_can_run_on_this_machine(gpus, interpret, expected, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert _usable(SimpleNamespace(available=True, default_for=("cuda",), reason=None), bool(gpus)) == expected
 
 
 def test_env_survives_what_is_not_installed(capsys, monkeypatch):
