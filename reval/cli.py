@@ -22,15 +22,17 @@ from reval.sources import check_files
 
 USAGE = """\
 usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--resume auto|PATH|false] [--dry-run]
-       reval evaluate CHECKPOINT [CONFIG.yaml ...] [section.setting=value ...] [--dry-run]
-       reval compare RUN_A RUN_B [--resamples 10000] [--seed 0]
+       reval evaluate CHECKPOINT [CONFIG.yaml ...] [section.setting=value ...] [--out FILE] [--json] [--dry-run]
+       reval compare RUN_A RUN_B [--different-settings] [--resamples 10000] [--seed 0]
        reval plot RUN [RUN ...] [--out curves.png] [--metrics eval/accuracy,reward] [--axis rollouts]
        reval env
 
   train      train a model; `python -m reval.train` is the same
   evaluate   evaluate a checkpoint on the held-out problems and benchmarks; CHECKPOINT is the folder of a checkpoint
-             or of a run
-  compare    print the difference between two evaluations of the same problems, with a bootstrap interval
+             or of a run; --out names the file for the answers (default: a file in the checkpoint); --json prints the
+             metrics as one line of JSON
+  compare    print the difference between two evaluations of the same problems, with a bootstrap interval; evaluations
+             with different samples, temperature, length or reward need --different-settings
   plot       draw learning curves of several runs over rollouts, updates or iterations; runs that differ only in
              their seed become one curve, with mean and range
   env        print versions, backends and devices, for a bug report
@@ -98,7 +100,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    flags, files, overrides = _sort(arguments)
+    flags, files, overrides = _sort(arguments, ("--out", "--json"))
     if "--help" in flags:
         return _print_settings()
     if not files:
@@ -114,12 +116,11 @@ def _evaluate(arguments: list[str]) -> int:
         return _print_config(config)
     from reval.evaluation.answering import main as evaluate
 
-    evaluate(config, checkpoint)
-    return 0
+    return evaluate(config, checkpoint, Path(flags["--out"]) if "--out" in flags else None, "--json" in flags)
 
 
 def _compare(arguments: list[str]) -> int:
-    flags, paths = _flags(arguments, ("--help", "--resamples", "--seed"))
+    flags, paths = _flags(arguments, ("--help", "--different-settings", "--resamples", "--seed"))
     if "--help" in flags:
         print(USAGE)
         return 0
@@ -128,7 +129,8 @@ def _compare(arguments: list[str]) -> int:
         raise ConfigError(f"name two runs, checkpoints or files of answers; got {len(paths)}")
     from reval.evaluation.compare import compare
 
-    print(compare(*map(Path, paths), resamples=resamples, seed=seed))
+    different = "--different-settings" in flags
+    print(compare(*map(Path, paths), resamples=resamples, seed=seed, different_settings=different))
     return 0
 
 
@@ -171,7 +173,7 @@ FLAG_VALUES = {
     "--gpus": "N",
     "--resamples": "N",
     "--seed": "N",
-    "--out": "FILE.png",
+    "--out": "FILE",
     "--metrics": "NAME,NAME",
     "--axis": "rollouts, updates or iterations",
 }

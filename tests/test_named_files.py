@@ -35,7 +35,10 @@ WRITTEN_BY_A_RUN = (
     "evaluation.jsonl state.json"
 ).split()
 ALLOWED = {
-    "a run writes it into its folder": [*WRITTEN_BY_A_RUN, "iteration-*.jsonl", "evaluations/*.jsonl"],
+    "a run writes it into its folder": [
+        *WRITTEN_BY_A_RUN,
+        *"iteration-*.jsonl evaluations/*.jsonl evaluation-2.jsonl evaluation*.jsonl".split(),
+    ],
     "a build or a benchmark writes it": ["not_built.txt", "-times.png", "-curves.png"],
     "the user provides it, or an example makes it up": (
         "CONFIG.yaml MORE.yaml FILE.png mine.yaml problems.jsonl my/set.jsonl t0.7.jsonl t1.0.jsonl "

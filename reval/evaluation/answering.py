@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +24,7 @@ from ..rewards import RewardError, RewardPool
 from ..rollout import Response, RolloutEngine
 from ..scoring import score
 from .answers import Answered, Evaluation
+from .compare import describe
 from .endogenous import Scorer, endogenous_scorer
 
 ALONE = World()
@@ -77,6 +81,7 @@ def evaluate(
             extracted=extracted[i],
             lengths=[len(r.token_ids) for r in sampled[i]],
             finished=[r.finished for r in sampled[i]],
+            settings=_settings(p, config),
         )
         for i, p in enumerate(own)
     ]
@@ -107,6 +112,16 @@ def _responses(
 def _function(problem: Problem, config: Config) -> str:
     """The name of the reward function for this problem."""
     return config.reward.function if problem.benchmark is None else config.evaluation.reward
+
+
+def _settings(problem: Problem, config: Config) -> dict[str, Any]:
+    """The settings that the score of this problem depends on. The file of answers holds them."""
+    return {
+        "samples": config.evaluation.samples,
+        "temperature": config.evaluation.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "reward": _function(problem, config),
+    }
 
 
 @contextmanager
@@ -206,19 +221,60 @@ def evaluate_components(components: Components, config: Config) -> Evaluation:
     )
 
 
-def main(config: Config, checkpoint: Path) -> int:
-    """`reval evaluate CHECKPOINT`: answer the evaluation problems with a checkpoint.
+def main(config: Config, checkpoint: Path, out: Path | None = None, as_json: bool = False) -> int:
+    """`reval evaluate CHECKPOINT`: answer the evaluation problems with a checkpoint, print the metrics, and save the
+    answers.
 
-    The answers are saved as evaluation.jsonl in the checkpoint.
+    Args:
+        out: file for the answers; an existing one is replaced. None: a file in the checkpoint, see `_answers_file`.
+        as_json: print the metrics as one line of JSON, with all digits.
+
+    Raises ConfigError, before anything is answered, if there are no problems or if the answers could not be saved.
+    Raises RunError if saving fails at the end; the metrics are printed first.
     """
     folder = checkpoint / "checkpoint" if (checkpoint / "checkpoint").exists() else checkpoint
     config = with_dtypes(replace(config, model=replace(config.model, name=str(folder))))
+    _check_writable(folder / "evaluation.jsonl" if out is None else out)
     with build(config) as components:
         if not components.evaluation_problems:
             raise ConfigError("there is nothing to answer: data.held_out is 0 and evaluation.benchmarks is empty")
         result = evaluate_components(components, config)
         if components.world.main:
-            path = folder / "evaluation.jsonl"
-            result.save(path)
-            print(json.dumps(result.metrics() | {"problems": len(result.answers), "answers": str(path)}))
+            path = out or _answers_file(folder, result)
+            print(_report(result, path, as_json), flush=True)
+            try:
+                result.save(path)
+            except OSError as error:
+                raise RunError(f"the answers could not be saved: {error}; --out FILE names another file") from error
     return 0
+
+
+def _report(result: Evaluation, path: Path, as_json: bool) -> str:
+    """What `reval evaluate` prints: a line per metric, or everything as one line of JSON."""
+    metrics = result.metrics()
+    if as_json:
+        return json.dumps(metrics | {"problems": len(result.answers), "answers": str(path)})
+    width = max(map(len, metrics))
+    lines = [f"{name:<{width}} {value:9.3f}" for name, value in metrics.items()]
+    how = describe(a.settings for a in result.answers)
+    return "\n".join([*lines, f"{len(result.answers)} problems; {how}; the answers are in {path}"])
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ConfigError if the file `path` could not be written. Makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise ConfigError(f"the answers cannot be saved as '{path}' ({error.strerror}); --out names a file") from error
+
+
+def _answers_file(folder: Path, result: Evaluation) -> Path:
+    """evaluation.jsonl in the checkpoint. If this file holds other answers, for example with other settings, it stays,
+    and the result is evaluation-2.jsonl, and so on."""
+    text = result.to_jsonl()
+    names = (folder / f"evaluation{f'-{n}' * (n > 1)}.jsonl" for n in count(1))
+    return next(p for p in names if not p.exists() or p.read_text(encoding="utf-8", errors="replace") == text)

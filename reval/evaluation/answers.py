@@ -33,6 +33,9 @@ class Answered:
     """False if the length limit cut the answer off."""
     endogenous: list[float] | None = None
     """The sum of endogenous rewards of each answer, for best@k."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings that the score depends on: samples, temperature, max_new_tokens and reward. `reval compare` refuses
+    different ones."""
 
     @property
     def score(self) -> float:
@@ -83,8 +86,11 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write one JSON object per problem. `reval compare` reads this file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(asdict(a) | {"score": a.score}, default=str) + "\n" for a in self.answers)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(self.to_jsonl(), encoding="utf-8")
+
+    def to_jsonl(self) -> str:
+        """The text of the file that `save` writes."""
+        return "".join(json.dumps(asdict(a) | {"score": a.score}, default=str) + "\n" for a in self.answers)
 
 
 def _metrics(answers: list[Answered], k: tuple[int, ...]) -> tuple[float, float | None, dict[str, float]]:

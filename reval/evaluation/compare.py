@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ..errors import RunError
 
 Key = tuple[str, str, int]
 """(benchmark, prompt, number among equal prompts of this benchmark: 0, 1, ...)."""
+Settings = dict[str, Any]
 HELD_OUT = "held-out"
 
 
@@ -45,23 +47,38 @@ class Difference:
         return "no difference shown: the interval contains 0"
 
 
-def compare(a: Path, b: Path, *, resamples: int = 10_000, seed: int = 0) -> str:
+class Answers(NamedTuple):
+    """What `compare` reads of a file of answers. Each dictionary is in the order of the file."""
+
+    scores: dict[Key, float]
+    """The mean score of each problem. An answer without a score counts as 0."""
+    solutions: dict[Key, Any]
+    """The right answer of each problem, from the data set; None if it has none."""
+    settings: dict[Key, Settings]
+
+
+def compare(a: Path, b: Path, *, resamples: int = 10_000, seed: int = 0, different_settings: bool = False) -> str:
     """The text that `reval compare` prints.
 
     Args:
         a, b: each the folder of a run, the folder of a checkpoint, or a file of answers.
         resamples: number of bootstrap resamples.
         seed: seed of the resampling.
+        different_settings: also compare evaluations with different settings, for example two temperatures.
 
-    Raises RunError if there is no file of answers, or if A and B answered different problems.
+    Raises RunError if there is no file of answers, or several; or if A and B answered different problems, or answered
+    them with different settings.
     """
     files = [find(path) for path in (a, b)]
-    differences = paired(*(read(file) for file in files), resamples=resamples, seed=seed)
+    answers = [read(file) for file in files]
+    if not different_settings:
+        _check_settings(*answers)
+    differences = paired(*(each.scores for each in answers), resamples=resamples, seed=seed)
+    _check_solutions(*answers)
     head = f"{'':<16} {'n':>5} {'A':>6} {'B':>6} {'B - A':>6}  95% interval"
     return "\n".join(
         [
-            f"A: {files[0]}",
-            f"B: {files[1]}",
+            *(f"{s}: {f} ({describe(r.settings.values())})" for s, f, r in zip("AB", files, answers, strict=True)),
             head,
             *map(str, differences),
             f"{differences[-1].name}: {differences[-1].verdict()}.",
@@ -76,35 +93,81 @@ def find(path: Path) -> Path:
 
     If `path` is a file, it is the file of answers. If `path` is a folder, it is the file that `reval evaluate` saved in
     it, else the last evaluation during training.
+
+    Raises RunError if there is no file, or if `reval evaluate` saved several.
     """
     if path.is_file():
         return path
-    saved = [p for p in (path / "evaluation.jsonl", path / "checkpoint" / "evaluation.jsonl") if p.is_file()]
-    saved += sorted(path.glob("evaluations/*.jsonl"), reverse=True)
-    if not saved:
+    for folder in (path, path / "checkpoint"):
+        saved = sorted(folder.glob("evaluation*.jsonl"))
+        if len(saved) > 1:
+            lines = (f"  {file} ({describe(read(file).settings.values())})" for file in saved)
+            raise RunError("\n".join([f"'{path}' holds {len(saved)} evaluations; name one of the files:", *lines]))
+        if saved:
+            return saved[0]
+    training = sorted(path.glob("evaluations/*.jsonl"))
+    if not training:
         raise RunError(
             f"'{path}' holds no evaluation: give a run's folder, a checkpoint's after `reval evaluate`, or a file such "
             "as RUN/evaluations/iteration-000010.jsonl"
         )
-    return saved[0]
+    return training[-1]
 
 
-def read(path: Path) -> dict[Key, float]:
-    """The mean score of each problem, in the order of the file. An answer without a score counts as 0."""
+def read(path: Path) -> Answers:
+    """Read a file of answers. A file that was made by hand needs only `prompt` and `scores` for each problem."""
     seen: Counter[tuple[str, str]] = Counter()
-    out: dict[Key, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    out = Answers({}, {}, {})
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row: dict[str, Any] = json.loads(line)
             scores = [s or 0.0 for s in row["scores"]]
-            key = (row.get("benchmark") or HELD_OUT, json.dumps(row["prompt"], sort_keys=True))
-            out[(*key, seen[key])] = sum(scores) / len(scores)
+            name = (row.get("benchmark") or HELD_OUT, json.dumps(row["prompt"], sort_keys=True))
+            key = (*name, seen[name])
+            out.scores[key] = sum(scores) / len(scores)
+            out.solutions[key] = row.get("answer")
+            out.settings[key] = {"samples": len(scores), **row.get("settings", {})}
         except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise RunError(f"{path}, line {number}: not an answered problem: {error!r}") from error
-        seen[key] += 1
-    if not out:
+        seen[name] += 1
+    if not out.scores:
         raise RunError(f"{path} holds no answers")
     return out
+
+
+def describe(settings: Iterable[Settings]) -> str:
+    """The settings of several problems as text: `samples=4, temperature=1.0, max_new_tokens=14, reward=math or
+    number`."""
+    values: dict[str, list[str]] = {}
+    for one in settings:
+        for name, value in one.items():
+            if str(value) not in values.setdefault(name, []):
+                values[name].append(str(value))
+    return ", ".join(f"{name}={' or '.join(found)}" for name, found in values.items())
+
+
+def _check_settings(a: Answers, b: Answers) -> None:
+    """Raise RunError if a problem was answered with different settings. A file that does not name a setting may have
+    used any value of it."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for x, y in ((x, b.settings[key]) for key, x in a.settings.items() if key in b.settings):
+        found |= {n: (x.get(n, "unknown"), y.get(n, "unknown")) for n in {**x, **y} if x.get(n) != y.get(n)}
+    if found:
+        pairs = "; ".join(f"{name} {x} and {y}" for name, (x, y) in sorted(found.items()))
+        raise RunError(
+            f"A and B were evaluated with different settings: {pairs}. Evaluate both with the same settings, name "
+            "other files (RUN/evaluations/iteration-000010.jsonl), or add --different-settings to compare these"
+        )
+
+
+def _check_solutions(a: Answers, b: Answers) -> None:
+    """Raise RunError if a problem has one right answer in A and another in B: then the data was changed in between."""
+    for key, x in a.solutions.items():
+        y = b.solutions[key]
+        if x != y and x is not None and y is not None:
+            raise RunError(
+                f"A and B must have the same right answers, but that of {key[1][:200]} is {x!r} in A and {y!r} in B"
+            )
 
 
 def paired(a: dict[Key, float], b: dict[Key, float], *, resamples: int, seed: int) -> list[Difference]:

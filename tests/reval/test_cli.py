@@ -26,7 +26,7 @@ def calls(monkeypatch) -> list[tuple]:
     made: list[tuple] = []
     for module, function in (("reval.loop", "train"), ("reval.evaluation.answering", "main")):
         fake = ModuleType(module)
-        setattr(fake, function, lambda *arguments: made.append(arguments))
+        setattr(fake, function, lambda *arguments: made.append(arguments) or 0)
         monkeypatch.setitem(sys.modules, module, fake)
     return made
 
@@ -151,7 +151,8 @@ def test_help_and_version(capsys):
         (["train", TINY, "--dry-run", "--gpus=0"], "reval train: --gpus must be a whole number, at least 1; got '0'"),
         (
             ["evaluate", "--gpus=1"],
-            "reval evaluate: unknown flag --gpus=1; there are --help and --dry-run; settings are section.setting=value",
+            "reval evaluate: unknown flag --gpus=1; there are --help, --dry-run, --out and --json; settings are "
+            "section.setting=value",
         ),
         (["compare", "a"], "reval compare: name two runs, checkpoints or files of answers; got 1"),
         (["compare", "a", "b", "--seed=x"], "reval compare: --seed must be a whole number, at least 0; got 'x'"),
@@ -208,12 +209,14 @@ def test_evaluate_takes_the_run_s_settings_then_files_then_overrides(calls, tmp_
         load_config([], ["optim.lr=1e-3", "optim.warmup=5"]),
         load_config([], ["optim.lr=1e-2", "optim.warmup=5", "optim.eps=1e-5"]),
     ]
-    assert calls == list(zip(expected, [checkpoint, checkpoint, tmp_path], strict=True))
+    assert calls == [(c, p, None, False) for c, p in zip(expected, [checkpoint, checkpoint, tmp_path], strict=True)]
     assert main(["evaluate", str(checkpoint), "--dry-run"]) == 0
     assert capsys.readouterr().out == expected[1].to_yaml() and len(calls) == 3
     (checkpoint / "config.yaml").write_text("optim: {lr: 1e-4}\n")
     assert main(["evaluate", str(checkpoint)]) == 0  # config.yaml in the checkpoint itself is preferred
     assert calls[3][0] == load_config([], ["optim.lr=1e-4"])
+    assert main(["evaluate", str(checkpoint), "--out", "a.jsonl", "--json"]) == 0
+    assert calls[4][2:] == (Path("a.jsonl"), True)
 
 
 def test_compare_reads_two_files_of_answers(tmp_path, capsys):
@@ -223,6 +226,11 @@ def test_compare_reads_two_files_of_answers(tmp_path, capsys):
     assert main(["compare", *paths, "--resamples", "50", "--seed=3"]) == 0
     out = capsys.readouterr().out
     assert "held-out: B is better." in out and "(50 resamples, seed 3)" in out
+    (tmp_path / "b").write_text('{"prompt": "p", "scores": [1, 1]}\n')
+    assert main(["compare", *paths]) == 1
+    assert "different settings: samples 1 and 2." in capsys.readouterr().err
+    assert main(["compare", *paths, "--different-settings"]) == 0
+    capsys.readouterr()
     assert main(["compare", paths[0], "gone"]) == 1
     assert capsys.readouterr().err.startswith("reval compare: 'gone' holds no evaluation")
 

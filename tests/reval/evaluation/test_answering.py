@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from reval.config import ConfigError, load_config
 from reval.data import Problem
 from reval.distributed import World
+from reval.errors import RunError
 from reval.evaluation.answering import evaluate, main
 from reval.evaluation.answers import Answered, Evaluation
 from reval.rewards import RewardError, Scores
@@ -236,21 +239,61 @@ def checkpoint(tiny, tmp_path):
     return folder, overrides
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+def rows_of(folder, name="evaluation.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def test_the_command_answers_and_saves(checkpoint, capsys):
     folder, overrides = checkpoint
-    assert main(load_config(["configs/tiny.yaml"], overrides), folder) == 0
+    config = load_config(["configs/tiny.yaml"], overrides)
+    assert main(config, folder, as_json=True) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["problems"], printed["answers"]) == (6, str(folder / "evaluation.jsonl"))
     assert {"eval/accuracy", "eval/best@2", "eval/maj@2", "eval/own/avg@2", "eval/own/best@2"} <= set(printed)
     rows = rows_of(folder)
     assert [row["benchmark"] for row in rows] == [None] * 3 + ["own"] * 3
     assert all(row["sampled"] == [row["greedy"]] * 2 for row in rows)
+    how = {"samples": 2, "temperature": 1e-4, "max_new_tokens": 8}
+    assert [row["settings"] for row in rows] == [how | {"reward": "number"}] * 3 + [how | {"reward": "math"}] * 3
+    # The same answers replace the file. Other answers leave it alone.
+    assert main(config, folder) == 0 and rows_of(folder) == rows
+    shown = capsys.readouterr().out.splitlines()
+    values = {name: f"{value:.3f}" for name, value in printed.items() if name.startswith("eval/")}
+    assert [line.split() for line in shown[:-1]] == [list(pair) for pair in values.items()]
+    assert shown[-1] == (
+        "6 problems; samples=2, temperature=0.0001, max_new_tokens=8, reward=number or math; the answers are in "
+        f"{folder}/evaluation.jsonl"
+    )
+    assert main(replace(config, rollout=replace(config.rollout, max_new_tokens=7)), folder) == 0
+    assert f"the answers are in {folder}/evaluation-2.jsonl" in capsys.readouterr().out
+    assert rows_of(folder) == rows and rows_of(folder, "evaluation-2.jsonl")[0]["settings"]["max_new_tokens"] == 7
     with pytest.raises(ConfigError, match="nothing to answer"):
         main(load_config(["configs/tiny.yaml"], ["data.held_out=0"]), folder)
+
+
+def test_answers_that_cannot_be_saved_are_a_message(checkpoint, capsys, monkeypatch, tmp_path):
+    folder, overrides = checkpoint
+    config = load_config(["configs/tiny.yaml"], [*overrides, "evaluation.benchmarks=[]", "evaluation.problems=1"])
+    with monkeypatch.context() as patch:
+        # Nothing is answered where nothing can be saved.
+        patch.setattr("reval.evaluation.answering.build", lambda *_: pytest.fail("loaded a model"))
+        for out in ("/proc/a.jsonl", "/proc/a/b.jsonl", str(tmp_path), f"{tmp_path}/own.jsonl/a.jsonl"):
+            with pytest.raises(ConfigError, match=f"^the answers cannot be saved as '{out}' .*; --out names a file"):
+                main(config, folder, Path(out))
+        patch.setattr("tempfile.TemporaryFile", refuse)
+        with pytest.raises(ConfigError, match="evaluation.jsonl' .Read-only file system.; --out names a file"):
+            main(config, folder)
+    assert main(config, folder, tmp_path / "new" / "a.jsonl") == 0
+    assert len(rows_of(tmp_path / "new", "a.jsonl")) == 1 and not (folder / "evaluation.jsonl").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(Evaluation, "save", refuse)  # a disk that becomes full: the metrics are printed first
+    with pytest.raises(RunError, match="could not be saved: .*Read-only file system"):
+        main(config, folder)
+    assert "eval/accuracy" in capsys.readouterr().out
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 @pytest.mark.distributed
@@ -261,7 +304,7 @@ def test_two_processes_find_what_one_finds(checkpoint):
     (folder / "evaluation.jsonl").unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reval"]
     arguments = ["evaluate", str(folder), "configs/tiny.yaml", *overrides]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, *arguments, "--json"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("eval/accuracy") == 2  # one line, with accuracy and accuracy_greedy
     for one, two in zip(alone, rows_of(folder), strict=True):
