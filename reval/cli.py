@@ -15,9 +15,10 @@ from typing import Any
 
 from reval import __version__
 from reval.config import Config, ConfigError, help_text, load_config
-from reval.config_io import expand_home, is_override
+from reval.config_io import dump_yaml, expand_home, is_override
 from reval.errors import RunError
 from reval.estimate import report
+from reval.output import lenient_output, missing_output
 from reval.sources import check_files
 
 USAGE = """\
@@ -50,9 +51,20 @@ optim.betas='[0.9, 0.99]', replay.batch_size=null, data.options.max_digits=2."""
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the arguments of this process) and return the exit status.
 
-    0: success. 1: RunError. 2: ConfigError. 130: interrupted by Ctrl-C.
+    0: success. 1: RunError, or standard output could not be written. 2: ConfigError. 130: interrupted by Ctrl-C. A
+    reader that closes the pipe (`reval --help | head`) is no error, and training goes on without any output.
     """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    with lenient_output():
+        status = _run(command, arguments)
+        trains = command == "train" and not {"--dry-run", "--help", "-h"} & set(arguments)
+        if status == 0 and not trains and (missing := missing_output()):
+            print(f"reval {command}: {missing}", file=sys.stderr)
+            return 1
+    return status
+
+
+def _run(command: str, arguments: list[str]) -> int:
     name = f"reval {command}" if command in COMMANDS else "reval"
     try:
         if command in COMMANDS:
@@ -225,7 +237,12 @@ def _print_settings() -> int:
 
 
 def _print_config(config: Config) -> int:
-    print(config.to_yaml(), end="")
+    text = config.to_yaml()
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = dump_yaml(config.to_dict(), ascii_only=True)  # still the same settings when it is read back
+    print(text, end="")
     return 0
 
 

@@ -97,9 +97,12 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def dump_yaml(data: dict[str, Any]) -> str:
-    """`data` as YAML. `parse_yaml` and any reader of YAML 1.1 read it back to an equal value."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+def dump_yaml(data: dict[str, Any], ascii_only: bool = False) -> str:
+    """`data` as YAML. `parse_yaml` and any reader of YAML 1.1 read it back to an equal value.
+
+    With `ascii_only`, YAML's escapes stand for all other characters.
+    """
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only, width=sys.maxsize)
 
 
 # ---- Types ---------------------------------------------------------------------------------------------------------

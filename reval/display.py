@@ -1,4 +1,7 @@
-"""Progress of a run on the terminal: a live table and a progress bar, or one plain line per iteration."""
+"""Progress of a run on the terminal: a live table and a progress bar, or one plain line per iteration.
+
+Printing never raises (output.py), so it cannot end a run.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from .config import Config
 from .data import Prompt
 from .evaluation.answers import Evaluation
 from .evaluation.estimators import is_right
+from .output import lenient
 from .rewards import ROUNDING
 
 SHOWN = {
@@ -40,8 +44,11 @@ class Display:
 
     def __init__(self, config: Config, iteration: int = 0, quiet: bool = False):
         self._config, self._first, self._done = config, iteration, iteration
-        rich = not quiet and (config.run.display == "rich" or (config.run.display == "auto" and sys.stdout.isatty()))
-        self._console = Console(soft_wrap=True, no_color=None if rich else True, highlight=rich, quiet=quiet)
+        stdout = lenient(sys.stdout)
+        rich = not quiet and (config.run.display == "rich" or (config.run.display == "auto" and stdout.isatty()))
+        self._console = Console(
+            file=stdout, soft_wrap=True, no_color=None if rich else True, highlight=rich, quiet=quiet
+        )
         self._started = time.perf_counter()
         self._progress = None
         if rich:
@@ -171,4 +178,4 @@ def _duration(seconds: float) -> str:
 
 
 def _mark(score: float | None) -> str:
-    return "?" if score is None else "✓" if is_right(score) else "✗" if score <= ROUNDING else f"{score:.2f}"
+    return "?" if score is None else "right" if is_right(score) else "wrong" if score <= ROUNDING else f"{score:.2f}"

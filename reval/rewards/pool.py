@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from reval.output import lenient
 from reval.rewards.answers import Extractor, extractor_of
 from reval.rewards.verifiers import RewardError, RewardFunction, resolve
 
@@ -413,7 +414,7 @@ def _work(connection: Connection, function: str, timeout: float) -> None:
     threading.Thread(target=_end_with_trainer, daemon=True).start()
     # multiprocessing ends its processes with SIGTERM. If the trainer ignores SIGTERM, the worker inherits that.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stdout = sys.stderr
+    sys.stdout = sys.stderr = lenient(sys.stderr)  # a reward function that prints works without a terminal too
     os.dup2(2, 1)  # redirects the output of C code and of subprocesses, which do not use sys.stdout
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, Linux then kills a worker, which is replaceable, before the trainer

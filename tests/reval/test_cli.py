@@ -5,6 +5,7 @@ imported.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,48 @@ def test_plot_draws_runs_that_were_logged(tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG") and "2" in capsys.readouterr().out
     assert main(["plot"]) == 2 and "name one run folder or more" in capsys.readouterr().err
     assert main(["plot", str(tmp_path), "--metrics=reward"]) == 2
+
+
+# ---- What printing may do to a command: nothing ----
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `reval ...` as a line of bash, with pipefail. Python buffers its output, as it does for users."""
+    line = f"set -o pipefail; {sys.executable} -m {command}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | environment
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"reval train {TINY} --dry-run | head -1",
+        "reval train --help | true",
+        "reval --version >&-",
+        "reval --version >&- 2>&- <&-",
+    ],
+)
+def test_a_reader_that_goes_away_is_no_error(line):
+    done = shell(line)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_mistake_has_its_status_although_nobody_reads_the_message():
+    assert shell("reval tarin 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize("line", [f"train {TINY} --dry-run", "--version"])
+def test_output_that_could_not_be_written_is_an_error_where_it_is_the_purpose(line):
+    done = shell(f"reval {line} > /dev/full")
+    assert done.returncode == 1 and "standard output cannot be written: [Errno 28] No space left" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_dry_run_is_a_config_in_every_encoding(encoding, tmp_path):
+    done = shell(
+        f"reval train data.template='ü✗€ {{question}}' --dry-run > {tmp_path}/c.yaml", PYTHONIOENCODING=encoding
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    text = (tmp_path / "c.yaml").read_bytes().decode(encoding)
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    assert load_config([tmp_path / "c.yaml"]).data.template == "ü✗€ {question}"

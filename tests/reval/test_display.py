@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import replace
 
 import pytest
@@ -91,7 +93,7 @@ def test_the_results_compare_what_was_answered_before_and_after(capsys):
     Display(settings()).results(Evaluation(before), Evaluation(after), "folder")
     out = capsys.readouterr().out
     assert "[1] + 1" in out and "b[/]" in out and "end" in out and "gone" not in out and "new" not in out
-    assert "✗" in out and "✓" in out and out.count("c") < 400
+    assert "wrong" in out and "right" in out and out.count("c") < 400
     assert "held-out accuracy, temperature 1 (2 problems x 4 answers): 0.250 -> 0.500" in out
     assert "held-out accuracy, greedy: 0.500 -> 1.000" in out and "aime24, avg@2: 0.000 -> 0.500" in out
 
@@ -100,3 +102,43 @@ def test_without_held_out_problems_the_accuracy_is_the_benchmarks(capsys):
     run = Evaluation([answered("2 + 2", "4", 1.0, "aime24")])
     Display(settings()).results(run, run, "folder")
     assert "mean accuracy of the benchmarks: 0.500 -> 0.500" in capsys.readouterr().out
+
+
+def show_everything() -> None:
+    """Show text that no encoding but Unicode has, and text that not even UTF-8 can encode."""
+    run = Evaluation([answered("7 × 6 ≥ ?", "✗ 😀 é \ud83d", 1.0)])
+    for kind in ("plain", "rich"):
+        with Display(settings(display=kind)) as shown:
+            with shown.busy("answering"):
+                pass
+            shown.iteration(1, METRICS)
+            shown.note("naïve – ✓")
+            shown.results(run, run, "folder")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_every_encoding_shows_everything(encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding))
+    show_everything()
+    text = raw.getvalue().decode(encoding)
+    assert "\\ud83d" in text and text.count("right") >= 2
+    assert ("naïve" if encoding != "ascii" else r"na\xefve") in text
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("stdout", [None, Gone(), open(os.devnull, "w")])
+def test_a_run_goes_on_when_nothing_can_be_shown(stdout, monkeypatch):
+    if stdout is not None and not isinstance(stdout, Gone):
+        stdout.close()
+    monkeypatch.setattr("sys.stdout", stdout)
+    show_everything()

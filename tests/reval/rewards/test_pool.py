@@ -449,6 +449,19 @@ def test_in_a_script(start_script, how):
     assert (out, err) == ("True\n", "")
 
 
+def test_a_reward_that_prints_works_when_nobody_reads_it(start_script, tmp_path):
+    """`reval train 2>&1 | head`: the reader of stderr, where the workers' output goes, has gone."""
+    code = "def one(p, completions, *_):\n    print('text', flush=True)\n    return [1.0] * len(completions)\n"
+    (tmp_path / "prints.py").write_text(code)
+    body = """import os
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)
+with RewardPool("prints.py:one", timeout=60) as pool:
+    print(pool.score(["p"] * 2, ["7"] * 2, [[1]] * 2, {}).rewards)"""
+    assert start_script(body).communicate(timeout=60)[0] == "[1.0, 1.0]\n"
+
+
 def test_in_a_script_that_forgets_to_close(start_script):
     script = start_script('pool = RewardPool("number")\nprint(pool._workers[0].process.pid)')
     out, err = script.communicate(timeout=60)
