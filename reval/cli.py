@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ usage: reval train CONFIG.yaml [MORE.yaml ...] [section.setting=value ...] [--re
   compare    print the difference between two evaluations of the same problems, with a bootstrap interval; evaluations
              with different samples, temperature, length or reward need --different-settings
   plot       draw learning curves of several runs over rollouts, updates or iterations; runs that differ only in
-             their seed become one curve, with mean and range
+             their seed become one curve, with mean and range; only --out replaces an existing file
   env        print versions, backends and devices, for a bug report
 
   --help, -h   print this text; after train or evaluate, print every setting too
@@ -105,6 +106,7 @@ def _train(arguments: list[str]) -> int:
         _print_config(config)
         print(report(config, gpus), end="")
         return 0
+    _set_up()
     from reval.loop import train
 
     train(config)
@@ -126,6 +128,7 @@ def _evaluate(arguments: list[str]) -> int:
     if "--dry-run" in flags:
         check_files(config)
         return _print_config(config)
+    _set_up()
     from reval.evaluation.answering import main as evaluate
 
     return evaluate(config, checkpoint, Path(flags["--out"]) if "--out" in flags else None, "--json" in flags)
@@ -153,10 +156,15 @@ def _plot(arguments: list[str]) -> int:
         return 0
     if not folders:
         raise ConfigError("name one run folder or more")
+    out, metrics = Path(flags.get("--out", "curves.png")), flags.get("--metrics", "eval/accuracy,reward").split(",")
+    if "--out" not in flags and out.exists():  # it may be the picture of a run, or of other runs
+        raise ConfigError(f"this folder already has a {out}; --out FILE.png names another file, or the one to replace")
+    if not out.suffix:
+        raise ConfigError(f"--out must end with the kind of picture, such as {out}.png")
+    _set_up()
     from reval.curves import table
     from reval.plots import compare_runs
 
-    out, metrics = flags.get("--out", "curves.png"), flags.get("--metrics", "eval/accuracy,reward").split(",")
     print(table(compare_runs(out, folders, metrics, flags.get("--axis", "rollouts"))))
     print(f"drawn in {out}")
     return 0
@@ -228,6 +236,19 @@ def _whole(flags: dict[str, str], flag: str, default: str, least: int) -> int:
     if not value.isdecimal() or int(value) < least:
         raise ConfigError(f"{flag} must be a whole number, at least {least}; got {value!r}")
     return int(value)
+
+
+def _set_up() -> None:
+    """Prepare this process, and the reward workers that it starts, for a command that imports other packages."""
+    # A notebook sets MPLBACKEND for every command that is started from a cell. Where the backend that it names is not
+    # installed, matplotlib cannot be imported, nor can reasoning_gym, which imports matplotlib.
+    os.environ["MPLBACKEND"] = "agg"
+    # `python -m reval.train` finds modules in the current folder, so the installed command does too. Example:
+    # reward.function=my_rewards:shorter, where my_rewards is a module in this folder.
+    with suppress(OSError):  # the current folder was deleted
+        here = os.getcwd()
+        if here not in sys.path and not sys.flags.safe_path:
+            sys.path.insert(0, here)
 
 
 def _print_settings() -> int:

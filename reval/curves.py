@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .config import Config, ConfigError, load_config
 from .config_io import show
@@ -95,8 +95,7 @@ def _labels(configs: list[Config]) -> list[str]:
 def _points(run: Path, metric: str, per_iteration: int) -> dict[int, float]:
     """{x: value of the metric}, for the iterations in which the run has this metric, sorted by x."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    rows = _rows(path) if path.is_file() else []
     points = {row["iteration"] * per_iteration: float(row[metric]) for row in rows if metric in row}
     before = run / "evaluations" / "iteration-000000.jsonl"
     if metric.startswith("eval/") and before.is_file():
@@ -108,6 +107,17 @@ def _points(run: Path, metric: str, per_iteration: int) -> dict[int, float]:
         known = ", ".join(sorted({name for row in rows for name in row})) or "no iteration"
         raise ConfigError(f"'{path}' has no metric {metric!r}; it has {known}")
     return dict(sorted(points.items()))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. The last line may be incomplete: the run still writes it, or was killed."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def _curve(label: str, metric: str, runs: list[dict[int, float]]) -> Curve:

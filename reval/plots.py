@@ -1,16 +1,17 @@
-"""Draws pictures: four panels about one run, and curves of several runs in the same panels."""
+"""Draws pictures: four panels about one run, and curves of several runs in the same panels.
+
+No screen is needed: a Figure alone writes files, and only pyplot would open a window.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # this backend needs no screen
-from matplotlib import pyplot  # noqa: E402
-
-from .curves import Curve, curves  # noqa: E402
+from .config import ConfigError
+from .curves import Curve, curves
 
 
 def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tuple[int, float]]) -> None:
@@ -23,7 +24,8 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
         evaluations: pairs (iteration, held-out accuracy).
     """
     x = [row["iteration"] for row in rows]
-    figure, ((reward, residual), (values, length)) = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    (reward, residual), (values, length) = figure.subplots(2, 2)
     panels = (
         (reward, "Reward of the fresh rollouts", {"reward": "mean score, training problems"}),
         (
@@ -54,7 +56,6 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
         if axes.lines:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def compare_runs(
@@ -66,21 +67,24 @@ def compare_runs(
     """Draw one panel per metric. Runs that differ only in their seed share a line, their mean, and a band from their
     smallest to their largest value.
 
-    Returns the curves that were drawn; see `reval.curves.curves` for the arguments and errors.
+    Returns the curves that were drawn; see `reval.curves.curves` for the arguments and errors. Raises ConfigError also
+    if the file cannot be written, or if its ending names no kind of picture.
     """
     found = curves(folders, metrics, axis)
-    figure, panels = pyplot.subplots(
-        1, len(metrics), figsize=(5.5 * len(metrics), 4), layout="constrained", squeeze=False
-    )
-    for axes, metric in zip(panels[0], metrics, strict=True):
+    figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
         for curve in (c for c in found if c.metric == metric):
             runs = f" ({curve.runs} seeds)" if curve.runs > 1 else ""
-            [line] = axes.plot(curve.x, curve.mean, marker=".", label=curve.label + runs)
+            label = curve.label.replace("$", r"\$")  # otherwise matplotlib reads the text between two $ as a formula
+            [line] = axes.plot(curve.x, curve.mean, marker=".", label=label + runs)
             axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(metric, fontsize=10)
         axes.set_xlabel(axis, fontsize=8)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: an unknown ending
+        raise ConfigError(f"'{path}' cannot be drawn: {error}") from error
     return found

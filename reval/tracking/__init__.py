@@ -146,11 +146,15 @@ class Tracker:
         return row
 
     def plot(self) -> None:
-        """Draw curves.png from the logged rows."""
+        """Draw curves.png from the logged rows. A failure is a warning, because a picture must not end a run."""
         if self._rows and self._main:
-            from ..plots import save_curves
+            try:
+                from ..plots import save_curves
 
-            save_curves(self._folder / "curves.png", self._rows, self._evaluations)
+                save_curves(self._folder / "curves.png", self._rows, self._evaluations)
+            except Exception as error:  # many types: no matplotlib, a bad font or matplotlibrc, a full disk
+                text = f"curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers"
+                warnings.warn(text, stacklevel=2)
 
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self._main:

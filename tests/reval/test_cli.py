@@ -288,8 +288,36 @@ def test_plot_draws_runs_that_were_logged(tmp_path, capsys):
     runs = [str(tmp_path / "run0"), str(tmp_path / "run1")]
     assert main(["plot", *runs, "--out", str(out), "--metrics=reward", "--axis", "iterations"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and "2" in capsys.readouterr().out
+    (tmp_path / "run1" / "metrics.jsonl").open("a").write('{"iteration": 4, "rew')  # the run still writes this line
+    assert main(["plot", *runs, "--out", str(out), "--metrics=reward"]) == 0
+    capsys.readouterr()
     assert main(["plot"]) == 2 and "name one run folder or more" in capsys.readouterr().err
     assert main(["plot", str(tmp_path), "--metrics=reward"]) == 2
+
+
+def test_plot_replaces_only_the_file_that_out_names(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("data: {template: 'no formula: $ _{ $ {question}'}\n")
+    Path("metrics.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')
+    Path("other").mkdir()
+    Path("other/config.yaml").write_text("optim: {lr: 1}\n")
+    Path("other/metrics.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')
+    plot = ["plot", ".", "other", "--metrics=reward"]
+    assert main(plot) == 0 and Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    Path("curves.png").write_text("a picture of the run")
+    capsys.readouterr()
+    assert main(plot) == 2
+    assert capsys.readouterr().err.startswith("reval plot: this folder already has a curves.png; --out FILE.png names")
+    assert Path("curves.png").read_text() == "a picture of the run"
+    assert main([*plot, "--out", "curves.png"]) == 0 and Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    for bad, message in (
+        ("x", "--out must end with the kind of picture, such as x.png"),
+        ("x.docx", "'x.docx' cannot be drawn: Format 'docx' is not supported"),
+        ("gone/x.png", "'gone/x.png' cannot be drawn: [Errno 2] No such file"),
+    ):
+        assert main([*plot, "--out", bad]) == 2
+        assert capsys.readouterr().err.startswith(f"reval plot: {message}")
 
 
 # ---- What printing may do to a command: nothing ----
@@ -335,3 +363,35 @@ def test_a_dry_run_is_a_config_in_every_encoding(encoding, tmp_path):
     text = (tmp_path / "c.yaml").read_bytes().decode(encoding)
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     assert load_config([tmp_path / "c.yaml"]).data.template == "ü✗€ {question}"
+
+
+def test_a_module_in_the_current_folder_is_found_by_the_command_and_by_reward_workers(tmp_path, monkeypatch, calls):
+    """The installed command, unlike `python -m reval.train`, starts without the current folder on the import path."""
+    (tmp_path / "own_rewards.py").write_text("def one(prompts, completions, *_, **__): return [1.0] * len(completions)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert main(["train", TINY]) == 0
+    from reval.rewards import RewardPool
+
+    with RewardPool("own_rewards:one", workers=1, timeout=10.0) as pool:
+        assert pool.score(["p"], ["c"], [[1]], {}).rewards == [1.0]
+    assert sys.path.count(str(tmp_path)) == 1 and main(["train", TINY]) == 0 and sys.path.count(str(tmp_path)) == 1
+
+
+def test_what_a_notebook_leaves_in_the_environment_does_not_matter(tmp_path, monkeypatch, calls):
+    """matplotlib, and what imports it, cannot be imported when MPLBACKEND names a backend that is not installed."""
+    left = "module://matplotlib_inline.backend_inline"
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')
+    done = shell(f"reval plot {tmp_path} --metrics reward --out {tmp_path}/x.png", MPLBACKEND=left)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("MPLBACKEND", left)
+
+    def seen(*_):
+        calls.append(os.environ["MPLBACKEND"])
+        return 0
+
+    monkeypatch.setattr(sys.modules["reval.loop"], "train", seen)
+    monkeypatch.setattr(sys.modules["reval.evaluation.answering"], "main", seen)
+    assert main(["train", TINY]) == main(["evaluate", str(tmp_path)]) == 0
+    assert calls == ["agg", "agg"]

@@ -142,6 +142,16 @@ def test_a_resumed_runs_curves_show_all_of_it(whole, monkeypatch):
     assert path == whole / "curves.png" and logged == rows(whole) and evaluations == [(0, 0.125), (2, 0.3)]
 
 
+def test_curves_that_cannot_be_drawn_are_a_warning(whole, monkeypatch):
+    def fail(*what):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("reval.plots.save_curves", fail)
+    with Tracker(whole, settings(), 6) as tracker:
+        with pytest.warns(UserWarning, match=r"curves.png could not be drawn \(RuntimeError: no font\)"):
+            tracker.plot()
+
+
 def test_a_torn_line_before_the_checkpoints_iteration_is_not_taken_for_one(whole):
     """The checkpoint of iteration 3 exists, but the line of iteration 3 is incomplete. The complete lines stay, and the
     incomplete line is removed, so the next line is not joined to it."""
