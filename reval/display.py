@@ -21,6 +21,7 @@ from rich.table import Table
 from .config import Config
 from .data import Prompt
 from .evaluation.answers import Evaluation
+from .evaluation.compare import describe
 from .evaluation.estimators import is_right
 from .output import lenient
 from .rewards import ROUNDING
@@ -126,22 +127,29 @@ class Display:
     def results(self, before: Evaluation | None, after: Evaluation | None, folder: Path) -> None:
         """Print answers and accuracies before and after training, and the run folder."""
         if before is not None and after is not None:
-            self._console.print(_answers(before, after, self._config.run.table))
-            first, then = before.metrics(), after.metrics()
-            problems = sum(a.benchmark is None for a in after.answers)
-            settings = self._config.evaluation
-            names = {
-                "eval/accuracy": f"held-out accuracy, temperature {settings.temperature:g} "
-                f"({problems} problems x {settings.samples} answers)",
-                "eval/accuracy_greedy": "held-out accuracy, greedy",
-            }
-            if not problems:
-                names = {"eval/accuracy": "mean accuracy of the benchmarks"}
-            names |= {key: key.removeprefix("eval/").replace("/", ", ") for key in then if "/avg@" in key}
-            for key, name in names.items():
-                if key in first and key in then:
-                    self.note(f"{name}: {first[key]:.3f} -> {then[key]:.3f}")
+            earlier, later = (describe(a.settings for a in each.answers) for each in (before, after))
+            if earlier == later:
+                self._compare(before, after)
+            else:  # a resumed run may evaluate with other settings
+                self.note(f"no comparison: answered with {earlier} before training, with {later} after it")
         self.note(f"metrics, samples, curves.png and the checkpoint are in {folder}")
+
+    def _compare(self, before: Evaluation, after: Evaluation) -> None:
+        self._console.print(_answers(before, after, self._config.run.table))
+        first, then = before.metrics(), after.metrics()
+        problems = sum(a.benchmark is None for a in after.answers)
+        settings = self._config.evaluation
+        names = {
+            "eval/accuracy": f"held-out accuracy, temperature {settings.temperature:g} "
+            f"({problems} problems x {settings.samples} answers)",
+            "eval/accuracy_greedy": "held-out accuracy, greedy",
+        }
+        if not problems:
+            names = {"eval/accuracy": "mean accuracy of the benchmarks"}
+        names |= {key: key.removeprefix("eval/").replace("/", ", ") for key in then if "/avg@" in key}
+        for key, name in names.items():
+            if key in first and key in then:
+                self.note(f"{name}: {first[key]:.3f} -> {then[key]:.3f}")
 
 
 def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:

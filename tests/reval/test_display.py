@@ -104,6 +104,14 @@ def test_without_held_out_problems_the_accuracy_is_the_benchmarks(capsys):
     assert "mean accuracy of the benchmarks: 0.500 -> 0.500" in capsys.readouterr().out
 
 
+def test_answers_with_other_settings_are_not_compared(capsys):
+    """A resumed run may evaluate with other settings than it did before training."""
+    before, after = (replace(answered("p", "a", 1.0), settings={"samples": n}) for n in (1, 4))
+    Display(settings()).results(Evaluation([before]), Evaluation([after]), "folder")
+    out = capsys.readouterr().out
+    assert "answered with samples=1 before training, with samples=4 after it" in out and "->" not in out
+
+
 def show_everything() -> None:
     """Show text that no encoding but Unicode has, and text that not even UTF-8 can encode."""
     run = Evaluation([answered("7 × 6 ≥ ?", "✗ 😀 é \ud83d", 1.0)])
