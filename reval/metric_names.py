@@ -7,7 +7,8 @@ import difflib
 from .config import Config, ConfigError
 from .data import Problem
 from .evaluation.answers import Answered, Evaluation
-from .rewards.answers import extractor_of
+from .rewards import VERIFIERS
+from .rewards.answers import EXTRACTORS
 
 UPDATES = ("loss", "grad_norm", "lr")
 RESIDUALS = ("residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio")
@@ -46,6 +47,7 @@ def evaluation_names(config: Config, problems: list[Problem]) -> list[str]:
     for benchmark in dict.fromkeys(p.benchmark for p in problems):
         problem = next(p for p in problems if p.benchmark == benchmark)
         reward = config.reward.function if benchmark is None else settings.reward
+        extracts = reward in EXTRACTORS or reward not in VERIFIERS  # your own function may have an extractor
         answers.append(
             Answered(
                 problem.prompt,
@@ -53,7 +55,7 @@ def evaluation_names(config: Config, problems: list[Problem]) -> list[str]:
                 scores=[0.0] * n,
                 greedy="" if settings.greedy else None,
                 benchmark=benchmark,
-                extracted=None if extractor_of(reward) is None else [None] * n,
+                extracted=[None] * n if extracts else None,
                 lengths=[1] * n,
                 finished=[True] * n,
                 endogenous=[0.0] * n if settings.best_of_n else None,
