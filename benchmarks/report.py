@@ -163,7 +163,7 @@ def case_table(rows: list[Row]) -> Iterator[str]:
 
 def _line(row: Row, limit: float | None) -> str:
     s = summary(row.seconds)
-    spread = f"{s['q1'] * 1e3:.4g} – {s['q3'] * 1e3:.4g}" if s["runs"] > 1 else ""
+    spread = f"{s['q1'] * 1e3:.4g} to {s['q3'] * 1e3:.4g}" if s["runs"] > 1 else ""
     share = f"{limit / s['median']:.0%}" if limit else ""
     memory = _memory(row) if row.provider != LIMIT else ""
     errors = f"{row.error:.1e} ({row.torch_error:.1e})" if row.error is not None else ""
