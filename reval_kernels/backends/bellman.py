@@ -63,10 +63,10 @@ def bellman_loss(
     outcome = _scaled(rewards, options.beta, q)
     if reference.returns is not None:
         d_q, d_v, d_log = q, v, log_prob
-        # Summed in float64 and rounded once, as the reference's return was: equal policies have the residual 0. On the
-        # CPU, because some devices have no float64.
-        returns = _first(v).cpu().double() + log_prob.cpu().double().sum(1)
-        residual = returns.to(q) - reference.returns.to(q.dtype) - outcome
+        # Summed in float64 and rounded once, as the reference's return was: equal policies have the residual 0.
+        wide = q.dtype if q.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        returns = _first(v).to(wide) + log_prob.sum(1, dtype=wide)
+        residual = returns.to(q.dtype) - reference.returns.to(q.dtype) - outcome
     else:
         # subtract the reference first: each difference is exactly 0 where policy and reference agree
         d_q, d_v, d_log = (
