@@ -46,7 +46,8 @@ from .run_folder import STATE, finish_checkpoint, keep_best_and_newest, read_sta
 if TYPE_CHECKING:  # training_run.py imports this module
     from .training_run import TrainingRun
 
-FORMAT = 1
+FORMAT = 2
+"""2: a trajectory has the reference's return, and state.json has the digests of the problems."""
 # Settings that decide what the weights, the buffer and the order of the problems mean. A resumed run must have those of
 # its checkpoint. docs/scale.md lists all other settings: a resumed run may change them.
 FIXED = (
@@ -197,7 +198,7 @@ def load_checkpoint(checkpoint: Path, run: TrainingRun) -> None:
     `check_settings` comes first. Raises ConfigError if the problems are others than those of the checkpoint.
     """
     state, training = read_state(checkpoint), checkpoint / "training"
-    _check_problems(run.problem_digests, state.get("problem_digests"), checkpoint)
+    _check_problems(run.problem_digests, state["problem_digests"], checkpoint)
     run.iteration = state["iteration"]
     run.reference.version = state["reference_version"]
     run.problems.drawn = state["problems_drawn"]
@@ -230,10 +231,9 @@ def check_settings(config: Config, checkpoint: Path) -> None:
             )
 
 
-def _check_problems(now: dict[str, str], saved: dict[str, str] | None, checkpoint: Path) -> None:
-    """Raise ConfigError if the problems are others than those of the checkpoint. Checkpoints of format 1 from older
-    versions of reval have no digests (None)."""
-    for name, digest in (saved or {}).items():
+def _check_problems(now: dict[str, str], saved: dict[str, str], checkpoint: Path) -> None:
+    """Raise ConfigError if the problems are others than those of the checkpoint."""
+    for name, digest in saved.items():
         if now[name] != digest:
             raise ConfigError(
                 f"the {name} problems are not those of {checkpoint}, so the run cannot go on from it: the settings "

@@ -10,7 +10,7 @@ from .evaluation.answers import Answered, Evaluation
 from .rewards import VERIFIERS
 from .rewards.answers import EXTRACTORS
 
-UPDATES = ("loss", "grad_norm", "lr")
+UPDATES = ("loss", "grad_norm", "lr", "skipped")
 RESIDUALS = ("residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio")
 TRAINING = (
     *("reward", "reward_std", "frac_reward_zero_std", "reward_unscored", "reward_timeouts", "reward_errors"),

@@ -48,25 +48,27 @@ def evaluate(
         pool: the reward pool for reward.function.
         scorer: computes endogenous rewards; required with evaluation.best_of_n.
 
-    Raises RewardError on every process when a reward function is broken on one of them.
-    Raises RunError if no answer to the held-out problems, or none to a benchmark, has a score: its accuracy would be 0
-    whatever the answers are.
+    Raises, on every process:
+        RewardError: a reward function is broken on one of them.
+        RunError: no answer to the held-out problems, or none to a benchmark, has a score. Its accuracy would be 0
+            whatever the answers are.
     """
     settings = config.evaluation
     own = world.share(problems)
     seed = config.run.seed + world.rank  # the processes answer different problems and need different noise
     sampled = _responses(rollout, own, config, settings.samples, settings.temperature, seed)
     greedy = _responses(rollout, own, config, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
-    failure, failures = None, list[str]()
+    errors: list[str] = []
+    broken = None
     try:
         with _pools(own, pool, config) as pools:
-            texts, scores = _scored(own, sampled, pools, tokenizer, config, failures)
-            greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config, failures)
+            texts, scores = _scored(own, sampled, pools, tokenizer, config, errors)
+            greedy_texts, greedy_scores = _scored(own, greedy, pools, tokenizer, config, errors)
             extracted = _extracted(own, texts, pools, config)
     except RewardError as error:
-        failure = str(error)
+        broken = str(error)
     # All processes raise together. If one raised alone, the others would wait for it in the next collective.
-    for message in world.gather(failure):
+    for message in world.gather(broken):
         if message:
             raise RewardError(message)
     answers = [
@@ -86,7 +88,7 @@ def evaluate(
         for i, p in enumerate(own)
     ]
     joined = world.join(answers)
-    _check_scores(joined, [error for errors in world.gather(failures) for error in errors])
+    _check_scores(joined, [error for of_process in world.gather(errors) for error in of_process])
     if settings.best_of_n:
         assert scorer is not None, "evaluation.best_of_n needs a scorer"
         together = max(1, config.trajectories_per_iteration // (settings.samples * world.size))
@@ -121,6 +123,7 @@ def _settings(problem: Problem, config: Config) -> dict[str, Any]:
         "temperature": config.evaluation.temperature,
         "max_new_tokens": config.rollout.max_new_tokens,
         "reward": _function(problem, config),
+        "chat_template_kwargs": config.data.chat_template_kwargs,
     }
 
 

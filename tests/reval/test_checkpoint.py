@@ -148,12 +148,6 @@ def test_a_run_does_not_go_on_with_other_problems(tmp_path, capsys):
     again = configured(folder, *settings, "run.resume=auto", "run.iterations=2")
     with pytest.raises(ConfigError, match="the training problems are not those of .*iteration-000001"):
         train(again)
-    # A checkpoint of an older version has no digests.
-    state = (folder / "checkpoint" / "training" / "state.json").resolve()
-    held = json.loads(state.read_text())
-    assert held.pop("problem_digests").keys() == {"training", "held-out"}
-    state.write_text(json.dumps(held))
-    assert train(again)["iteration"] == 2
 
 
 def test_which_checkpoints_are_kept(tmp_path):
