@@ -118,13 +118,14 @@ def _function(problem: Problem, config: Config) -> str:
 
 def _settings(problem: Problem, config: Config) -> dict[str, Any]:
     """The settings that the score of this problem depends on. The file of answers holds them."""
-    return {
+    settings = {
         "samples": config.evaluation.samples,
         "temperature": config.evaluation.temperature,
         "max_new_tokens": config.rollout.max_new_tokens,
         "reward": _function(problem, config),
-        "chat_template_kwargs": config.data.chat_template_kwargs,
     }
+    template = config.data.chat_template_kwargs
+    return settings | ({"chat_template_kwargs": template} if template else {})
 
 
 @contextmanager
