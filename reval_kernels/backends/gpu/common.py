@@ -132,9 +132,12 @@ def capped(x, softcap):
 @triton.jit
 def temperature_at(temperatures, token, inside, temperature):
     """The temperatures of these tokens if every token has its own, else the one `temperature`."""
+    # One return: the compiler wants one type from all returns, also from a return that None makes unreachable.
     if temperatures is not None:
-        return tl.load(temperatures + token, mask=inside, other=1.0).to(tl.float32)
-    return tl.cast(temperature, tl.float32)  # some compilers pass Python's floats as fp64
+        out = tl.load(temperatures + token, mask=inside, other=1.0).to(tl.float32)
+    else:
+        out = tl.cast(temperature, tl.float32)  # some compilers pass Python's floats as fp64
+    return out
 
 
 @triton.jit
@@ -229,7 +232,7 @@ def merge(
     part = tl.arange(0, PADDED)
     at = parts + row.to(tl.int64)[:, None] * count + part[None, :]
     there = inside[:, None] & (part < count)[None, :]
-    plane = rows.to(tl.int64) * count
+    plane = tl.cast(rows, tl.int64) * count
     m = tl.load(at, mask=there, other=LOWEST)  # past the last part: empty parts
     s = tl.load(at + plane, mask=there, other=-1.0)
     t = tl.zeros([ROWS, PADDED], tl.float32)

@@ -133,7 +133,7 @@ def linear_forward(
         top = below == 0
         count = tl.sum(top.to(tl.float32), 1)
         at = parts + row.to(tl.int64) * tiles + tile
-        plane = rows.to(tl.int64) * tiles
+        plane = tl.cast(rows, tl.int64) * tiles
         tl.store(at, m, mask=inside)
         # s leaves out one of the entries at the maximum. A tile with only -inf has no such entry: there s is -1.
         others = count - (m >= LOWEST).to(tl.float32)  # always count - 1; written so, sm_80 and sm_120 spill registers

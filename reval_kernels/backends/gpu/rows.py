@@ -104,7 +104,7 @@ def row_forward(
         x, _ = capped(x, softcap)
     if SPLITS > 1:
         at = parts + token * SPLITS + split
-        plane = tokens.to(tl.int64) * SPLITS
+        plane = tl.cast(tokens, tl.int64) * SPLITS  # Triton makes a size of 1 a constant, which has no `to`
         tl.store(at, m)
         tl.store(at + plane, s)
         tl.store(at + 2 * plane, t)
