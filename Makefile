@@ -10,7 +10,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-vllm bench lint sanitize mutate clean
+.PHONY: setup demo test test-oldest-triton test-vllm bench lint sanitize mutate clean
 
 setup: $(READY)
 
@@ -46,8 +46,20 @@ demo: $(READY)
 	$(BIN)/python -m reval.train configs/demo.yaml run.overwrite=true
 endif
 
+# The tests record every launch of a GPU kernel. Then each is compiled for real GPUs: the interpreter runs kernels that
+# Triton cannot compile.
+LAUNCHES := build/launches
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	rm -rf $(LAUNCHES)
+	REVAL_RECORD_LAUNCHES=$(LAUNCHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python tools/compile_launches.py $(LAUNCHES)
+
+# The same launches with the oldest Triton that pyproject.toml allows. `make test` records them.
+OLDEST := build/triton-3.6.0
+test-oldest-triton: $(READY)
+	test -d $(LAUNCHES) || { echo "run make test first: it records the launches"; exit 1; }
+	test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) triton==3.6.0
+	PYTHONPATH=$(OLDEST) $(BIN)/python tools/compile_launches.py $(LAUNCHES)
 
 # Tests of the real vLLM engine on SmolLM2, with real weight syncs.
 test-vllm: $(VLLM_READY)

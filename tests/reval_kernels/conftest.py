@@ -12,6 +12,11 @@ import pytest
 import torch
 from cases import BACKENDS, DEVICE
 
+if "triton" in BACKENDS and DEVICE == "cpu" and os.environ.get("REVAL_RECORD_LAUNCHES"):
+    import launches
+
+    launches.record(os.environ["REVAL_RECORD_LAUNCHES"])
+
 if DEVICE != "cpu":  # REVAL_TEST_DEVICE=cuda runs all tests here on a GPU
     torch.set_default_device(DEVICE)
 
