@@ -31,7 +31,8 @@ from ...contract import RowValues, Transform
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-LEAST = tl.constexpr(1.401298464324817e-45)  # in place of 1 / T = 0 at T = inf: -inf * 0 would be NaN
+# In place of 1 / T = 0 at T = inf: -inf * 0 would be NaN. Triton 3.6 takes a plain number below 2^-126 for fp64.
+LEAST = tl.constexpr(1.401298464324817e-45)
 
 
 # --- host -----------------------------------------------------------------------------------------------------------
@@ -143,13 +144,13 @@ def temperature_at(temperatures, token, inside, temperature):
 @triton.jit
 def exponent_of(temperature):
     """log2(e) / T, so that exp((x - m) / T) = exp2((x - m) * exponent)."""
-    return tl.maximum(tl.div_rn(tl.zeros_like(temperature) + LOG2E, temperature), LEAST)
+    return tl.maximum(tl.div_rn(tl.zeros_like(temperature) + LOG2E, temperature), tl.full([], LEAST, tl.float32))
 
 
 @triton.jit
 def inverse_of(temperature):
     """1 / T."""
-    return tl.maximum(1 / temperature, LEAST)
+    return tl.maximum(1 / temperature, tl.full([], LEAST, tl.float32))
 
 
 @triton.jit
