@@ -104,7 +104,7 @@ def save_checkpoint(folder: Path, run: TrainingRun, metrics: dict[str, float]) -
         world.barrier()
         if world.main:
             shutil.rmtree(unfinished, ignore_errors=True)  # frees the space too
-        raise _not_saved(run, f"{errors[0]} ({free} MB were free)")
+        raise _not_saved(run, f"{'' if free else 'the disk is full: '}{errors[0]} ({free} MB were free)")
     finished = functools.partial(finish_checkpoint, folder, unfinished, run.iteration, run.config)
     with _as_run_error(run):
         run.previous = world.broadcast(world.together(lambda: finished() if world.main else folder))

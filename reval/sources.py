@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 
 
 def check_files(config: Config, training: bool = False) -> None:
-    """Raise ConfigError if a file that the settings name does not exist.
+    """Raise ConfigError if a file, or the module of a reward function, that the settings name does not exist.
 
     Args:
         training: also check replay.preload, which an evaluation does not read.
@@ -50,6 +51,19 @@ def check_files(config: Config, training: bool = False) -> None:
                 _existing(path)
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from None
+    if config.model.name.startswith(("/", ".")) and not Path(config.model.name).exists():
+        raise ConfigError(f"model.name: there is no folder {config.model.name!r}")
+    for name, spec in rewards.items():
+        module = spec.rpartition(":")[0]
+        if module and ".py:" not in spec and not _found(module):
+            raise ConfigError(f"{name}: there is no module {module!r}, of {spec!r}")
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # its package is missing, or the name is not one of a module
+        return False
 
 
 def read_file(path: str | Path) -> Iterator[Row]:

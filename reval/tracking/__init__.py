@@ -129,7 +129,7 @@ class Tracker:
     def reward_error(self, iteration: int, error: str) -> None:
         """Append the text `error`, an exception of the reward function, to reward_errors.txt."""
         if self._main:
-            with open(self._folder / "reward_errors.txt", "a", encoding="utf-8") as file:
+            with open(self._folder / "reward_errors.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"iteration {iteration}\n{textwrap.indent(error, '  ')}\n\n")
 
     def log(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:

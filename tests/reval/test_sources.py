@@ -151,6 +151,8 @@ def test_columns_are_picked_from_where_they_lie():
         (["reward.function=HERE/my.py:score"], "reward.function: there is no file '.*my.py'"),
         (["evaluation.reward=my.py:score", "evaluation.benchmarks=[aime24]"], "evaluation.reward: .* no file 'my.py'"),
         (["replay.preload=gone"], "replay.preload: there is no file 'gone'"),
+        (["reward.function=no.such:score"], "reward.function: there is no module 'no.such', of 'no.such:score'"),
+        (["model.name=./gone"], "model.name: there is no folder './gone'"),
     ],
 )
 def test_a_missing_file_is_named_before_anything_is_loaded(jsonl, settings, message):

@@ -171,6 +171,12 @@ def test_a_torn_entry_of_the_reward_errors_is_dropped(whole):
     assert path.read_text() == expected
 
 
+def test_a_reward_error_that_is_no_valid_text_is_written(tmp_path):
+    with Tracker(tmp_path, settings()) as tracker:
+        tracker.reward_error(1, "ValueError: \ud800")
+    assert "ValueError: \\ud800" in (tmp_path / "reward_errors.txt").read_text(encoding="utf-8")
+
+
 def test_without_a_state_the_files_say_how_far_the_run_was(whole):
     expected = (whole / "metrics.jsonl").read_text()
     with Tracker(whole, settings(), iteration=4) as tracker:
