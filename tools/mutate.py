@@ -111,7 +111,7 @@ MUTATIONS = [
     ),
     Mutation(
         "common: 1 / T is 0 at T = inf", "gpu/common.py",
-        "    return tl.maximum(1 / temperature, LEAST)", "    return 1 / temperature",
+        "    return tl.maximum(1 / temperature, tl.full([], LEAST, tl.float32))", "    return 1 / temperature",
         TESTS + "test_values.py -k uniform_limit",
     ),
     Mutation(
