@@ -72,9 +72,9 @@ def compile_launch(launch: dict[str, Any], target: str) -> str | None:
 
     gpu = TARGETS[target]
     triton.runtime.driver.set_active(Driver(GPUTarget(gpu.backend, gpu.arch, gpu.warp)))
-    kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
-    kernel.device_caches.clear()  # the caches belong to the target of an earlier call
     try:
+        kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
+        kernel.device_caches.clear()  # the caches belong to the target of an earlier call
         kernel.run(*map(argument, launch["arguments"]), grid=(1,), warmup=True, **launch["constants"])
     except Exception as error:  # the compiler raises many types
         return "\n  caused by ".join(f"{type(e).__name__}: {e}" for e in _chain(error))
