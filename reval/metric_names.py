@@ -7,8 +7,6 @@ import difflib
 from .config import Config, ConfigError
 from .data import Problem
 from .evaluation.answers import Answered, Evaluation
-from .rewards import VERIFIERS
-from .rewards.answers import EXTRACTORS
 
 UPDATES = ("loss", "grad_norm", "lr", "skipped")
 RESIDUALS = ("residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio")
@@ -40,14 +38,13 @@ def check_best_metric(config: Config, evaluation_problems: list[Problem]) -> Non
 
 
 def evaluation_names(config: Config, problems: list[Problem]) -> list[str]:
-    """The names of the metrics that an evaluation with these problems gives: those of made-up answers."""
+    """The names of the metrics that an evaluation with these problems gives: those of made-up answers. `maj@k` is among
+    them, although your own reward function may have no extractor and then gives none."""
     settings = config.evaluation
     n = settings.samples
     answers = []
     for benchmark in dict.fromkeys(p.benchmark for p in problems):
         problem = next(p for p in problems if p.benchmark == benchmark)
-        reward = config.reward.function if benchmark is None else settings.reward
-        extracts = reward in EXTRACTORS or reward not in VERIFIERS  # your own function may have an extractor
         answers.append(
             Answered(
                 problem.prompt,
@@ -55,7 +52,7 @@ def evaluation_names(config: Config, problems: list[Problem]) -> list[str]:
                 scores=[0.0] * n,
                 greedy="" if settings.greedy else None,
                 benchmark=benchmark,
-                extracted=[None] * n if extracts else None,
+                extracted=[None] * n,
                 lengths=[1] * n,
                 finished=[True] * n,
                 endogenous=[0.0] * n if settings.best_of_n else None,

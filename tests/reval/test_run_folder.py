@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -171,8 +172,9 @@ def test_a_full_disk_ends_the_run_with_a_message_and_leaves_the_last_checkpoint(
 
     save_file = reval.checkpoint.save_file
     monkeypatch.setattr(reval.checkpoint, "save_file", full)
+    monkeypatch.setattr(reval.checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
     small = [*QUICK, "run.save_every=1", "data.held_out=0"]
-    message = r"of iteration 2 could not be saved: .*No space left on device \(\d+ MB were free\); the newest .*000001"
+    message = r"of iteration 2 could not be saved: the disk is full: .* \(0 MB were free\); the newest .*000001"
     with pytest.raises(RunError, match=message):
         train(configured(tmp_path, *small))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-000001"]
