@@ -8,10 +8,12 @@ from functools import partial
 
 import torch
 
+from reval.device import clock_for
+
 from . import memory
 from .ops import OPS, Op, Shape, Tensors, error
 from .providers import COMPUTES, FAMILIES, Provider, definition, providers
-from .timing import clock_for, interleave, summary, turns
+from .timing import interleave, summary, turns
 
 SLACK = 10.0
 """Factor of the error bound: SLACK times plain PyTorch's error in the same dtype, plus one unit in the last place of

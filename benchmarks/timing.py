@@ -7,47 +7,11 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable
-from typing import TypeVar
 
-import torch
+from reval.device import CpuClock, CudaClock, CudaWallClock
 
-T = TypeVar("T")
 Call = Callable[[], object]
-
-
-class CpuClock:
-    """Wall time of a call on the CPU. The call's result is freed after the clock has stopped."""
-
-    def seconds(self, call: Callable[[], T]) -> tuple[float, T]:
-        start = time.perf_counter()
-        out = call()
-        return time.perf_counter() - start, out
-
-
-class CudaClock:
-    """Time between two events on the GPU.
-
-    Before the first event, a write of twice the L2 cache's size removes the inputs from the cache.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
-
-    def seconds(self, call: Callable[[], T]) -> tuple[float, T]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        out = call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3, out
-
-
-def clock_for(device: torch.device) -> CpuClock | CudaClock:
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
 def turns(first: dict[str, float], budget: float, least: int, most: int) -> dict[str, int]:
@@ -62,7 +26,7 @@ def turns(first: dict[str, float], budget: float, least: int, most: int) -> dict
 def interleave(
     calls: dict[str, Call],
     turns: dict[str, int],
-    clock: CpuClock | CudaClock,
+    clock: CpuClock | CudaClock | CudaWallClock,
     samples: dict[str, list[float]],
     prepare: dict[str, Call] | None = None,
     seed: int = 0,
