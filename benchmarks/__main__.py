@@ -15,85 +15,18 @@ import signal
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
-import reval_kernels
-
 from . import report
-from .bars import FASTEST_OF, bars
-from .ops import OPS, Shape
-from .providers import providers
+from .cases import curves, tables
+from .ops import OPS
+from .providers import precisions, providers
 from .suite import Case, Settings, Suite
 
 FULL = Path(__file__).parent / "results"
 TRIAL = Path("runs/bench")
-F32, BF16 = torch.float32, torch.bfloat16
-ROWS, BOTH, LINEAR, LOSS, BELLMAN = OPS
-OURS = ("triton", "cpu")
-
-
-def multiplies_bf16(device: str) -> bool:
-    """Whether torch has fast bf16 matmuls on this device. Slow bf16 matmuls of the larger head take minutes."""
-    return device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def tables(device: str, quick: bool, patient: bool = False) -> list[Case]:
-    """The cases of the tables.
-
-    Where torch's bf16 matmuls are slow, the heads get a sixteenth of the tokens in bf16. `patient` keeps all tokens of
-    the smaller head.
-    """
-    if quick:
-        rows, head, heads, values = Shape(8, 4, 8192), Shape(8, 4, 4096, 64), [Shape(8, 4, 4096, 64)], Shape(8, 64)
-    elif device == "cpu":  # the shapes that bars.py names
-        rows, head, values = Shape(8, 64, 151_936), Shape(8, 128, 49_152, 576), Shape(64, 1024)
-        heads = [head, Shape(8, 128, 151_936, 576)]
-    else:
-        rows, head, values = Shape(8, 512, 151_936), Shape(8, 512, 151_936, 2048), Shape(256, 4096)
-        heads = [head]
-    few = (*OURS, "torch eager")
-    # Memory needs one child process for each provider of each case. To save time, most cases measure few providers.
-    frugal = partial(Case, memory=few, others=False)
-    cases = [frugal(ROWS, rows, dtype) for dtype in (F32, BF16)]
-    cases += [frugal(BOTH, rows, F32), Case(BOTH, rows, BF16)]
-    slow = not quick and not multiplies_bf16(device)
-
-    def cut(shape: Shape, dtype: torch.dtype) -> Shape:
-        few = slow and dtype == BF16 and not (patient and shape == head)
-        return shape._replace(length=shape.length // 16) if few else shape
-
-    cases += [frugal(LINEAR, cut(head, dtype), dtype) for dtype in (F32, BF16)]
-    cases += [Case(LOSS, cut(heads[0], dtype), dtype, memory=few) for dtype in (F32, BF16)]
-    # the larger head: only our backends and the peers that bars.py compares with
-    named = (*OURS, *FASTEST_OF)
-    cases += [frugal(LOSS, cut(h, dtype), dtype, only=named) for h in heads[1:] for dtype in (F32, BF16)]
-    return [*cases, Case(BELLMAN, values, F32)]
-
-
-def curves(device: str, quick: bool) -> list[Case]:
-    """Time and memory against N at fixed V, and against V at fixed N.
-
-    The providers are our default backend and plain PyTorch; for heads also cut-cross-entropy.
-    """
-    ours = next(name for name, info in reval_kernels.backends().items() if {device, "*"} & set(info.default_for))
-    who = (ours, "torch eager", "cut-cross-entropy torch_compile" if device == "cpu" else "cut-cross-entropy")
-    lengths, vocabularies = [8, 16, 32, 64], [16_384, 32_768, 65_536, 131_072]
-    width, length = (576, 32) if device == "cpu" else (2048, 256)
-    head, vocabulary = 49_152, 151_936
-    if quick:
-        lengths, vocabularies, width, length, head, vocabulary = [2, 4], [1024, 2048], 64, 4, 2048, 4096
-    dtype = BF16 if multiplies_bf16(device) else F32
-    loss = partial(Case, LOSS, dtype=dtype, only=who)
-    rows = partial(Case, BOTH, dtype=F32, only=who[:2])
-    return [
-        *(loss(shape=Shape(8, t, head, width), curve="N") for t in lengths),
-        *(loss(shape=Shape(8, length, v, width), curve="V") for v in vocabularies),
-        *(rows(shape=Shape(8, t, vocabulary), curve="N") for t in lengths),
-        *(rows(shape=Shape(8, length, v), curve="V") for v in vocabularies),
-    ]
 
 
 class Progress:
@@ -164,7 +97,9 @@ def main(words: list[str] | None = None) -> int:
     interrupted = False
     try:
         for case in cases:
-            chosen = [p for p in providers(OPS[case.op].family) if not args.provider or p.name in args.provider]
+            family = OPS[case.op].family
+            chosen = precisions(family) if case.precision else providers(family)
+            chosen = [p for p in chosen if not args.provider or p.name in args.provider]
             progress.begin(str(case))
             rows = suite.run(case, chosen)
             suite.measure_memory(case, rows)
@@ -175,8 +110,7 @@ def main(words: list[str] | None = None) -> int:
         print("interrupted; writing what was measured", file=sys.stderr)
     full = not (args.trial or interrupted)
     paths = report.write(args.output or (FULL if full else TRIAL), where, suite.rows, interrupted)
-    if args.device == "cpu":
-        print("\n".join(report.bar_table(bars(suite.rows))))
+    print("\n".join(report.bar_table(report.bars_of(args.device, suite.rows))))
     print("written:", *paths, sep="\n  ")
     return 130 if interrupted else 0
 

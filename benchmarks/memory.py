@@ -8,8 +8,9 @@ The child works in four steps:
 4. It makes one call.
 
 The result is the new peak, minus the resident memory before the call, minus the bytes of the outputs. A control child
-only makes the outputs: its result is the error of the method. On a GPU the child reads torch's own peak of allocated
-memory.
+only makes the outputs: its result is the error of the method.
+
+On a GPU no child is needed: torch counts every byte that it allocates there, and its peak.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -39,20 +40,29 @@ class NotMeasured(RuntimeError):
     """The child could not measure."""
 
 
-def beyond_inputs_and_outputs(
-    op: str, provider: str, shape: Shape, dtype: torch.dtype, device: torch.device, timeout: float = 300
-) -> int:
-    """Bytes that one call needs beyond its inputs and outputs, measured in a child process.
+def beyond_on_gpu(call: Callable[[], Tensors], device: torch.device) -> int:
+    """Bytes of GPU memory that one call needs beyond its inputs and outputs. The call must have been made before."""
+    gc.collect()  # garbage of earlier calls that is freed during the call would hide what the call takes
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before - sum(t.nbytes for t in out.values())
+
+
+def beyond_inputs_and_outputs(op: str, provider: str, shape: Shape, dtype: torch.dtype, timeout: float = 300) -> int:
+    """Bytes of CPU memory that one call needs beyond its inputs and outputs, measured in a child process.
 
     Raises NotMeasured, with the child's message, if the child fails, and after `timeout` seconds without an answer.
     """
-    if device.type == "cpu" and not os.access(CLEAR, os.W_OK):
+    if not os.access(CLEAR, os.W_OK):
         raise NotMeasured(f"needs Linux's {CLEAR}, this is {sys.platform}")
     # The fork server has imported torch and done nothing else. Its forks start at once and inherit no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])
     mine, theirs = context.Pipe()
-    args = (theirs, op, provider, shape, dtype, device, torch.get_num_threads())
+    args = (theirs, op, provider, shape, dtype, torch.get_num_threads())
     child = context.Process(target=_child, args=args)
     with _exact_malloc():
         child.start()
@@ -88,20 +98,19 @@ def _exact_malloc() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _child(
-    answer: Connection, op: str, provider: str, shape: Shape, dtype: torch.dtype, device: torch.device, threads: int
-) -> None:
+def _child(answer: Connection, op: str, provider: str, shape: Shape, dtype: torch.dtype, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     # no compile workers: a killed child would leave their semaphores behind
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
         torch.set_num_threads(threads)
-        answer.send(_measure(OPS[op], provider, shape, dtype, device))
+        answer.send(_measure(OPS[op], provider, shape, dtype))
     except Exception as error:
         answer.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _measure(op: Op, name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+def _measure(op: Op, name: str, shape: Shape, dtype: torch.dtype) -> int:
+    device = torch.device("cpu")
     x = op.inputs(shape, dtype, device)
     if name == CONTROL:
         function, compiled = _outputs_alone(op, x), False
@@ -115,7 +124,7 @@ def _measure(op: Op, name: str, shape: Shape, dtype: torch.dtype, device: torch.
 
     run(x if compiled else op.inputs(SMALL, dtype, device))
     gc.collect()
-    meter = _CudaMeter(device) if device.type == "cuda" else _LinuxMeter()
+    meter = _LinuxMeter()
     out = run(x)
     return meter.grown() - sum(t.nbytes for t in out.values())
 
@@ -140,16 +149,3 @@ class _LinuxMeter:
     def _read(what: str) -> int:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(what))
         return int(line.split()[1]) * 1024
-
-
-class _CudaMeter:
-    """Growth of torch's peak of allocated GPU memory since the meter was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        self.device, self.before = device, torch.cuda.memory_allocated(device)
-
-    def grown(self) -> int:
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - self.before

@@ -85,23 +85,26 @@ class Op:
         Every piece gets the whole weight, and the weight's gradients of all pieces are summed. A loss is a mean over
         trajectories, so a piece's loss and gradients are divided by the number of pieces.
         """
-        wide = {k: t.double() if t.is_floating_point() else t for k, t in x.items()}
-        whole = {"weight"} & wide.keys()
-        rows = len(next(t for k, t in wide.items() if k not in whole))
+        whole = {k: wide(x[k]) for k in {"weight"} & x.keys()}
+        rows = len(next(t for k, t in x.items() if k not in whole))
         count = -(-rows // self.chunk)
         if rows % count:
             raise ValueError(f"{self.name}: {rows} rows do not divide into {count} equal pieces")
-        pieces = {k: [t] * count if k in whole else t.chunk(count) for k, t in wide.items()}
+        pieces = {k: t.chunk(count) for k, t in x.items() if k not in whole}
         out: dict[str, list[Tensor]] = {}
         total: Tensors = {}
         for i in range(count):
-            for k, t in self.run(definition, {k: p[i] for k, p in pieces.items()}).items():
+            for k, t in self.run(definition, whole | {k: wide(p[i]) for k, p in pieces.items()}).items():
                 mean = t / count if t.dim() == 0 or (k.startswith("d ") and "loss" in self.upstream) else t
                 if t.dim() == 0 or k.removeprefix("d ") in whole:
                     total[k] = total[k] + mean if k in total else mean
                 else:
                     out.setdefault(k, []).append(mean)
         return total | {k: torch.cat(tensors) for k, tensors in out.items()}
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def error(out: Tensors, truth: Tensors) -> float:
@@ -155,6 +158,12 @@ def head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tenso
     return {"hidden": hidden, "weight": weight, "actions": actions}
 
 
+def linear_values_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """`head_inputs`, and random upstream gradients of v and log_prob [B, T]."""
+    d_v, d_log_prob = torch.randn(2, shape.trajectories, shape.length, device=device, generator=_generator(device))
+    return head_inputs(shape, dtype, device) | {"d v": d_v, "d log_prob": d_log_prob}
+
+
 def loss_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     """`head_inputs`, returns [B] of a reference near the policy, and rewards [B] of 0 and 1."""
     value = math.log(shape.vocabulary) + 2  # logsumexp of logits with standard deviation 2
@@ -179,7 +188,12 @@ def outcomes(shape: Shape, returns: float, device: torch.device) -> Tensors:
 
 
 def read(x: Tensor) -> Callable[[], object]:
-    """One streaming read of x: torch sums float32, bf16 and fp16 at the speed of memory."""
+    """One streaming read of x: torch sums float32, bf16 and fp16 at the speed of memory.
+
+    On a GPU, two 16-bit entries are summed as one float32: the sum is of no use, but nothing is converted.
+    """
+    if x.device.type == "cuda" and x.element_size() == 2 and x.numel() % 2 == 0 and x.is_contiguous():
+        x = x.flatten().view(torch.float32)
     return lambda: x.sum()
 
 
@@ -188,22 +202,20 @@ def read_twice_write_once(x: Tensor) -> Callable[[], object]:
     return lambda: (once(), out.copy_(x))
 
 
-def matmuls(x: Tensors, backward: bool) -> Callable[[], object]:
-    """logits = hidden @ weight.T; with `backward` also dhidden = g @ weight and dweight = g.T @ hidden.
+def matmuls(x: Tensors, *of: str) -> Callable[[], object]:
+    """The bare matmuls named in `of`, one after another. The outputs are allocated beforehand.
 
-    The outputs are allocated beforehand.
+    "logits" = hidden @ weight.T; "d hidden" = g @ weight; "d weight" = g.T @ hidden, with a random g like the logits.
     """
     hidden, weight = x["hidden"].flatten(0, 1), x["weight"]
-    logits = hidden.new_empty(len(hidden), len(weight))
-    if not backward:
-        return lambda: torch.mm(hidden, weight.T, out=logits)
-    g = torch.randn(len(hidden), len(weight), device=hidden.device).to(hidden.dtype)
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    return lambda: (
-        torch.mm(hidden, weight.T, out=logits),
-        torch.mm(g, weight, out=d_hidden),
-        torch.mm(g.T, hidden, out=d_weight),
-    )
+    logits, d_hidden, d_weight = hidden.new_empty(len(hidden), len(weight)), hidden.clone(), weight.clone()
+    g = logits if set(of) == {"logits"} else torch.randn(logits.shape, device=hidden.device).to(hidden.dtype)
+    by_name = {
+        "logits": lambda: torch.mm(hidden, weight.T, out=logits),
+        "d hidden": lambda: torch.mm(g, weight, out=d_hidden),
+        "d weight": lambda: torch.mm(g.T, hidden, out=d_weight),
+    }
+    return lambda: [by_name[name]() for name in of]
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------
@@ -247,7 +259,7 @@ OPS = {
             # one matmul, and 4 for each entry of the logits
             flops=lambda n: 2 * n.tokens * n.vocabulary * n.width + 4 * n.tokens * n.vocabulary,
             formula="bytes (N + V) D s + 20 N; FLOPs 2 N V D + 4 N V",
-            limit=lambda x: matmuls(x, backward=False),
+            limit=lambda x: matmuls(x, "logits"),
             limit_name="one bare matmul",
             chunk=1,
         ),
@@ -260,10 +272,40 @@ OPS = {
             # three matmuls, and 8 for each entry of the logits. An implementation that drops the logits does a fourth.
             flops=lambda n: 6 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
             formula="bytes 2 (N + V) D s + 8 N; FLOPs 6 N V D + 8 N V",
-            limit=lambda x: matmuls(x, backward=True),
+            limit=lambda x: matmuls(x, "logits", "d hidden", "d weight"),
             limit_name="three bare matmuls",
             wrt=("hidden", "weight"),
             upstream=("loss",),
+            chunk=1,
+        ),
+        Op(
+            "linear_reval_loss of a frozen head forward+backward",
+            "linear_reval_loss",
+            loss_inputs,
+            # read hidden and weight once, write the gradient of hidden
+            bytes=lambda n, s: (2 * n.tokens + n.vocabulary) * n.width * s + n.tokens * 8,
+            flops=lambda n: 4 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
+            formula="bytes (2 N + V) D s + 8 N; FLOPs 4 N V D + 8 N V",
+            limit=lambda x: matmuls(x, "logits", "d hidden"),
+            limit_name="two bare matmuls",
+            wrt=("hidden",),
+            upstream=("loss",),
+            chunk=1,
+        ),
+        Op(
+            "linear_token_values forward+backward",
+            "linear_token_values",
+            linear_values_inputs,
+            # as the loss; a token: action twice, 3 outputs, 2 upstream gradients
+            bytes=lambda n, s: 2 * (n.tokens + n.vocabulary) * n.width * s + n.tokens * (2 * 8 + 5 * 4),
+            # as the loss. The upstream gradients come after the forward, so without memory for the logits it is a
+            # fourth matmul that makes them again.
+            flops=lambda n: 6 * n.tokens * n.vocabulary * n.width + 8 * n.tokens * n.vocabulary,
+            formula="bytes 2 (N + V) D s + 36 N; FLOPs 6 N V D + 8 N V",
+            limit=lambda x: matmuls(x, "logits", "logits", "d hidden", "d weight"),
+            limit_name="four bare matmuls: the logits twice",
+            wrt=("hidden", "weight"),
+            upstream=("v", "log_prob"),
             chunk=1,
         ),
         Op(

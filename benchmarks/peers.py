@@ -80,6 +80,20 @@ def liger_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) 
     return liger_fused_linear_cross_entropy(hidden, weight, actions, reduction=reduction)
 
 
+def liger_scaled_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+    """Liger's loss for each token: on Hopper in CuTe, on other GPUs in PyTorch."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    loss = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, actions)
+    return loss if reduction == "none" else loss.mean()
+
+
+def quack_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, actions, reduction=reduction)
+
+
 def trl_loss(hidden: Tensor, weight: Tensor, actions: Tensor, reduction: str) -> Tensor:
     """TRL's function with its trainers' arguments: vocabulary chunks of 32,768 and no optional output."""
     from trl.kernels import ChunkedLogProbFunction
@@ -110,6 +124,12 @@ def liger_token_values(logits: Tensor, actions: Tensor) -> Tensors:
     return {"log_prob": -liger_cross_entropy(logits, actions, reduction="none")}
 
 
+def quack_token_values(logits: Tensor, actions: Tensor) -> Tensors:
+    from quack.cross_entropy import cross_entropy
+
+    return {"log_prob": -cross_entropy(logits, actions, reduction="none")}
+
+
 # --- the list --------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +142,7 @@ def linear(name: str, loss: Callable[..., Tensor], missing: Callable[[str], str 
 
 TORCH = needs("torch.nn.functional", "linear_cross_entropy")
 CCE, CCE_GPU = needs("cut_cross_entropy"), needs("cut_cross_entropy", device="cuda")
+LIGER_SCALED = needs("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction", device="cuda")
 LIGER = needs("liger_kernel.transformers.functional", device="cuda")
 TRL = needs("trl.trainer.utils", "selective_log_softmax")
 
@@ -133,8 +154,25 @@ PEERS = [
     *linear("cut-cross-entropy unfiltered", cce_loss(impl="cce", filter_eps=None), CCE_GPU),
     *linear("cut-cross-entropy torch_compile", cce_loss(impl="torch_compile"), CCE, compiled=True),
     *linear("Liger", liger_loss, LIGER),
+    *linear(
+        "Liger scaled", liger_scaled_loss, LIGER_SCALED, note="; sums the weight's gradient in the dtype of the weight"
+    ),
+    Provider(
+        "quack",
+        "linear_reval_loss",
+        "cross entropy",
+        lambda: mean(quack_loss),
+        needs("quack.linear_cross_entropy", "chunked_linear_cross_entropy", device="cuda"),
+    ),
     *linear("TRL fused head", trl_loss, needs("trl.kernels", "ChunkedLogProbFunction")),
     Provider("torch eager log_softmax", "token_values", "token values", lambda: log_softmax_token_values),
     Provider("TRL selective_log_softmax", "token_values", "log_prob", lambda: trl_token_values, TRL),
     Provider("Liger", "token_values", "log_prob", lambda: liger_token_values, LIGER, overwrites="logits"),
+    Provider(
+        "quack",
+        "token_values",
+        "log_prob",
+        lambda: quack_token_values,
+        needs("quack.cross_entropy", "cross_entropy", device="cuda"),
+    ),
 ]

@@ -6,6 +6,7 @@ A provider's function takes the op's inputs by name and returns its outputs by n
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ FAMILIES = {
 """The families of functions, and the key of COMPUTES for our function in each family."""
 
 
+Rounding = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute the ops of a family."""
@@ -51,6 +55,11 @@ class Provider:
     compiled: bool = False
     overwrites: str = ""
     """Name of the input that the provider overwrites. The provider gets a copy, made outside the timed part."""
+    note: str = ""
+    """What the results must say beside `computes`, for example that a gradient is summed in bf16."""
+    rounds: Rounding | None = None
+    """How the provider rounds the operands of its matmuls. The yardstick for its error is plain PyTorch on operands
+    that are rounded in this way."""
 
 
 # --- plain PyTorch, as written by hand; its error is the yardstick ---------------------------------------------------
@@ -123,6 +132,71 @@ def backend_missing(backend: str, device: str) -> str | None:
     if backend == "cpu" and device != "cpu":
         return "for tensors on the CPU"
     return reval_kernels.backends()[backend].reason
+
+
+# --- fp32 operands on tensor cores -----------------------------------------------------------------------------------
+
+
+def to_bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def to_two_bf16(x: Tensor) -> Tensor:
+    """The sum of two bf16 numbers that is nearest to x: 16 bits of x."""
+    high = to_bf16(x)
+    return high + to_bf16(x - high)
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """x with the 10 bits of mantissa that TF32 keeps of 23."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+PRECISIONS: dict[str, Rounding | None] = {
+    "exact": None,
+    "bf16x3": to_two_bf16,
+    "tf32": to_tf32,
+    "bf16": to_bf16,
+}
+"""The values of the argument `precision` of the linear functions: how each rounds fp32 operands of a matmul."""
+
+
+def precision_missing(family: str, device: str) -> str | None:
+    if "precision" not in inspect.signature(getattr(reval_kernels, family)).parameters:
+        return f"reval_kernels.{family} has no argument precision in this version"
+    return backend_missing("triton", device)
+
+
+def precisions(family: str) -> list[Provider]:
+    """Our GPU backend at every precision of fp32 operands, and plain PyTorch in fp32 and with bf16 operands."""
+    eager = EAGER[family]
+
+    def narrow(hidden: Tensor, weight: Tensor, **others: Tensor) -> Tensors:
+        return eager(hidden=hidden.bfloat16(), weight=weight.bfloat16(), **others)
+
+    ours = [
+        Provider(
+            f"triton {precision}",
+            family,
+            FAMILIES[family],
+            partial(library_function, reval_kernels, family, backend="triton", precision=precision),
+            partial(precision_missing, family),
+            note=f"; matmuls in precision {precision!r}",
+            rounds=rounds,
+        )
+        for precision, rounds in PRECISIONS.items()
+    ]
+    plain = partial(Provider, family=family, computes=FAMILIES[family])
+    return [
+        *ours,
+        plain("torch eager", load=lambda: eager),
+        plain(
+            "torch eager, bf16 operands",
+            load=lambda: narrow,
+            note="; operands, logits and their gradient are rounded to bf16",
+            rounds=to_bf16,
+        ),
+    ]
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------

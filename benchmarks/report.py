@@ -16,21 +16,31 @@ from pathlib import Path
 
 import torch
 
-from .bars import Bar, bars
+from reval.device import nvidia_smi
+
+from . import bars as cpu_bars
+from .bars import Bar
+from .gpu import bars as gpu_bars
 from .ops import OPS, Shape
-from .plots import save_bars, save_curves
 from .suite import LIMIT, Row
 from .timing import summary
 
-PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "transformers", "reval")
+PACKAGES = (
+    *("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "trl"),
+    *("transformers", "reval"),
+)
+
+GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 def stamp(device: torch.device) -> dict[str, object]:
-    """The facts that a measurement depends on: processor, threads, load, versions, commit, date."""
+    """The facts that a measurement depends on: processor or GPU, clocks, threads, load, versions, commit, date."""
+    gpu = device.type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        **({"GPU": nvidia_smi(*GPU_FACTS), "CUDA": torch.version.cuda or torch.version.hip} if gpu else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MKL_", "MALLOC_", "REVAL_"))},
@@ -51,10 +61,14 @@ def processor() -> str:
 
 
 def commit() -> str:
+    """The variable REVAL_COMMIT, for a copy without git; otherwise the commit of this checkout."""
+
     def git(*words: str) -> str:
         root = Path(__file__).parent
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
+    if given := os.environ.get("REVAL_COMMIT"):
+        return given
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
@@ -80,10 +94,12 @@ def write(folder: Path, where: dict[str, object], rows: list[Row], interrupted: 
     """Write <device>.json, <device>.md and the plots. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     name = file_name(where)
-    held = bars(rows) if where["device"] == "cpu" else []
+    held = bars_of("cpu" if where["device"] == "cpu" else "cuda", rows)
     data, page = folder / f"{name}.json", folder / f"{name}.md"
     sections = {"stamp": [where], "bars": [asdict(bar) for bar in held], "rows": [row.as_json() for row in rows]}
-    data.write_text(_json(sections | {"interrupted": [interrupted]}))
+    data.write_text(as_json(sections | {"interrupted": [interrupted]}))
+    from .plots import save_bars, save_curves  # imported here, because a GPU check needs no matplotlib
+
     images = []
     if any(r.status == "timed" and not r.curve for r in rows):
         images.append(save_bars(folder / f"{name}-times.png", rows))
@@ -93,7 +109,12 @@ def write(folder: Path, where: dict[str, object], rows: list[Row], interrupted: 
     return [data, page, *images]
 
 
-def _json(sections: dict[str, list]) -> str:
+def bars_of(device: str, rows: list[Row]) -> list[Bar]:
+    """The bars for this type of device."""
+    return (cpu_bars if device == "cpu" else gpu_bars).bars(rows)
+
+
+def as_json(sections: dict[str, list]) -> str:
     """An object of lists with one entry on each line, so that git shows differences entry by entry."""
     lists = (f'"{k}": [\n' + ",\n".join(json.dumps(entry) for entry in v) + "\n]" for k, v in sections.items())
     return "{" + ",\n".join(lists) + "}\n"
@@ -106,9 +127,7 @@ def markdown(
     yield "Made by `make bench`; how to read it: docs/benchmarks.md.\n"
     if interrupted:
         yield "**Interrupted: some of it was not measured.**\n"
-    for key, value in where.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items() if v) if isinstance(value, dict) else value
-        yield f"- {key}: {shown}"
+    yield from stamp_list(where)
     if held:
         yield "\n## The bars\n"
         yield from bar_table(held)
@@ -121,6 +140,12 @@ def markdown(
     if curves:
         yield "\n## Scaling\n"
         yield from curve_table(curves)
+
+
+def stamp_list(where: dict[str, object]) -> Iterator[str]:
+    for key, value in where.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items() if v) if isinstance(value, dict) else value
+        yield f"- {key}: {shown}"
 
 
 def cases(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -148,22 +173,24 @@ def case_table(rows: list[Row]) -> Iterator[str]:
             f"{op.formula}: {first.bytes / 1e6:,.1f} MB, {first.flops / 1e9:,.2f} GFLOP. "
             f"Limit: {op.limit_name}.{_memory_error(rows)}\n"
         )
-        yield (
-            "| provider | median ms | quartiles | runs | share of limit | GB/s | GFLOP/s | MiB beyond "
-            "| error (torch's) | computes |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"
-        )
+        wall = any(r.wall for r in timed)
+        columns = ["median ms", "quartiles", *(["wall ms"] if wall else []), "runs", "share of limit"]
+        columns += ["GB/s", "GFLOP/s", "MiB beyond", "error (torch's)"]
+        yield f"| provider | {' | '.join(columns)} | computes |\n|---|{'--:|' * len(columns)}---|"
         limit = next((summary(r.seconds)["median"] for r in timed if r.provider == LIMIT), None)
         for row in timed:
-            yield _line(row, limit)
+            yield _line(row, limit, wall)
     yield ""
     for row in rows:
         if row.status != "timed" and row.provider != LIMIT:
             yield f"- {row.provider}: {row.status}: {row.reason or 'the run was interrupted'}"
 
 
-def _line(row: Row, limit: float | None) -> str:
+def _line(row: Row, limit: float | None, wall: bool) -> str:
     s = summary(row.seconds)
     spread = f"{s['q1'] * 1e3:.4g} to {s['q3'] * 1e3:.4g}" if s["runs"] > 1 else ""
+    if wall:
+        spread += f" | {summary(row.wall)['median'] * 1e3:.4g}" if row.wall else " | "
     share = f"{limit / s['median']:.0%}" if limit else ""
     memory = _memory(row) if row.provider != LIMIT else ""
     errors = f"{row.error:.1e} ({row.torch_error:.1e})" if row.error is not None else ""

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from reval.device import clock_for
+from reval.device import CpuClock, CudaClock, clock_for, wall_clock_for
 
 from . import memory
-from .ops import OPS, Op, Shape, Tensors, error
-from .providers import COMPUTES, FAMILIES, Provider, definition, providers
+from .ops import OPS, Function, Op, Shape, Tensors, error
+from .providers import COMPUTES, FAMILIES, Provider, Rounding, definition, precisions, providers
 from .timing import interleave, summary, turns
 
 SLACK = 10.0
@@ -37,6 +37,14 @@ class Case:
     """The providers whose memory is always measured."""
     others: bool = True
     """Whether to measure the memory of the other providers too, if a call takes at most `Settings.patience` seconds."""
+    name: str = ""
+    """The name by which the bars of a GPU find the case's rows."""
+    check: int = 0
+    """The number of trajectories on which outputs are compared with float64. 0: on all, which are also timed."""
+    wall: bool = False
+    """Whether to measure wall times too: on a GPU the time of a small case is the host's."""
+    precision: bool = False
+    """Whether to compare precisions of fp32 operands (`providers.precisions`) instead of libraries."""
 
     def __str__(self) -> str:
         return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {self.shape}"
@@ -65,6 +73,10 @@ class Row:
     memory_reason: str = ""
     bytes: int = 0
     flops: int = 0
+    case: str = ""
+    """`Case.name`."""
+    wall: list[float] = field(default_factory=list)
+    """Wall times in seconds, where the case asks for them."""
 
     def as_json(self) -> dict:
         return asdict(self) | (summary(self.seconds) if self.seconds else {})
@@ -114,10 +126,11 @@ class Suite:
     def run(self, case: Case, chosen: Iterable[Provider] | None = None) -> list[Row]:
         """Time every provider of the case, or the chosen providers. After Ctrl-C too, the rows are in `self.rows`."""
         op = OPS[case.op]
-        chosen = providers(op.family) if chosen is None else chosen
+        if chosen is None:
+            chosen = precisions(op.family) if case.precision else providers(op.family)
         chosen = [p for p in chosen if not case.curve or p.name in case.only]
         rows = {LIMIT: self._row(case, op, LIMIT, op.limit_name)}
-        rows |= {p.name: self._row(case, op, p.name, COMPUTES[p.computes]) for p in chosen}
+        rows |= {p.name: self._row(case, op, p.name, COMPUTES[p.computes] + p.note) for p in chosen}
         self.rows += rows.values()
 
         able = [p for p in chosen if self._able(case, p, rows[p.name])]
@@ -133,21 +146,30 @@ class Suite:
 
     def _run(self, case: Case, op: Op, able: list[Provider], rows: dict[str, Row]) -> None:
         if not case.curve:
+            if self.settings.device.type == "cuda":
+                torch.cuda.empty_cache()  # pieces that the last case left do not fit this one
             torch.compiler.reset()  # earlier cases count against torch.compile's limit of versions of a function
         x = op.inputs(case.shape, case.dtype, self.settings.device)
-        runners = self._first_calls(case, op, able, x, rows)
-        self._time([self._limit(op, x), *runners], rows, self.settings.budget / (5 if case.curve else 1))
-        for row in [rows[r.name] for r in runners]:
+        checked = x
+        if case.check:
+            checked = op.inputs(case.shape._replace(trajectories=case.check), case.dtype, self.settings.device)
+        runners = self._first_calls(case, op, able, x, checked, rows)
+        del checked
+        runners = [self._limit(op, x), *runners]
+        self._time(runners, rows, self.settings.budget / (5 if case.curve else 1))
+        if case.wall:
+            self._wall([r for r in runners if rows[r.name].status == "timed"], rows)
+        for row in [rows[r.name] for r in runners if r.name != LIMIT]:
             if row.status == "timed":
                 self.took[case.op, row.dtype, row.provider] = (summary(row.seconds)["median"], case)
 
     def measure_memory(self, case: Case, rows: list[Row]) -> None:
-        """Measure the memory of every timed row.
+        """Measure the memory of every timed row on a CPU. On a GPU, `run` has measured it.
 
         The limit's row gets the result of the control child, which only makes the outputs: the error of the method.
         """
         if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()  # the children need the memory that this process caches
+            return
         for row in [row for row in rows if row.status == "timed" and self.settings.memory]:
             name = memory.CONTROL if row.provider == LIMIT else row.provider
             try:
@@ -156,9 +178,7 @@ class Suite:
                         raise memory.NotMeasured("left out")
                     if row.seconds[0] > self.settings.patience:
                         raise memory.NotMeasured(f"not measured: a call takes {row.seconds[0]:.0f} s")
-                row.memory = memory.beyond_inputs_and_outputs(
-                    case.op, name, case.shape, case.dtype, self.settings.device
-                )
+                row.memory = memory.beyond_inputs_and_outputs(case.op, name, case.shape, case.dtype)
             except memory.NotMeasured as failure:
                 row.memory_reason = str(failure)
 
@@ -172,6 +192,7 @@ class Suite:
             computes,
             bytes=op.bytes(case.shape, case.dtype.itemsize),
             flops=op.flops(case.shape),
+            case=case.name,
         )
 
     def _able(self, case: Case, provider: Provider, row: Row) -> bool:
@@ -194,64 +215,74 @@ class Suite:
                 row.reason = f"{seconds:.1f} s at {before.shape}, so about {expected:.0f} s here"
         return row.status == "not measured"
 
-    def _first_calls(self, case: Case, op: Op, able: list[Provider], x: Tensors, rows: dict[str, Row]) -> list[Runner]:
-        """Call every provider once and compare its outputs with float64.
+    def _first_calls(
+        self, case: Case, op: Op, able: list[Provider], x: Tensors, checked: Tensors, rows: dict[str, Row]
+    ) -> list[Runner]:
+        """Call every provider once and compare its outputs for the inputs `checked` with float64.
 
         The truth takes long, so two comparisons are skipped: a point of a curve (the table of the op has compared the
-        provider), and peers that were all timed in this run at another shape.
+        provider), and peers that were all timed in this run at another shape. `Case.check` makes the truth short.
         """
         runners = []
         for computes in dict.fromkeys(p.computes for p in able):
-            truth, yardstick, eager = None, 0.0, None
-            peers = [p for p in able if p.computes == computes != FAMILIES[op.family]]
-            known = peers and all((case.op, rows[p.name].dtype, p.name) in self.took for p in peers)
-            if not case.curve and not known:
-                right, plain = definition(op.family, computes)
-                truth = op.truth(right, x)
-                eager = self.clock.seconds(partial(op.run, plain, x))
-                yardstick = error(eager[1], truth)
-            for provider in [p for p in able if p.computes == computes]:
-                row, made = rows[provider.name], eager if provider.name == "torch eager" else None
+            group = [p for p in able if p.computes == computes]
+            peers = computes != FAMILIES[op.family]
+            check = None  # frees the last group's truth
+            known = not case.check and peers and all((case.op, rows[p.name].dtype, p.name) in self.took for p in group)
+            if not (case.curve or known):
+                check = Check(op, computes, checked, self.clock)
+            for provider in group:
+                row = rows[provider.name]
                 try:
-                    runner = self._first_call(op, provider, x, row, truth, yardstick, made)
+                    runner = self._first_call(op, provider, x, row, check)
                 except Exception as failure:  # a peer may raise any exception; the other providers continue
                     row.status, row.reason = "failed", brief(failure)
                 else:
-                    runners += [runner] if row.status != "wrong" else []
-                self.say(f"    {provider.name}: {row.reason or f'{runner.first:.3g} s'}")
+                    runners += [runner] if runner else []
+                self.say(f"    {provider.name}: {row.reason or f'{runners[-1].first:.3g} s'}")
         return runners
 
-    def _first_call(
-        self,
-        op: Op,
-        provider: Provider,
-        x: Tensors,
-        row: Row,
-        truth: Tensors | None,
-        yardstick: float,
-        made: tuple[float, Tensors] | None,
-    ) -> Runner:
-        """Call the provider, judge the outputs, and time another call if the first was not representative.
+    def _first_call(self, op: Op, provider: Provider, x: Tensors, row: Row, check: Check | None) -> Runner | None:
+        """Judge the outputs, and time the first call on x, or another call if the first was not representative.
 
-        `made` holds seconds and outputs of the first call if the yardstick has made the call already ("torch eager").
+        Returns None if the outputs are wrong.
         """
-        function, own, prepare = provider.load(), x, None
-        if name := provider.overwrites:
-            own = x | {name: x[name].clone()}
-            prepare = partial(own[name].copy_, x[name])
-
-        def call() -> Tensors:
-            return op.run(function, own)
-
-        seconds, out = made or self.clock.seconds(call)
-        if truth is not None:
-            judge(row, out, truth, yardstick)
+        function = provider.load()
+        call, prepare = self._call_of(op, provider, function, x)
+        if check and check.inputs is not x:
+            check.judge(row, self._call_of(op, provider, function, check.inputs)[0](), provider)
+            if row.status == "wrong":
+                return None
+            check = None
+        if check and provider.name == "torch eager":
+            seconds, out = check.eager  # the yardstick has made the call already
+        else:
+            seconds, out = self.clock.seconds(call)
+        if check:
+            check.judge(row, out, provider)
+            if row.status == "wrong":
+                return None
         del out
-        if row.status != "wrong" and (provider.compiled or seconds < 1):  # the first call compiled or loaded code
+        if provider.compiled or seconds < 1:  # the first call compiled or loaded code
             if prepare:
                 prepare()
             seconds = min(seconds, self.clock.seconds(call)[0])
+        if self.settings.device.type == "cuda" and self.settings.memory:
+            if prepare:
+                prepare()
+            row.memory = memory.beyond_on_gpu(call, self.settings.device)
         return Runner(provider.name, call, seconds, prepare)
+
+    @staticmethod
+    def _call_of(
+        op: Op, provider: Provider, function: Function, x: Tensors
+    ) -> tuple[Callable[[], Tensors], Callable[[], object] | None]:
+        """The provider's call on x, and what restores the inputs before each call (None if nothing is to restore)."""
+        own, prepare = x, None
+        if name := provider.overwrites:
+            own = x | {name: x[name].clone()}
+            prepare = partial(own[name].copy_, x[name])
+        return partial(op.run, function, own), prepare
 
     def _limit(self, op: Op, x: Tensors) -> Runner:
         call = op.limit(x)
@@ -282,6 +313,35 @@ class Suite:
         finally:  # also after Ctrl-C
             for row in rows.values():
                 row.status = "timed" if row.seconds else row.status
+
+    def _wall(self, runners: list[Runner], rows: dict[str, Row]) -> None:
+        walls = {r.name: rows[r.name].wall for r in runners}
+        prepare = {r.name: r.prepare for r in runners if r.prepare}
+        times = dict.fromkeys(walls, self.settings.most)
+        for name in interleave(
+            {r.name: r.call for r in runners}, times, wall_clock_for(self.settings.device), walls, prepare
+        ):
+            walls[name].clear()  # it failed
+
+
+class Check:
+    """The true outputs for some inputs, and plain PyTorch's error, to judge a provider's outputs by."""
+
+    def __init__(self, op: Op, computes: str, inputs: Tensors, clock: CpuClock | CudaClock) -> None:
+        right, self.plain = definition(op.family, computes)
+        self.op, self.inputs = op, inputs
+        self.truth = op.truth(right, inputs)
+        self.eager = clock.seconds(partial(op.run, self.plain, inputs))
+        """Seconds and outputs of plain PyTorch."""
+        self.yardsticks: dict[Rounding | None, float] = {None: error(self.eager[1], self.truth)}
+        """Plain PyTorch's error by the rounding of the operands, `Provider.rounds`."""
+
+    def judge(self, row: Row, out: Tensors, provider: Provider) -> None:
+        rounds = provider.rounds
+        if rounds and rounds not in self.yardsticks:
+            rounded = {k: rounds(t) if k in ("hidden", "weight") else t for k, t in self.inputs.items()}
+            self.yardsticks[rounds] = error(self.op.run(self.plain, rounded), self.truth)
+        judge(row, out, self.truth, self.yardsticks[rounds])
 
 
 def brief(failure: Exception) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .__main__ import OURS, tables
+from .cases import OURS, tables
 from .ops import OPS, error
 from .providers import Provider, definition, providers
 from .suite import Case, Row, judge

@@ -11,12 +11,12 @@ from benchmarks.ops import Shape
 if not os.access(CLEAR, os.W_OK):
     pytest.skip(f"needs {CLEAR}", allow_module_level=True)
 
-OP, SHAPE, CPU = "token_values forward+backward", Shape(8, 8, 40_000), torch.device("cpu")
+OP, SHAPE = "token_values forward+backward", Shape(8, 8, 40_000)
 LOGITS = 64 * 40_000 * 4  # bytes of float32
 
 
 def beyond(provider, shape=SHAPE):
-    return beyond_inputs_and_outputs(OP, provider, shape, torch.float32, CPU)
+    return beyond_inputs_and_outputs(OP, provider, shape, torch.float32)
 
 
 def test_outputs_alone_are_nothing_and_eager_keeps_copies_of_the_logits():

@@ -24,13 +24,22 @@ def test_formulas_by_hand():
         # (N + V) D = 64 entries of 2 bytes; N V D = 240
         "linear_token_values forward": (64 * 2 + 6 * 20, 2 * 240 + 4 * 60),
         "linear_reval_loss forward+backward": (2 * 64 * 2 + 6 * 8, 6 * 240 + 8 * 60),
+        # 2 N + V = 22 rows of 4 entries
+        "linear_reval_loss of a frozen head forward+backward": (22 * 4 * 2 + 6 * 8, 4 * 240 + 8 * 60),
+        "linear_token_values forward+backward": (2 * 64 * 2 + 6 * 36, 6 * 240 + 8 * 60),
         "bellman_loss forward+backward": (6 * 12, 6),
     }
     assert {name: (op.bytes(SHAPE, 2), op.flops(SHAPE)) for name, op in OPS.items()} == by_hand
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("linear_token_values forward", 2), ("linear_reval_loss forward+backward", 6)]
+    ("name", "expected"),
+    [
+        ("linear_token_values forward", 2),
+        ("linear_reval_loss forward+backward", 6),
+        ("linear_reval_loss of a frozen head forward+backward", 4),
+        ("linear_token_values forward+backward", 8),  # the logits twice
+    ],
 )
 def test_the_limit_of_a_head_is_its_matmuls(name, expected):
     """torch counts 2 N V D FLOPs for a matmul. The forward has one matmul, forward and backward have three."""
