@@ -43,6 +43,7 @@ SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts aft
     "precision": 30,
     "trainer": 50,
 }
+TESTS, FEW_TESTS = "tests/reval_kernels", "tests/reval_kernels/test_backends.py"
 GRACE = 20.0
 """Seconds after the end of a part's time until its process is killed."""
 RUINED = 3
@@ -55,7 +56,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts [%(default)s]")
     parser.add_argument("--output", type=Path, help="a folder [benchmarks/results; rehearsal: runs/gpu_check]")
     parser.add_argument("--commit", help="the commit of this copy, where it is no git checkout [$REVAL_COMMIT]")
-    parser.add_argument("--tests", default="tests/reval_kernels", help="arguments of pytest [%(default)s]")
+    parser.add_argument("--tests", help=f"arguments of pytest [{TESTS}; rehearsal: {FEW_TESTS}]")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU: tiny shapes, in Triton's interpreter")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the folder of the records
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # time.time() when the last part must end
@@ -65,6 +66,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"--parts: no part {unknown[0]!r}; there are {', '.join(SHARES)}")
     if not 0 < options.minutes < float("inf"):
         parser.error(f"--minutes must be positive, got {options.minutes}")
+    options.tests = options.tests or (FEW_TESTS if options.rehearse else TESTS)
     options.output = options.output or ROOT / ("runs/gpu_check" if options.rehearse else "benchmarks/results")
     return options
 
@@ -92,7 +94,7 @@ def child(options: argparse.Namespace) -> int:
 
     check = Check(options.child, options.rehearse, shlex.split(options.tests))
     where = report.stamp(torch.device(check.device))
-    (options.child / "stamp.json").write_text(json.dumps(where))
+    (options.child / "stamp").write_text(json.dumps(where))
     for i, part in enumerate(options.parts):
         left = options.end - time.time()
         budget = left * SHARES[part] / sum(SHARES[p] for p in options.parts[i:])
@@ -198,7 +200,7 @@ class Run:
         from benchmarks import report
         from benchmarks.gpu import page
 
-        stamp = self.folder / "stamp.json"
+        stamp = self.folder / "stamp"
         where = json.loads(stamp.read_text()) if stamp.exists() else {"device": "unknown"}
         name = "rehearsal" if self.options.rehearse else report.file_name(where)
         return page.write(self.options.output, name, where, self.records(), interrupted)

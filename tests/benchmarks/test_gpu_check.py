@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import reval_kernels
+from benchmarks import memory
 from benchmarks.bars import Bar
 from benchmarks.cases import GPU_PARTS, GPU_SHAPES, gpu_cases
 from benchmarks.gpu import checks, measure, page
@@ -182,6 +183,23 @@ def test_a_case_may_be_checked_on_fewer_trajectories_than_are_timed(wrong, statu
     # checked, warmed up twice, timed at least once, then two wall times
     assert found.status == status and len(seen) >= len(calls) and seen[: len(calls)] == calls
     assert len(found.wall) == (2 if status == "timed" else 0)
+
+
+def test_memory_on_a_gpu_is_the_peak_beyond_what_was_there_and_the_outputs(monkeypatch):
+    held = {"now": 100, "peak": 900}
+
+    def call():
+        held["peak"] = 100 + 4 * 10 + 7
+        return {"v": torch.zeros(10)}
+
+    for name, function in {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: held.update(peak=held["now"]),
+        "memory_allocated": lambda device: held["now"],
+        "max_memory_allocated": lambda device: held["peak"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert memory.beyond_on_gpu(call, torch.device("cuda")) == 7
 
 
 @pytest.mark.parametrize("lies", [{}, {"exact": "tf32"}, {"bf16x3": "tf32"}])
