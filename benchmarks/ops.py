@@ -135,8 +135,8 @@ def error(out: Tensors, truth: Tensors) -> float:
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+def _generator(device: torch.device, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def logits_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -160,7 +160,8 @@ def head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def linear_values_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     """`head_inputs`, and random upstream gradients of v and log_prob [B, T]."""
-    d_v, d_log_prob = torch.randn(2, shape.trajectories, shape.length, device=device, generator=_generator(device))
+    g = _generator(device, seed=1)  # with seed 0 the gradients would be the first hidden states
+    d_v, d_log_prob = torch.randn(2, shape.trajectories, shape.length, device=device, generator=g)
     return head_inputs(shape, dtype, device) | {"d v": d_v, "d log_prob": d_log_prob}
 
 

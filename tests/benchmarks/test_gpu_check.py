@@ -86,7 +86,8 @@ def test_what_failed_is_in_the_results_with_its_reason(rehearsal):
     parts = {part["part"]: part for part in data["parts"]}
     tests = parts["tests"]["tests"]
     assert (tests["passed"], tests["failed"], tests["errors"], tests["skipped"]) == (1, 1, 0, 0)
-    assert tests["names"] == ["test_made_up::test_bad: ValueError: injected"]
+    [name] = tests["names"]
+    assert name.endswith("test_made_up::test_bad: ValueError: injected")
     assert "test_made_up::test_bad: ValueError: injected" in text and "1 passed, 1 failed" in text
     assert "1 hazard displayed" in parts["race"]["reason"] and "1 hazard displayed" in text
 
