@@ -7,6 +7,7 @@ and a peer with a wrong result: all of them must be in the results, and everythi
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,14 @@ class ChunkedLogProbFunction:
         z = (hidden @ weight.T).float().log_softmax(-1)
         return (1.1 * z.gather(-1, targets[:, None])[:, 0],)
 """
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_works():
+    """A shell starts a program in the background with Ctrl-C ignored, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
