@@ -45,10 +45,24 @@ def tensor(
         raise TypeError(f"{name} must be {allowed}, got {str(x.dtype).removeprefix('torch.')}")
     if shape is None:
         return
-    if x.dim() != len(shape) or any(isinstance(n, int) and m != n for m, n in zip(x.shape, shape, strict=True)):
+    # a torch.Size has no letters, so one comparison is enough
+    if not (x.shape == shape if isinstance(shape, torch.Size) else _fits(x.shape, shape)):
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
+    return len(given) == len(shape) and all(isinstance(n, str) or m == n for m, n in zip(given, shape, strict=True))
+
+
+def alike(
+    names: Sequence[str], xs: Sequence[object], dtypes: Sequence[torch.dtype], shape: torch.Size, device: torch.device
+) -> None:
+    """`tensor` for several tensors of one shape. This form costs little where all is well."""
+    for name, x in zip(names, xs, strict=True):
+        if not (isinstance(x, Tensor) and x.dtype in dtypes and x.shape == shape and x.device == device):
+            tensor(name, x, dtypes, shape, device)
 
 
 def number(name: str, x: Any, dtype: torch.dtype, otherwise: str = "") -> None:
@@ -143,7 +157,7 @@ def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def bellman_arguments(
-    shape: Sequence[int],
+    shape: torch.Size,
     like: Tensor,
     reference: TokenValues | Tensor,
     rewards: Tensor,
@@ -178,8 +192,8 @@ def bellman_arguments(
     if normalizer is not None:
         number("normalizer", normalizer, wide_dtype(like), " or None")
     if isinstance(reference, TokenValues):
-        for name in ("q", "v", "log_prob"):
-            tensor(f"reference.{name}", getattr(reference, name), FLOATS, shape, device)
+        names = ("reference.q", "reference.v", "reference.log_prob")
+        alike(names, reference[:3], FLOATS, shape, device)
     elif isinstance(reference, Tensor):
         tensor("reference", reference, FLOATS, [trajectories], device)
     else:

@@ -4,6 +4,10 @@ torch.library knows tensors, numbers, strings and lists, but no named tuples. `g
 function's signature into the op's schema, and rebuilds the groups for the function, its fake and its autograd. Example:
 a parameter `tokens: Tokens` becomes `Tensor actions, Tensor? mask` in the schema. So a new field of a group reaches
 every op that takes the group.
+
+In plain eager code nobody needs to see the op. There a call runs the op's function directly, in a
+torch.autograd.Function where a gradient is needed: the op itself would pass through much Python code of torch, which
+takes longer than a small computation. Both ways run the same functions, so they agree to the bit.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from . import torch_private
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,7 +32,10 @@ def grouped_op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[P, 
 
 
 class GroupedOp(Generic[P, R]):
-    """A registered op. Call it with the groups; it returns the group of results that its function declares."""
+    """A registered op. Call it with the groups; it returns the group of results that its function declares.
+
+    The first field of the first group is a tensor, on the device of the computation.
+    """
 
     def __init__(self, name: str, function: Callable[P, R], mutates: Sequence[str]):
         self.name = name
@@ -41,11 +50,13 @@ class GroupedOp(Generic[P, R]):
             assert not fields.keys() & flat.keys(), f"two arguments of {name} are named {fields.keys() & flat.keys()}"
             flat |= fields
         self._inputs = len(flat)
-
-        takes_groups: Callable[..., R] = function
+        self._tensors = [i for i, kind in enumerate(flat.values()) if kind is Tensor or Tensor in get_args(kind)]
+        self._function: Callable[..., R] = function
+        self._mutates = bool(mutates)
+        self._eager_graph: type[torch.autograd.Function] | None = None
 
         def run(*inputs: Any) -> Any:
-            return tuple_of(takes_groups(*self.grouped(inputs)))
+            return tuple_of(self._computed(self.grouped(inputs), inputs[0].device))
 
         # torch.library makes the schema from the signature
         parameters = [
@@ -57,12 +68,28 @@ class GroupedOp(Generic[P, R]):
     def __call__(self, *groups: P.args, **none: P.kwargs) -> R:
         assert not none, "an op takes positional arguments only"
         inputs = flatten(groups)
-        if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in inputs):
+        tensors = [x for x in map(inputs.__getitem__, self._tensors) if x is not None]
+        if not self._mutates and torch_private.plain_eager(tensors):
+            if not (torch.is_grad_enabled() and any([x.requires_grad for x in tensors])):
+                return self._computed(groups, inputs[0].device)
+            if self._eager_graph is not None:  # else the op refuses the second order
+                return self._regrouped(torch_private.apply(self._eager_graph, *inputs, groups))
+        if torch_private.forward_mode() and any(unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(
                 f"{self.name} has no forward-mode derivative (torch.func.jvp, forward_ad); reval_kernels.reference has "
                 "one. Detach an input that shall be a constant"
             )
-        out: Any = self.definition(*inputs)
+        return self._regrouped(self.definition(*inputs))
+
+    def _computed(self, groups: Sequence[Any], device: torch.device) -> R:
+        """The function's result, computed without autocast, which would turn its float32 matmuls into bfloat16."""
+        if not torch.is_autocast_enabled(device.type):
+            return self._function(*groups)
+        with torch.autocast(device.type, enabled=False):
+            return self._function(*groups)
+
+    def _regrouped(self, out: Any) -> R:
+        """The groups that the function returns, from the flat results of the op."""
         if self._returns_tuple:
             out = tuple(group(*out[place]) if group else out[place] for group, place in self._results)
         elif self._results[0][0]:
@@ -79,14 +106,28 @@ class GroupedOp(Generic[P, R]):
         `backward` returns the gradients of the first flat inputs; the inputs after them are constants.
         """
 
-        def padded(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            gradients = backward(ctx, *upstream)
-            return *gradients, *(None,) * (self._inputs - len(gradients))
+        def padded(inputs: int) -> Callable[..., tuple[Tensor | None, ...]]:
+            def gradients_of_all(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+                gradients = backward(ctx, *upstream)
+                return *gradients, *(None,) * (inputs - len(gradients))
+
+            return gradients_of_all
 
         def setup(ctx: Any, inputs: tuple, output: Any) -> None:
             save(ctx, self.grouped(inputs), output)
 
-        self.definition.register_autograd(padded, setup_context=setup)
+        self.definition.register_autograd(padded(self._inputs), setup_context=setup)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            groups = inputs[-1]  # the tensors are among the inputs too, because autograd looks into no group
+            output = self._computed(groups, inputs[0].device)
+            output = tuple_of(output) if self._returns_tuple else output  # a group is a tuple
+            save(ctx, groups, output)
+            return output
+
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(padded(self._inputs + 1))}
+        # the profiler shows the name of the class
+        self._eager_graph = type(f"reval_kernels::{self.name}", (torch.autograd.Function,), functions)
 
     def register_no_gradient(self, message: str) -> None:
         """Differentiating the op raises RuntimeError with this message."""

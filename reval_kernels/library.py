@@ -9,8 +9,6 @@ Letters: `...` is [B, T] (padded) or [N] (packed), B trajectories, V words of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,14 +41,9 @@ from .grouped_op import flatten, grouped_op
 from .types import TokenValues
 
 
-@contextmanager
-def _computing(backend: str | None, like: Tensor) -> Iterator[Backend]:
-    """The backend of this name, or the default of the tensor's device, without autocast.
-
-    Autocast would turn the float32 matmuls of a backend into bfloat16.
-    """
-    with torch.autocast(like.device.type, enabled=False):
-        yield backend_for(backend, like.device.type)
+def _backend(name: str | None, like: Tensor) -> Backend:
+    """The backend of this name, or the default of the tensor's device."""
+    return backend_for(name, like.device.type)
 
 
 def _new_row_values(like: Tensor) -> RowValues:
@@ -75,9 +68,9 @@ def token_values(
     backend: str | None,
 ) -> RowValues:
     """From logits [..., V]. The first four results are differentiable in the logits."""
+    kernels = _backend(backend, logits)
     check_token_data(tokens, transform, logits.shape[-1], logits)
-    with _computing(backend, logits) as kernels:
-        return kernels.token_values(logits, tokens, transform, with_entropy)
+    return kernels.token_values(logits, tokens, transform, with_entropy)
 
 
 @token_values.register_fake
@@ -95,8 +88,7 @@ def token_values_backward(
     backend: str | None,
 ) -> Tensor:
     """dlogits [..., V]."""
-    with _computing(backend, logits) as kernels:
-        return kernels.token_values_backward(logits, tokens, transform, statistics, cotangents, False)
+    return _backend(backend, logits).token_values_backward(logits, tokens, transform, statistics, cotangents, False)
 
 
 token_values_backward.register_no_gradient(_no_second_order("token_values"))
@@ -117,8 +109,7 @@ def token_values_backward_(
     backend: str | None,
 ) -> None:
     """As token_values_backward, but dlogits is written over the logits."""
-    with _computing(backend, logits) as kernels:
-        kernels.token_values_backward(logits, tokens, transform, statistics, cotangents, True)
+    _backend(backend, logits).token_values_backward(logits, tokens, transform, statistics, cotangents, True)
 
 
 def _save_token_values(ctx, groups, output):
@@ -169,9 +160,9 @@ def linear_token_values(
     backend: str | None,
 ) -> tuple[RowValues, Tensor]:
     """The values, and `expected` [..., D] (frozen_head.py), which is empty unless `with_expected`."""
+    kernels = _backend(backend, head.hidden)
     check_token_data(tokens, transform, head.weight.shape[0], head.hidden)
-    with _computing(backend, head.hidden) as kernels:
-        return kernels.linear_token_values(head, tokens, transform, with_entropy, with_expected)
+    return kernels.linear_token_values(head, tokens, transform, with_entropy, with_expected)
 
 
 @linear_token_values.register_fake
@@ -192,8 +183,8 @@ def linear_token_values_backward(
     backend: str | None,
 ) -> HeadGradients:
     """Gradients in the dtypes of the inputs; an empty tensor for a gradient that `needs` does not ask for."""
-    with _computing(backend, head.hidden) as kernels:
-        return kernels.linear_token_values_backward(head, tokens, transform, statistics, cotangents, needs)
+    kernels = _backend(backend, head.hidden)
+    return kernels.linear_token_values_backward(head, tokens, transform, statistics, cotangents, needs)
 
 
 linear_token_values_backward.register_no_gradient(_no_second_order("linear_token_values"))
@@ -223,8 +214,7 @@ def linear_expected_backward(
     by: UnitGradients,
 ) -> Tensor:
     """dhidden [..., D] for a frozen head. No logits are needed, so one PyTorch function serves every backend."""
-    with torch.autocast(head.hidden.device.type, enabled=False):
-        return gradient_of_hidden(expected, head, tokens, transform, log_prob, by)
+    return gradient_of_hidden(expected, head, tokens, transform, log_prob, by)
 
 
 linear_expected_backward.register_no_gradient(_no_second_order("linear_token_values"))
@@ -280,9 +270,9 @@ def td_targets(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Target, error, endogenous reward: [...] each."""
+    kernels = _backend(backend, values.q)
     check_cu_seqlens(layout, values.q)
-    with _computing(backend, values.q) as kernels:
-        return kernels.td_targets(values, reference, rewards, layout, beta, gamma)
+    return kernels.td_targets(values, reference, rewards, layout, beta, gamma)
 
 
 @td_targets.register_fake
@@ -295,8 +285,7 @@ def td_targets_backward(
     d_target: Tensor, d_error: Tensor, layout: Layout, gamma: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """dq, dv: [...] each."""
-    with _computing(backend, d_error) as kernels:
-        return kernels.td_targets_backward(d_target, d_error, layout, gamma)
+    return _backend(backend, d_error).td_targets_backward(d_target, d_error, layout, gamma)
 
 
 td_targets_backward.register_no_gradient(_no_second_order("td_targets"))
@@ -332,9 +321,9 @@ def bellman_loss(
     backend: str | None,
 ) -> LossTerms:
     """The differentiable loss [] and residuals [B], and the gradients of the loss with respect to q, v and log_prob."""
+    kernels = _backend(backend, values.q)
     check_cu_seqlens(layout, values.q)
-    with _computing(backend, values.q) as kernels:
-        return kernels.bellman_loss(values, reference, rewards, layout, options)
+    return kernels.bellman_loss(values, reference, rewards, layout, options)
 
 
 @bellman_loss.register_fake
@@ -348,8 +337,7 @@ def bellman_loss_backward(
     d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout, backend: str | None
 ) -> UnitGradients:
     """dq, dv, dlog_prob [...] for the upstream gradients d_loss [] and d_residual [B]."""
-    with _computing(backend, d_loss) as kernels:
-        return kernels.bellman_loss_backward(d_loss, d_residual, unit, layout)
+    return _backend(backend, d_loss).bellman_loss_backward(d_loss, d_residual, unit, layout)
 
 
 bellman_loss_backward.register_no_gradient(_no_second_order("bellman_loss"))
@@ -393,10 +381,10 @@ def linear_reval_loss(
     backend: str | None,
 ) -> LossAndGradients:
     """The loss [], differentiable in the head's inputs; the residuals [B]; and the gradients that `needs` names."""
+    kernels = _backend(backend, head.hidden)
     check_token_data(Tokens(actions, layout.mask), transform, head.weight.shape[0], head.hidden)
     check_cu_seqlens(layout, actions)
-    with _computing(backend, head.hidden) as kernels:
-        return kernels.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
+    return kernels.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
 
 
 @linear_reval_loss.register_fake

@@ -266,6 +266,6 @@ def _options(
 def _check_values(values: TokenValues) -> None:
     if not isinstance(values, TokenValues):
         raise TypeError(f"values must be TokenValues, got {type(values).__name__}")
-    checks.tensor("values.q", values.q, checks.WIDE, None, None)
-    for name in ("v", "log_prob"):
-        checks.tensor(f"values.{name}", getattr(values, name), (values.q.dtype,), values.q.shape, values.q.device)
+    q, v, log_prob = values[:3]
+    checks.tensor("values.q", q, checks.WIDE, None, None)
+    checks.alike(("values.v", "values.log_prob"), (v, log_prob), (q.dtype,), q.shape, q.device)

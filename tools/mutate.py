@@ -219,6 +219,21 @@ MUTATIONS = [
         TESTS + "test_linear_values.py -k frozen_head_options",
     ),
     Mutation(
+        "eager: a mode sees no op", "../torch_private.py",
+        "if thread != _keys_of_a_plain_thread() or torch._C", "if torch._C",
+        TESTS + "test_eager.py -k mode",
+    ),
+    Mutation(
+        "eager: a lazy negation is lost", "../torch_private.py",
+        "if keys != plain or type(x)", "if type(x)",
+        TESTS + "test_eager.py -k negat",
+    ),
+    Mutation(
+        "eager: autocast reaches the backends", "../grouped_op.py",
+        "if not torch.is_autocast_enabled(device.type):", "if True:",
+        TESTS + "test_library.py -k autocast",
+    ),
+    Mutation(
         "checks: an action one past the vocabulary passes", "../checks.py",
         "    elif not (int(low) >= 0 and int(high) < vocabulary):",
         "    elif not (int(low) >= 0 and int(high) <= vocabulary):",

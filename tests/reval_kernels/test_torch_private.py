@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 from reval_kernels import TokenValues, linear_reval_loss, torch_private
@@ -23,6 +24,52 @@ def test_torch_still_has_the_name(module, name):
 
 def test_torch_still_registers_named_tuples():
     assert hasattr(_pytree, "_register_namedtuple"), "torch.export.save refuses our named tuples: find the new name"
+
+
+@pytest.mark.parametrize("name", [*torch_private.DISPATCH_KEYS, "DispatchKey"])
+def test_torch_still_has_the_names_of_plain_eager_code(name):
+    assert hasattr(torch._C, name), (
+        f"torch {torch.__version__} has no torch._C.{name} any more: every call now goes through torch's dispatcher, "
+        "which is right but costs more time on the CPU. Find the new name"
+    )
+
+
+def test_torch_still_has_the_level_of_forward_mode():
+    with forward_ad.dual_level():
+        assert torch_private.forward_mode()
+    assert forward_ad._current_level < 0 and not torch_private.forward_mode()
+
+
+def test_forward_mode_without_the_name(monkeypatch):
+    monkeypatch.delattr(forward_ad, "_current_level")
+    assert torch_private.forward_mode()
+
+
+def test_plain_eager_code_is_known_as_such():
+    """Else every call would be right, and slow."""
+    x = torch.ones(2)
+    assert torch_private.plain_eager([x, torch.nn.Parameter(x), x.clone().requires_grad_()])
+
+
+def test_plain_eager_code_without_the_names(monkeypatch):
+    monkeypatch.setattr(torch_private, "_has_dispatch_keys", False)
+    assert not torch_private.plain_eager([torch.ones(2)])
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, d):
+        return 2 * d
+
+
+def test_a_function_is_applied_without_the_look_for_transforms(monkeypatch):
+    monkeypatch.setattr(torch.autograd.Function, "apply", None)
+    out = torch_private.apply(Double, torch.ones(2, requires_grad=True))
+    assert out.tolist() == [2, 2] and out.requires_grad
 
 
 def loss_and_hidden() -> tuple[torch.Tensor, torch.Tensor]:
