@@ -17,7 +17,6 @@ its total weight 1 + s is 0 at every temperature. At T = 1e38, exp((LOWEST - m) 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -41,21 +40,24 @@ LEAST = tl.constexpr(1.401298464324817e-45)
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first argument. For CPU tensors it runs in Triton's interpreter."""
     device = args[0].device
-    if device.type != "cuda" and not INTERPRETED:
+    # Without fusion each product is rounded by itself, as in the interpreter. So x * scale - row_max is exactly 0 for
+    # the largest x.
+    constants["enable_fp_fusion"] = False
+    if INTERPRETED:
+        from .interpreter import faithful
+
+        with faithful(asserts=constants.get("debug", False)):
+            kernel[grid](*args, **constants)
+    elif device.type != "cuda":
         raise ValueError(
             f"backend 'triton' computes on CUDA tensors, got tensors on {device}. Leave `backend` out there, or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
         )
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))  # without this the launch goes to device 0
-        if INTERPRETED:
-            from .interpreter import faithful
-
-            stack.enter_context(faithful())
-        # Without fusion each product is rounded by itself, as in the interpreter. So x * scale - row_max is exactly 0
-        # for the largest x.
-        kernel[grid](*args, enable_fp_fusion=False, **constants)
+    elif device.index == torch.cuda.current_device():
+        kernel[grid](*args, **constants)
+    else:
+        with torch.cuda.device(device):  # without this the launch goes to the current device
+            kernel[grid](*args, **constants)
 
 
 def temperatures(transform: Transform) -> tuple[Tensor | None, float]:

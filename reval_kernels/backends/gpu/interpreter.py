@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -61,9 +61,14 @@ def _strict_binary(self, lhs, rhs, op):
 
 
 @contextlib.contextmanager
-def faithful() -> Iterator[None]:
-    """In this context bf16 casts round, bf16 dots multiply numbers, and other bf16 arithmetic raises TypeError."""
+def faithful(asserts: bool = False) -> Iterator[None]:
+    """In this context bf16 casts round, bf16 dots multiply numbers, and other bf16 arithmetic raises TypeError.
+
+    `asserts`: tl.device_assert raises AssertionError, as it stops a GPU kernel that is launched with debug=True.
+    """
+    options = replace(interpreter.interpreter_builder.options, debug=asserts, sanitize_overflow=False)
     with (
+        mock.patch.object(interpreter.interpreter_builder, "options", options),
         mock.patch.object(_BUILDER, "cast_impl", _faithful_cast),
         mock.patch.object(_BUILDER, "create_dot", _faithful_dot),
         mock.patch.object(_BUILDER, "binary_op", _strict_binary),
