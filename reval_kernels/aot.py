@@ -170,14 +170,14 @@ def _linear_cases(gpu: GPU) -> list[Case]:
 def _bellman_cases() -> list[Case]:
     from .backends.gpu import bellman
 
-    types = _pointers("fp32", "q v log_prob q_ref v_ref log_prob_ref target error endogenous residual dq dv dlog_prob")
-    types |= _pointers("fp32", "d_target d_error d_loss d_residual unit_q unit_v unit_log_prob")
-    types |= _pointers("fp64", "outcomes loss") | {"mask": "*i1", "cu_seqlens": "*i32", "where": "*i64"}
-    types |= {"tokens": "i32", "length": "i32", "gamma": "fp32", "scale": "fp32"}
+    types = _pointers("fp32", "q v log_prob q_ref v_ref log_prob_ref rewards residual target error endogenous")
+    types |= _pointers("fp32", "d_target d_error d_loss d_residual unit_q unit_v unit_log_prob dq dv dlog_prob")
+    types |= {"loss": "*fp64", "mask": "*i1", "cu_seqlens": "*i32", "where": "*i64"}
+    types |= {"tokens": "i32", "length": "i32", "beta": "fp64", "gamma": "fp32", "weight": "fp64"}
 
     def case(function, **flags) -> Case:
         constants = {"BLOCK": bellman.BLOCK, **flags}
-        return Case(function, flags, types, constants, 4, odd=("tokens", "length"))
+        return Case(function, flags, types, constants, 4, odd=("tokens", "length"), options=bellman.ASSERTS)
 
     options = [bellman.loss_constants(BellmanOptions(beta=1.0, level=level)) for level in Level]
     levels = [case(bellman.loss_kernel, PER_TOKEN=True, **constants) for constants in options]

@@ -2,7 +2,7 @@
 
 A public function checks its arguments, packs them into the groups below and calls an op of library.py. The op checks
 the data (are all actions inside the vocabulary?) and calls one function of a `Backend`. So a backend receives valid
-groups and checks nothing.
+groups and checks nothing, except for the functions that it names in `CHECKS_DATA`.
 
 Letters: `...` is [B, T] (padded) or [N] (packed), B trajectories, T tokens of the longest trajectory, N tokens in all,
 V words of the vocabulary, D features of a hidden state.
@@ -243,6 +243,11 @@ class Backend(Protocol):
     def DEVICES(self) -> tuple[str, ...] | None:  # noqa: N802
         """Device types that the backend serves when the caller names no backend. None: every device."""
 
+    @property
+    def CHECKS_DATA(self) -> frozenset[str]:  # noqa: N802
+        """The functions that check their data themselves on a GPU, with a device-side assert in a kernel: actions and
+        temperatures, or cu_seqlens. Before all other functions, and on other devices, the ops check (checks.py)."""
+
     def missing(self) -> str | None:
         """Why the backend cannot run on this machine; None when it can."""
 
@@ -313,9 +318,10 @@ class Backend(Protocol):
         """Loss, residuals, and the gradients with respect to q, v and log_prob (docs/method.md sections 3 and 4)."""
 
     def bellman_loss_backward(
-        self, d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout, /
+        self, d_loss: Tensor, d_residual: Tensor | None, unit: UnitGradients, layout: Layout, /
     ) -> UnitGradients:
-        """dq, dv, dlog_prob for the upstream gradients d_loss [] and d_residual [B]."""
+        """dq, dv, dlog_prob for the upstream gradients d_loss [] and d_residual [B]. None stands for zeros, as where
+        the user differentiates the loss alone."""
 
     def linear_reval_loss(
         self,

@@ -9,6 +9,7 @@ Letters: `...` is [B, T] (padded) or [N] (packed), B trajectories, V words of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def _backend(name: str | None, like: Tensor) -> Backend:
     return backend_for(name, like.device.type)
 
 
+def _checks_data(kernels: Backend, function: str, like: Tensor) -> bool:
+    """Whether this function of a backend checks the data of its arguments itself."""
+    return like.device.type == "cuda" and function in kernels.CHECKS_DATA
+
+
 def _new_row_values(like: Tensor) -> RowValues:
     """Empty row values for the rows of logits or hidden states."""
     return RowValues(*(like.new_empty(like.shape[:-1], dtype=wide_dtype(like)) for _ in RowValues._fields))
@@ -69,7 +75,8 @@ def token_values(
 ) -> RowValues:
     """From logits [..., V]. The first four results are differentiable in the logits."""
     kernels = _backend(backend, logits)
-    check_token_data(tokens, transform, logits.shape[-1], logits)
+    if not _checks_data(kernels, "token_values", logits):
+        check_token_data(tokens, transform, logits.shape[-1], logits)
     return kernels.token_values(logits, tokens, transform, with_entropy)
 
 
@@ -114,17 +121,18 @@ def token_values_backward_(
 
 def _save_token_values(ctx, groups, output):
     logits, tokens, transform, _, ctx.inplace_grad, ctx.backend = groups
+    ctx.set_materialize_grads(False)  # one tensor of zeros serves all outputs without a gradient
     _save(ctx, transform, logits, *tokens, transform.temperatures, *RowValues(*output).statistics)
 
 
-def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, *_):
+def _token_values_gradient(ctx, *upstream):
     logits, actions, mask, temperatures, *statistics = ctx.saved_tensors
     arguments = (
         logits,
         Tokens(actions, mask),
         _saved_transform(ctx, temperatures),
         Statistics(*statistics),
-        Cotangents(dq, dv, dlog_prob, dentropy),
+        Cotangents(*_zeros_for_none(upstream[:4], statistics[0])),
         ctx.backend,
     )
     if not ctx.inplace_grad:
@@ -133,6 +141,12 @@ def _token_values_gradient(ctx, dq, dv, dlog_prob, dentropy, *_):
         raise RuntimeError("inplace_grad=True has no second-order gradient, which create_graph=True asks for")
     token_values_backward_(*arguments)  # bumps the version counter: a second backward raises
     return (logits.detach(),)  # the saved logits have their graph, which a gradient has not
+
+
+def _zeros_for_none(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """The gradients; one tensor of zeros stands for all that are None."""
+    zeros = torch.zeros_like(like) if any(g is None for g in gradients) else like
+    return [zeros if g is None else g for g in gradients]
 
 
 def _save(ctx: Any, transform: Transform, *tensors: Tensor | None) -> None:
@@ -161,7 +175,8 @@ def linear_token_values(
 ) -> tuple[RowValues, Tensor]:
     """The values, and `expected` [..., D] (frozen_head.py), which is empty unless `with_expected`."""
     kernels = _backend(backend, head.hidden)
-    check_token_data(tokens, transform, head.weight.shape[0], head.hidden)
+    if not _checks_data(kernels, "linear_token_values", head.hidden):
+        check_token_data(tokens, transform, head.weight.shape[0], head.hidden)
     return kernels.linear_token_values(head, tokens, transform, with_entropy, with_expected)
 
 
@@ -243,7 +258,7 @@ def _linear_token_values_gradient(ctx, *upstream):
         _saved_transform(ctx, temperatures),
     )
     needs = Needs(*ctx.needs_input_grad[:3])
-    cotangents = Cotangents(*(torch.zeros_like(statistics[0]) if g is None else g for g in upstream[:4]))
+    cotangents = Cotangents(*_zeros_for_none(upstream[:4], statistics[0]))
     if ctx.with_expected and upstream[3] is None and needs.frozen_head:
         by = UnitGradients(*cotangents[:3])
         return (linear_expected_backward(expected, head, tokens, transform, log_prob, by),)
@@ -271,7 +286,8 @@ def td_targets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Target, error, endogenous reward: [...] each."""
     kernels = _backend(backend, values.q)
-    check_cu_seqlens(layout, values.q)
+    if not _checks_data(kernels, "td_targets", values.q):
+        check_cu_seqlens(layout, values.q)
     return kernels.td_targets(values, reference, rewards, layout, beta, gamma)
 
 
@@ -298,10 +314,13 @@ def _(d_target, d_error, layout, gamma, backend):
 
 def _save_td_targets(ctx, groups, output):
     *_, layout, _, ctx.gamma, ctx.backend = groups
+    ctx.set_materialize_grads(False)  # zeros for the output endogenous_reward would be one more tensor [...]
     ctx.save_for_backward(*layout)
 
 
-def _td_targets_gradient(ctx, d_target, d_error, _):
+def _td_targets_gradient(ctx, *upstream):
+    d_target, d_error, _ = upstream
+    d_target, d_error = _zeros_for_none((d_target, d_error), d_target if d_error is None else d_error)
     return td_targets_backward(d_target, d_error, Layout(*ctx.saved_tensors), ctx.gamma, ctx.backend)
 
 
@@ -322,7 +341,8 @@ def bellman_loss(
 ) -> LossTerms:
     """The differentiable loss [] and residuals [B], and the gradients of the loss with respect to q, v and log_prob."""
     kernels = _backend(backend, values.q)
-    check_cu_seqlens(layout, values.q)
+    if not _checks_data(kernels, "bellman_loss", values.q):
+        check_cu_seqlens(layout, values.q)
     return kernels.bellman_loss(values, reference, rewards, layout, options)
 
 
@@ -334,9 +354,9 @@ def _(values, reference, rewards, layout, options, backend):
 
 @grouped_op("bellman_loss_backward")
 def bellman_loss_backward(
-    d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout, backend: str | None
+    d_loss: Tensor, d_residual: Tensor | None, unit: UnitGradients, layout: Layout, backend: str | None
 ) -> UnitGradients:
-    """dq, dv, dlog_prob [...] for the upstream gradients d_loss [] and d_residual [B]."""
+    """dq, dv, dlog_prob [...] for the upstream gradients d_loss [] and d_residual [B]; None stands for zeros."""
     return _backend(backend, d_loss).bellman_loss_backward(d_loss, d_residual, unit, layout)
 
 
@@ -349,16 +369,16 @@ def _(d_loss, d_residual, unit, layout, backend):
 
 
 def _save_bellman_loss(ctx, groups, output):
-    _, _, rewards, layout, _, ctx.backend = groups
-    ctx.trajectories = rewards.shape
+    *_, layout, _, ctx.backend = groups
     ctx.set_materialize_grads(False)  # zeros for the outputs dq, dv, dlog_prob would be 3 more tensors [...]
-    ctx.save_for_backward(*LossTerms(*output).unit, *layout)
+    _, _, *unit = output
+    ctx.save_for_backward(*unit, *layout)
 
 
 def _bellman_loss_gradient(ctx, d_loss, d_residual, *_):
     *unit, mask, cu_seqlens = ctx.saved_tensors
-    d_loss = unit[0].new_zeros(()) if d_loss is None else d_loss
-    d_residual = unit[0].new_zeros(ctx.trajectories) if d_residual is None else d_residual
+    if d_loss is None:
+        d_loss = unit[0].new_zeros(())
     return bellman_loss_backward(d_loss, d_residual, UnitGradients(*unit), Layout(mask, cu_seqlens), ctx.backend)
 
 
@@ -382,8 +402,9 @@ def linear_reval_loss(
 ) -> LossAndGradients:
     """The loss [], differentiable in the head's inputs; the residuals [B]; and the gradients that `needs` names."""
     kernels = _backend(backend, head.hidden)
-    check_token_data(Tokens(actions, layout.mask), transform, head.weight.shape[0], head.hidden)
-    check_cu_seqlens(layout, actions)
+    if not _checks_data(kernels, "linear_reval_loss", head.hidden):
+        check_token_data(Tokens(actions, layout.mask), transform, head.weight.shape[0], head.hidden)
+        check_cu_seqlens(layout, actions)
     return kernels.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
 
 

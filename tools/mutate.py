@@ -144,9 +144,23 @@ MUTATIONS = [
     # --- triton: bellman --------------------------------------------------------------------------------------------
     Mutation(
         "bellman: a segment takes the next one's first token", "gpu/bellman.py",
-        "        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64), tokens)",
-        "        end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int64) + 1, tokens)",
+        "tl.minimum(end, tokens)", "tl.minimum(end + 1, tokens)",
         TRITON + "bellman.py",
+    ),
+    Mutation(
+        "bellman: masked tokens keep what lay in memory", "gpu/bellman.py",
+        "            tl.store(out_c + token, tl.zeros([BLOCK], tl.float32), mask=other)\n", "",
+        TRITON + "bellman.py",
+    ),
+    Mutation(
+        "bellman: no kernel checks cu_seqlens", "gpu/bellman.py",
+        'ASSERTS = {"debug": True,', 'ASSERTS = {"debug": False,',
+        TRITON + "bellman.py -k cu_seqlens",
+    ),
+    Mutation(
+        "bellman: cu_seqlens may fall", "gpu/bellman.py",
+        "whole & (start <= end)", "whole",
+        TRITON + "bellman.py -k cu_seqlens",
     ),
     Mutation(
         "bellman: sums to go run forwards", "gpu/bellman.py",
@@ -198,7 +212,7 @@ MUTATIONS = [
     ),
     Mutation(
         "portable: the first state's value gets no gradient from the residual", "bellman.py",
-        "    dv[:, :1] += d_residual[:, None]\n", "",
+        "        dv[:, :1] += d_residual[:, None]\n", "",
         TESTS + "test_bellman.py",
     ),
     Mutation(
@@ -343,7 +357,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ bellman: the residual's gradient reaches every state's value", "cpu/bellman.cpp",
-        "(h == 0 ? of_residual[b] : 0.0)", "of_residual[b]",
+        "(h == 0 ? residual : 0.0)", "residual",
         TESTS + "test_bellman.py",
     ),
     Mutation(

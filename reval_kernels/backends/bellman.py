@@ -102,14 +102,16 @@ def bellman_loss(
     return LossTerms(loss, residual, trajectories.tokens(dq), trajectories.tokens(dv), trajectories.tokens(dlog))
 
 
-def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
+def bellman_loss_backward(
+    d_loss: Tensor, d_residual: Tensor | None, unit: UnitGradients, layout: Layout
+) -> UnitGradients:
     """See Backend.bellman_loss_backward."""
     trajectories = Trajectories(unit.dq.shape, unit.dq.device, layout)
     dq, dv, dlog = (trajectories.rows(d_loss * x) for x in unit)
-    dv[:, :1] += d_residual[:, None]
-    return UnitGradients(
-        trajectories.tokens(dq), trajectories.tokens(dv), trajectories.tokens(dlog + d_residual[:, None])
-    )
+    if d_residual is not None:
+        dv[:, :1] += d_residual[:, None]
+        dlog += d_residual[:, None]
+    return UnitGradients(*(trajectories.tokens(x) for x in (dq, dv, dlog)))
 
 
 def _scaled(rewards: Tensor, beta: float, like: Tensor) -> Tensor:

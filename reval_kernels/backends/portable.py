@@ -29,6 +29,7 @@ from .rows import row_gradient_, row_values
 from .tokens import chunks, per_token, unmasked, widened
 
 __all__ = [
+    "CHECKS_DATA",
     "DEVICES",
     "bellman_loss",
     "bellman_loss_backward",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 DEVICES: tuple[str, ...] | None = None
+CHECKS_DATA: frozenset[str] = frozenset()
 ROWS_CHUNK = 1 << 21
 """The number of logits in one chunk: 8 MiB in float32, small enough for a CPU's cache."""
 

@@ -36,6 +36,7 @@ from .. import portable
 from ..frozen_head import gradient_of_hidden
 
 DEVICES: tuple[str, ...] | None = ("cpu",)
+CHECKS_DATA: frozenset[str] = frozenset()
 LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name("libreval_kernels_cpu.so"))
 """The library. REVAL_CPU_LIBRARY names another build, for example the build with sanitizers."""
 
@@ -189,7 +190,9 @@ def bellman_loss(
     return LossTerms(*_ops().bellman_loss(*values[:3], *reference, rewards, *layout, *options))
 
 
-def bellman_loss_backward(d_loss: Tensor, d_residual: Tensor, unit: UnitGradients, layout: Layout) -> UnitGradients:
+def bellman_loss_backward(
+    d_loss: Tensor, d_residual: Tensor | None, unit: UnitGradients, layout: Layout
+) -> UnitGradients:
     """See Backend.bellman_loss_backward."""
     return UnitGradients(*_ops().bellman_loss_backward(d_loss, d_residual, *unit, *layout))
 

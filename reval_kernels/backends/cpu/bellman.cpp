@@ -258,21 +258,23 @@ std::vector<Tensor> bellman_loss(
 }
 
 std::vector<Tensor> bellman_loss_backward(
-    const Tensor& d_loss, const Tensor& d_residual, const Tensor& unit_q, const Tensor& unit_v,
+    const Tensor& d_loss, const OptionalTensor& d_residual, const Tensor& unit_q, const Tensor& unit_v,
     const Tensor& unit_log_prob, const OptionalTensor& mask, const OptionalTensor& cu_seqlens) {
   const Tensor& like = unit_q;
   const Layout layout(like, mask, cu_seqlens);
   return in_dtype_of(like, [&](auto number) -> std::vector<Tensor> {
     using T = decltype(number);
     const Numbers<T> one_q(unit_q, like), one_v(unit_v, like), one_log(unit_log_prob, like);
-    const Numbers<T> of_loss(d_loss, like), of_residual(d_residual, like);
+    const Numbers<T> of_loss(d_loss, like);
+    const auto of_residual = numbers<T>(d_residual, like);
     const Output<T> dq(like.sizes(), like), dv(like.sizes(), like), dlog(like.sizes(), like);
     layout.for_each<T>({&dq, &dv, &dlog}, [&](int64_t b, const Places& at) {
+      const double residual = of_residual ? (*of_residual)[b] : 0.0;
       for (int64_t h = 0; h < at.size(); ++h) {
         const int64_t i = at[h];
         dq.set(i, of_loss[0] * one_q[i]);
-        dv.set(i, of_loss[0] * one_v[i] + (h == 0 ? of_residual[b] : 0.0));
-        dlog.set(i, of_loss[0] * one_log[i] + of_residual[b]);
+        dv.set(i, of_loss[0] * one_v[i] + (h == 0 ? residual : 0.0));
+        dlog.set(i, of_loss[0] * one_log[i] + residual);
       }
     });
     return {dq.tensor, dv.tensor, dlog.tensor};
@@ -298,7 +300,7 @@ TORCH_LIBRARY_FRAGMENT(reval_kernels_cpu, m) {
       ", float beta, int level, bool semi_gradient, Tensor? normalizer) -> Tensor[]",
       &reval::bellman_loss);
   m.def(
-      "bellman_loss_backward(Tensor d_loss, Tensor d_residual, Tensor unit_q, Tensor unit_v, Tensor unit_log_prob, "
+      "bellman_loss_backward(Tensor d_loss, Tensor? d_residual, Tensor unit_q, Tensor unit_v, Tensor unit_log_prob, "
       LAYOUT ") -> Tensor[]",
       &reval::bellman_loss_backward);
 }

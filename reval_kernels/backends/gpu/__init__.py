@@ -6,6 +6,7 @@ The first use of a function loads the function from its file.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .rows import token_values, token_values_backward
 
 __all__ = [
+    "CHECKS_DATA",
     "DEVICES",
     "bellman_loss",
     "bellman_loss_backward",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 DEVICES: tuple[str, ...] | None = ("cuda",)  # torch's name for AMD GPUs too
+CHECKS_DATA: frozenset[str] = frozenset({"bellman_loss", "td_targets"})
 LINEAR_CHUNK = 1 << 28
 """The number of logits in one chunk: 1 GiB in float32, 1766 tokens of Qwen's vocabulary. The reason is in
 docs/kernels.md."""
@@ -47,6 +50,7 @@ _FILES = {
 }
 
 
+@functools.cache
 def missing() -> str | None:
     """Why the kernels cannot run: they need only Triton. `launch` checks that the tensors are on a GPU."""
     return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"

@@ -100,23 +100,23 @@ READ = {
 """The tensors that each level reads. The residual needs v and log_prob, the TD errors need q and v."""
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("level", READ)
-def test_bellman_reads_each_number_at_most_twice_and_writes_it_once(level):
-    """Two trajectories of 600 actions. A program writes the cotangents of its actions, its residual, and its sum of
-    squares in float64."""
+def test_bellman_reads_each_number_at_most_twice_and_writes_it_once(level, masked):
+    """Two trajectories of 600 tokens. A program writes dq, dv and dlog_prob of its tokens, its residual, and its part
+    of the loss in float64; with a mask, also the positions of its actions."""
     from reval_kernels.backends.gpu.interpreter import counted
 
     numbers = [torch.randn(2, 600) for _ in range(6)]
     names = ("q", "v", "log_prob", "q_ref", "v_ref", "log_prob_ref")
+    mask = torch.arange(600).remainder(3).ne(0).expand(2, 600) if masked else None
     with counted(**dict(zip(names, numbers, strict=True))) as traffic:
         values, reference = TokenValues(*numbers[:3]), TokenValues(*numbers[3:])
-        bellman_loss(values, reference, torch.randn(2), beta=1.0, level=level, backend="triton")
-    each = numbers[0].nbytes
+        bellman_loss(values, reference, torch.randn(2), mask=mask, beta=1.0, level=level, backend="triton")
+    actions = 1200 if mask is None else int(mask.sum())
     assert {n for n in names if traffic.loaded.get(n)} == READ[level]
     # the residual needs v of the first state only: 4 bytes for each of two trajectories
-    least = {n: 8 if level == "trajectory" and n.startswith("v") else each for n in READ[level]}
-    assert all(least[n] <= traffic.loaded[n] <= 2 * each for n in READ[level] - {"log_prob", "log_prob_ref"})
-    assert all(each <= traffic.loaded[n] <= 2 * each for n in ("log_prob", "log_prob_ref"))
-    # trajectory: dlog_prob and the first dv. token: dq, and every dv but the first. subtrajectory: dv and dlog_prob
-    cotangents = {"trajectory": each + 8, "token": 2 * each - 8, "subtrajectory": 2 * each}[level]
-    assert traffic.stored == {"other": cotangents + 2 * (4 + 8)}
+    least = {n: 8 if level == "trajectory" and n.startswith("v") else 4 * actions for n in READ[level]}
+    assert all(least[n] <= traffic.loaded[n] <= 2 * 4 * actions for n in READ[level])
+    positions = 8 * actions if masked else 0
+    assert traffic.stored == {"other": 3 * 4 * 1200 + 2 * (4 + 8) + positions}
