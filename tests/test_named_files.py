@@ -39,7 +39,7 @@ ALLOWED = {
         *WRITTEN_BY_A_RUN,
         *"iteration-*.jsonl evaluations/*.jsonl evaluation-2.jsonl evaluation*.jsonl".split(),
     ],
-    "a build or a benchmark writes it": ["not_built.txt", "-times.png", "-curves.png"],
+    "a build or a benchmark writes it": ["not_built.txt", "-times.png", "-curves.png", "-overhead.json"],
     "the user provides it, or an example makes it up": (
         "CONFIG.yaml MORE.yaml FILE.png mine.yaml problems.jsonl my/set.jsonl t0.7.jsonl t1.0.jsonl "
         "path/to/file.py file.py"
