@@ -202,7 +202,8 @@ def bellman_arguments(
 
 # --- data -----------------------------------------------------------------------------------------------------------
 # On a GPU, reading the result of a check would make the CPU wait for the GPU. So there a check is a device-side assert,
-# as in torch's own losses: a RuntimeError at some later call. Until then no kernel reads outside its tensors.
+# as in torch's own losses: a RuntimeError at some later call. Until then no kernel reads outside its tensors. The
+# functions in a backend's CHECKS_DATA assert in their own kernel, which needs no launch for the check.
 
 
 def check_token_data(tokens: Tokens, transform: Transform, vocabulary: int, like: Tensor) -> None:
