@@ -53,7 +53,7 @@ class GroupedOp(Generic[P, R]):
         self._tensors = [i for i, kind in enumerate(flat.values()) if kind is Tensor or Tensor in get_args(kind)]
         self._function: Callable[..., R] = function
         self._mutates = bool(mutates)
-        self._eager_graph: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., Any] | None = None
 
         def run(*inputs: Any) -> Any:
             return tuple_of(self._computed(self.grouped(inputs), inputs[0].device))
@@ -72,8 +72,8 @@ class GroupedOp(Generic[P, R]):
         if not self._mutates and torch_private.plain_eager(tensors):
             if not (torch.is_grad_enabled() and any([x.requires_grad for x in tensors])):
                 return self._computed(groups, inputs[0].device)
-            if self._eager_graph is not None:  # else the op refuses the second order
-                return self._regrouped(torch_private.apply(self._eager_graph, *inputs, groups))
+            if self._apply is not None:  # else the op refuses the second order
+                return self._regrouped(self._apply(*inputs, groups))
         if torch_private.forward_mode() and any(unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(
                 f"{self.name} has no forward-mode derivative (torch.func.jvp, forward_ad); reval_kernels.reference has "
@@ -127,7 +127,8 @@ class GroupedOp(Generic[P, R]):
 
         functions = {"forward": staticmethod(forward), "backward": staticmethod(padded(self._inputs + 1))}
         # the profiler shows the name of the class
-        self._eager_graph = type(f"reval_kernels::{self.name}", (torch.autograd.Function,), functions)
+        graph = type(f"reval_kernels::{self.name}", (torch.autograd.Function,), functions)
+        self._apply = torch_private.plain_apply(graph)
 
     def register_no_gradient(self, message: str) -> None:
         """Differentiating the op raises RuntimeError with this message."""

@@ -6,7 +6,7 @@ tests/reval_kernels/test_torch_private.py fails when torch drops one of the name
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ DISPATCH_KEYS = (
     "_dispatch_tls_local_include_set",
     "_dispatch_keys",
     "_is_torch_function_mode_enabled",
+    "DispatchKey",
     "DispatchKeySet",
 )
 """The names of torch._C from which `plain_eager` learns who wants to see a call."""
-_has_dispatch_keys = all(hasattr(torch._C, name) for name in DISPATCH_KEYS) and hasattr(
-    torch._C.DispatchKeySet, "raw_repr"
-)
+_has_dispatch_keys = all(hasattr(torch._C, name) for name in DISPATCH_KEYS)
+_has_dispatch_keys = _has_dispatch_keys and hasattr(torch._C.DispatchKeySet, "raw_repr")
 
 
 def is_batched(x: Tensor) -> bool:
@@ -72,12 +72,13 @@ def plain_eager(tensors: Iterable[Tensor]) -> bool:
     return True
 
 
-def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """function.apply(*inputs) in plain eager code (`plain_eager`): it does not look at each input for torch.func.
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply for plain eager code (`plain_eager`): it does not look at each input for torch.func.
 
     Fallback: function.apply.
     """
-    return getattr(super(torch.autograd.Function, function), "apply", function.apply)(*inputs)
+    apply: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", function.apply)
+    return apply
 
 
 @functools.cache
