@@ -106,6 +106,7 @@ def _row_cases() -> list[Case]:
     sizes |= {"out_stride_outer": "i32", "out_stride_inner": "i32", "temperature": "fp32", "softcap": "fp32"}
     odd = ("tokens", "inner", "blocks")
     plain = {"stride_v": 1, "out_stride_v": 1, "SOFTCAP": False, "ENTROPY": False, "SPLITS": splits, "BLOCK": block}
+    plain |= {"CONTIGUOUS": True}
 
     def case(function, logits: str, out: str = "", **flags) -> Case:
         types = {"logits": f"*{logits}", "actions": "*i64", **numbers, **sizes}
@@ -114,8 +115,12 @@ def _row_cases() -> list[Case]:
             types["out"] = f"*{out}"
         if flags.get("mask"):
             types["mask"] = "*i1"
-        constants = plain | {k: v for k, v in flags.items() if k.isupper()}
-        return Case(function, config, types, constants, warps, odd=odd, entry_bits=16 if logits == "bf16" else 32)
+        bits = 16 if logits == "bf16" else 32
+        constants = plain | {"NEIGHBOURS": 128 // bits} | {k: v for k, v in flags.items() if k.isupper()}
+        if not flags.pop("entropy_gradient", False):
+            types.pop("dentropy")
+        options = {} if out else rows.ASSERTS
+        return Case(function, config, types, constants, warps, odd=odd, entry_bits=bits, options=options)
 
     return [
         case(rows.row_forward, "bf16", mask=True),
@@ -255,7 +260,10 @@ class Code:
         return [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 
     def width(self, kind: str) -> int:
-        inside = [w for loop in self.innermost(kind) for w in self.kinds(kind, loop).values()]
+        loops = self.innermost(kind)
+        # an AMD kernel with an assert also has loops that print its message: the loops with exponentials are ours
+        ours = [loop for loop in loops if self.kinds("exp2", loop)] or loops
+        inside = [w for loop in ours for w in self.kinds(kind, loop).values()]
         return min(inside) if inside else max(self.kinds(kind).values(), default=0)
 
     def exp2_per_entry(self, case: Case) -> float | None:

@@ -175,11 +175,12 @@ class Cotangents(NamedTuple):
     dq: Tensor
     dv: Tensor
     dlog_prob: Tensor
-    dentropy: Tensor
+    dentropy: Tensor | None
+    """None: no gradient through the entropy."""
 
     def at(self, index: tuple[Tensor, ...] | slice) -> Cotangents:
         """The cotangents of the tokens at `index`."""
-        return Cotangents(*(x[index] for x in self))
+        return Cotangents(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]  # dentropy
 
 
 class HeadGradients(NamedTuple):

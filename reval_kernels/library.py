@@ -132,7 +132,7 @@ def _token_values_gradient(ctx, *upstream):
         Tokens(actions, mask),
         _saved_transform(ctx, temperatures),
         Statistics(*statistics),
-        Cotangents(*_zeros_for_none(upstream[:4], statistics[0])),
+        _cotangents(upstream, statistics[0]),
         ctx.backend,
     )
     if not ctx.inplace_grad:
@@ -143,10 +143,12 @@ def _token_values_gradient(ctx, *upstream):
     return (logits.detach(),)  # the saved logits have their graph, which a gradient has not
 
 
-def _zeros_for_none(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """The gradients; one tensor of zeros stands for all that are None."""
-    zeros = torch.zeros_like(like) if any(g is None for g in gradients) else like
-    return [zeros if g is None else g for g in gradients]
+def _cotangents(upstream: Sequence[Tensor | None], like: Tensor) -> Cotangents:
+    """The gradients of q, v, log_prob and entropy; one tensor of zeros stands for the first three where they are None."""
+    *by_values, dentropy = upstream[:4]
+    zeros = torch.zeros_like(like) if any(g is None for g in by_values) else like
+    dq, dv, dlog_prob = (zeros if g is None else g for g in by_values)
+    return Cotangents(dq, dv, dlog_prob, dentropy)
 
 
 def _save(ctx: Any, transform: Transform, *tensors: Tensor | None) -> None:
@@ -258,8 +260,8 @@ def _linear_token_values_gradient(ctx, *upstream):
         _saved_transform(ctx, temperatures),
     )
     needs = Needs(*ctx.needs_input_grad[:3])
-    cotangents = Cotangents(*_zeros_for_none(upstream[:4], statistics[0]))
-    if ctx.with_expected and upstream[3] is None and needs.frozen_head:
+    cotangents = _cotangents(upstream, statistics[0])
+    if ctx.with_expected and cotangents.dentropy is None and needs.frozen_head:
         by = UnitGradients(*cotangents[:3])
         return (linear_expected_backward(expected, head, tokens, transform, log_prob, by),)
     gradients = linear_token_values_backward(

@@ -56,7 +56,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows: the sum is not rescaled when the maximum rises", "gpu/rows.py",
-        "        s = tl.where(rise > 0, s * e, s) + e", "        s = s + e",
+        "(1 + s) * fall + (tops - 1))", "1 + s + (tops - 1))",
         TRITON + "rows.py -k shared_by_programs",
     ),
     Mutation(
@@ -69,9 +69,9 @@ MUTATIONS = [
     Mutation(
         "rows: a program reads one column of the next one's", "gpu/rows.py",
         "        inside = column < last\n"
-        "        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=f",
+        "        x = tl.load(row + offset_of(column, stride_v, CONTIGUOUS), mask=inside, other=f",
         "        inside = column <= last\n"
-        "        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=f",
+        "        x = tl.load(row + offset_of(column, stride_v, CONTIGUOUS), mask=inside, other=f",
         TRITON + "rows.py -k shared_by_programs",
     ),
     Mutation(
@@ -80,10 +80,19 @@ MUTATIONS = [
         TESTS + "test_values.py -k confident_action",
     ),
     Mutation(
-        "rows: the gradient forgets the slope of softcap and temperature", "gpu/rows.py",
-        "        g = tl.where(column == action, at_action, g) * slope",
-        "        g = tl.where(column == action, at_action, g)",
+        "rows: the gradient forgets the slope of the softcap", "gpu/rows.py",
+        "            g = g * slope", "            g = g",
         TRITON + "rows.py -k shared_by_programs",
+    ),
+    Mutation(
+        "rows: the gradient forgets the temperature", "gpu/rows.py",
+        "    d_all, at_action = d_all * scale, at_action * scale", "    d_all = d_all * scale",
+        TRITON + "rows.py -k shared_by_programs",
+    ),
+    Mutation(
+        "rows: ties among neighbours count once", "gpu/rows.py",
+        "        tops = tl.sum(at_top.to(tl.float32), 1)", "        tops = tl.max(at_top.to(tl.float32), 1)",
+        TRITON + "rows.py -k every_place_of_a_group",
     ),
     Mutation(
         "rows: masked rows keep what lay in memory", "gpu/rows.py",
@@ -106,7 +115,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows: a lane that holds nothing has weight at high temperatures", "gpu/rows.py",
-        "    s = tl.full([BLOCK], -1.0, tl.float32)", "    s = tl.zeros([BLOCK], tl.float32)",
+        "    s = tl.full([GROUPS], -1.0, tl.float32)", "    s = tl.zeros([GROUPS], tl.float32)",
         TESTS + "test_values.py -k large_temperature",
     ),
     Mutation(
@@ -223,8 +232,8 @@ MUTATIONS = [
     ),
     Mutation(
         "portable: a frozen head's sum takes the action in", "frozen_head.py",
-        "    return Cotangents(-values.log_prob.expm1(), zero, -one, zero)",
-        "    return Cotangents(zero, zero, -one, zero)",
+        "    return Cotangents(-values.log_prob.expm1(), zero, -one, None)",
+        "    return Cotangents(zero, zero, -one, None)",
         TESTS + "test_linear_values.py -k frozen_head_of",
     ),
     Mutation(

@@ -193,7 +193,7 @@ def whole_trajectory_loss(
         residual[some] = terms.residual
         if not any(head.needs):
             continue
-        cotangents = Cotangents(*terms.unit, torch.zeros_like(values.entropy))
+        cotangents = Cotangents(*terms.unit, None)
         for piece, at in pieces:
             if logits is None or len(pieces) > 1:
                 logits = head.logits(at)

@@ -28,7 +28,7 @@ def expected_cotangents(values: RowValues) -> Cotangents:
     They are the cotangents of -log_prob, and a dq that cancels the term of the action.
     """
     zero, one = torch.zeros_like(values.log_prob), torch.ones_like(values.log_prob)
-    return Cotangents(-values.log_prob.expm1(), zero, -one, zero)
+    return Cotangents(-values.log_prob.expm1(), zero, -one, None)
 
 
 def gradient_of_hidden(

@@ -40,7 +40,7 @@ def row_gradient_(
     d entropy / dz = -p (log p + entropy).
     """
     row_max, log_sum, entropy = (x[:, None] for x in statistics)
-    dq, dv, dlog, dentropy = (x[:, None] for x in cotangents)
+    dq, dv, dlog = (x[:, None] for x in cotangents[:3])
     action = actions[:, None]
     z, tanh = _transformed(logits, transform)
     log_pi = torch.sub(z, row_max, out=logits).sub_(log_sum)
@@ -48,10 +48,10 @@ def row_gradient_(
     # log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
     # The product dv * p is a separate term, so an unlikely action keeps its gradient.
     at_action = dq + dv * log_pi_action.exp() - dlog * torch.expm1(log_pi_action)
-    if (dentropy != 0).any():
+    if cotangents.dentropy is not None:
         p = log_pi.exp()
         # where p = 0 and log p = -inf, p log p must be 0, its limit; the product would be NaN
-        spread = torch.where(p > 0, p * (log_pi + entropy), 0).mul_(dentropy)
+        spread = torch.where(p > 0, p * (log_pi + entropy), 0).mul_(cotangents.dentropy[:, None])
         gradient = p.mul_(dv - dlog)
         at_action = at_action - spread.gather(-1, action)
         gradient.sub_(spread)

@@ -74,7 +74,7 @@ def token_values_backward(
     if not _takes(logits):
         return portable.token_values_backward(logits, tokens, transform, statistics, cotangents, inplace)
     out = logits if inplace else _ops().gradient_like(logits)
-    _ops().token_values_backward(logits, *tokens, *transform, statistics, cotangents, out)
+    _ops().token_values_backward(logits, *tokens, *transform, statistics, _tensors(cotangents), out)
     return out
 
 
@@ -142,7 +142,7 @@ def linear_reval_loss(
     if needs.frozen_head:
         d_hidden = gradient_of_hidden(expected, head, tokens, transform, values.log_prob, terms.unit)
     elif any(needs):
-        cotangents = Cotangents(*terms.unit, torch.zeros_like(values.q))
+        cotangents = Cotangents(*terms.unit, None)
         gradients = _head_gradients(head, tokens, transform, values.statistics, cotangents, needs, kept)
         d_hidden, d_weight, d_bias = gradients
     return LossAndGradients(terms.loss, terms.residual, d_hidden, d_weight, d_bias)
@@ -158,8 +158,15 @@ def _head_gradients(
     kept: list[Tensor],
 ) -> HeadGradients:
     """The second pass. `kept` is empty, or holds the tensors that linear_keeping returned for this pass."""
-    out = _ops().linear_token_values_backward(*head, *tokens, *transform, statistics, cotangents, *needs, kept)
+    upstream = _tensors(cotangents)
+    out = _ops().linear_token_values_backward(*head, *tokens, *transform, statistics, upstream, *needs, kept)
     return HeadGradients(*out)
+
+
+def _tensors(cotangents: Cotangents) -> list[Tensor]:
+    """The four cotangents, as the C++ functions take them."""
+    *by_values, dentropy = cotangents
+    return [*by_values, torch.zeros_like(cotangents.dq) if dentropy is None else dentropy]
 
 
 def td_targets(

@@ -207,6 +207,17 @@ def numbers(m, s, t, x_action, temperature):
 
 
 @triton.jit
+def store_numbers(q, v, log_prob, entropy, row_max, log_sum, token, a, b, c, d, e, f, inside):
+    """Store the six numbers a ... f of these tokens; `inside` is None or a mask."""
+    tl.store(q + token, a, mask=inside)
+    tl.store(v + token, b, mask=inside)
+    tl.store(log_prob + token, c, mask=inside)
+    tl.store(entropy + token, d, mask=inside)
+    tl.store(row_max + token, e, mask=inside)
+    tl.store(log_sum + token, f, mask=inside)
+
+
+@triton.jit
 def merge(
     parts,
     index,
@@ -225,16 +236,17 @@ def merge(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Join the parts [4, M, P] that several programs wrote, and store the six numbers of each row. The order of the
-    sums is fixed, so the result is the same in every run."""
+    """Join the parts [4, M, P] that several programs wrote, and store the six numbers of each row: 0 for masked rows.
+    The order of the sums is fixed, so the result is the same in every run."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    taken = inside
     if mask is not None:
-        inside = inside & (tl.load(mask + row, mask=inside, other=0) != 0)
-    temperature = temperature_at(temperatures, row, inside, temperature) + tl.zeros([ROWS], tl.float32)
+        taken = inside & (tl.load(mask + row, mask=inside, other=0) != 0)
+    temperature = temperature_at(temperatures, row, taken, temperature) + tl.zeros([ROWS], tl.float32)
     part = tl.arange(0, PADDED)
     at = parts + row.to(tl.int64)[:, None] * count + part[None, :]
-    there = inside[:, None] & (part < count)[None, :]
+    there = taken[:, None] & (part < count)[None, :]
     plane = tl.cast(rows, tl.int64) * count
     m = tl.load(at, mask=there, other=LOWEST)  # past the last part: empty parts
     s = tl.load(at + plane, mask=there, other=-1.0)
@@ -247,9 +259,8 @@ def merge(
     if index is not None:
         token = tl.load(index + row, mask=inside, other=0)
     a, b, c, d, e, f = numbers(m, s, t, x_action, temperature)
-    tl.store(q + token, a, mask=inside)
-    tl.store(v + token, b, mask=inside)
-    tl.store(log_prob + token, c, mask=inside)
-    tl.store(entropy + token, d if ENTROPY else tl.zeros_like(d), mask=inside)
-    tl.store(row_max + token, e, mask=inside)
-    tl.store(log_sum + token, f, mask=inside)
+    if mask is not None:  # the other rows have numbers of empty parts, such as v = -inf
+        a, b, c = tl.where(taken, a, 0.0), tl.where(taken, b, 0.0), tl.where(taken, c, 0.0)
+        d, e, f = tl.where(taken, d, 0.0), tl.where(taken, e, 0.0), tl.where(taken, f, 0.0)
+    d = d if ENTROPY else tl.zeros_like(d)
+    store_numbers(q, v, log_prob, entropy, row_max, log_sum, token, a, b, c, d, e, f, inside)

@@ -32,9 +32,13 @@ from .common import (
     merge_parts,
     new_values,
     numbers,
+    store_numbers,
     temperature_at,
     temperatures,
 )
+
+ASSERTS = {"debug": True, "sanitize_overflow": False}
+"""Launch options that keep a kernel's `tl.device_assert`, and add no checks of integer overflow."""
 
 
 @triton.jit
@@ -61,13 +65,17 @@ def row_forward(
     softcap,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
     """Program (n, k) reads `blocks` blocks of row n, the k-th such run. Row n = (n // inner, n % inner)."""
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if mask is not None:
         if tl.load(mask + token) == 0:
+            if SPLITS == 1:  # else `merge` writes the row's numbers
+                store_numbers(q, v, log_prob, entropy, row_max, log_sum, token, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None)
             return
     row = logits + (token // inner) * stride_outer + (token % inner) * stride_inner
     temperature = temperature_at(temperatures, token, True, temperature)
@@ -75,48 +83,52 @@ def row_forward(
     first = split * blocks * BLOCK
     last = tl.minimum(first + blocks * BLOCK, vocabulary)
 
-    # Every lane keeps a separate part (m, s, t). The lanes exchange data only once, at the end.
+    action = tl.load(actions + token).to(tl.int64)
+    tl.device_assert((action >= 0) & (action < vocabulary), "actions must lie in [0, V)")
+    action = tl.minimum(tl.maximum(action, 0), vocabulary - 1)
+    mine = (action >= first) & (action < last)
+    x_action = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        x_action = capped(x_action, softcap)[0]
+
+    # Every group of NEIGHBOURS lanes keeps a separate part (m, s, t). The groups exchange data only once, at the end.
+    GROUPS: tl.constexpr = BLOCK // NEIGHBOURS
     lane = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], LOWEST, tl.float32)
-    s = tl.full([BLOCK], -1.0, tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
+    m = tl.full([GROUPS], LOWEST, tl.float32)
+    s = tl.full([GROUPS], -1.0, tl.float32)
+    t = tl.zeros([GROUPS], tl.float32)
     for start in range(first, last, BLOCK):
         column = start + lane
         inside = column < last
-        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(row + offset_of(column, stride_v, CONTIGUOUS), mask=inside, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
-            x, _ = capped(x, softcap)
+            x = capped(x, softcap)[0]
             x = tl.where(inside, x, float("-inf"))  # only now, after the softcap, which makes -inf finite
-        rise = x - m
-        # if x is a new maximum, e is the factor of the old sums; else e is the weight of x. So one exp2 serves both
-        e = tl.exp2(-tl.abs(rise) * exponent)
+        x = tl.reshape(x, (GROUPS, NEIGHBOURS))
+        top = tl.maximum(m, tl.max(x, 1))
+        below = x - top[:, None]
+        p = tl.exp2(below * exponent)
+        at_top = x == top[:, None]
+        tops = tl.sum(at_top.to(tl.float32), 1)
+        fall = tl.exp2((m - top) * exponent)
         if ENTROPY:
-            step = tl.minimum(tl.maximum(rise, LOWEST), -LOWEST)  # 0 * inf would be NaN
-            t = tl.where(rise > 0, (t - (1 + s) * step) * e, t + e * step)
-        s = tl.where(rise > 0, s * e, s) + e
-        m = tl.maximum(m, x)
+            t = (t + (1 + s) * tl.maximum(m - top, LOWEST)) * fall
+            t += tl.sum(p * tl.maximum(below, LOWEST), 1)  # 0 * inf would be NaN
+        # s leaves one entry at the maximum out: the old one while the maximum stays, else one of the new ones
+        s = tl.where(m == top, s + tops, (1 + s) * fall + (tops - 1)) + tl.sum(tl.where(at_top, 0.0, p), 1)
+        m = top
     m, s, t = join(m, s, t, exponent, 0)
 
-    action = tl.minimum(tl.maximum(tl.load(actions + token).to(tl.int64), 0), vocabulary - 1)
-    mine = (action >= first) & (action < last)
-    x = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        x, _ = capped(x, softcap)
     if SPLITS > 1:
         at = parts + token * SPLITS + split
         plane = tl.cast(tokens, tl.int64) * SPLITS  # Triton makes a size of 1 a constant, which has no `to`
         tl.store(at, m)
         tl.store(at + plane, s)
         tl.store(at + 2 * plane, t)
-        tl.store(at + 3 * plane, x)  # 0 if this program does not read the action; softcap(0) is 0 too
+        tl.store(at + 3 * plane, x_action)  # 0 if this program does not read the action; softcap(0) is 0 too
     else:
-        a, b, c, d, e, f = numbers(m, s, t, x, temperature)
-        tl.store(q + token, a)
-        tl.store(v + token, b)
-        tl.store(log_prob + token, c)
-        tl.store(entropy + token, d if ENTROPY else 0.0)
-        tl.store(row_max + token, e)
-        tl.store(log_sum + token, f)
+        a, b, c, d, e, f = numbers(m, s, t, x_action, temperature)
+        store_numbers(q, v, log_prob, entropy, row_max, log_sum, token, a, b, c, d if ENTROPY else 0.0, e, f, None)
 
 
 @triton.jit
@@ -145,12 +157,13 @@ def row_backward(
     temperature,
     softcap,
     SOFTCAP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (n, k) writes the gradient of `blocks` blocks of row n. `out` may be `logits`.
 
     docs/method.md section 4: dlogits = dq * onehot + dv * softmax, with log_prob = q - v. And
-    d entropy / dz = -p (log p + entropy).
+    d entropy / dz = -p (log p + entropy), where `dentropy` is given.
     """
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = logits + (token // inner) * stride_outer + (token % inner) * stride_inner
@@ -162,45 +175,62 @@ def row_backward(
         if tl.load(mask + token) == 0:
             for start in range(first, last, BLOCK):
                 column = start + lane
-                tl.store(
-                    out_row + column.to(tl.int64) * out_stride_v,
-                    tl.zeros([BLOCK], out.dtype.element_ty),
-                    mask=column < last,
-                )
+                at = out_row + offset_of(column, out_stride_v, CONTIGUOUS)
+                tl.store(at, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < last)
             return
 
     scale = inverse_of(temperature_at(temperatures, token, True, temperature))
-    top, log_total, h = tl.load(row_max + token), tl.load(log_sum + token), tl.load(entropy + token)
-    d_q, d_v = tl.load(dq + token), tl.load(dv + token)
-    d_log, d_entropy = tl.load(dlog_prob + token), tl.load(dentropy + token)
+    top, log_total = tl.load(row_max + token), tl.load(log_sum + token)
+    d_q, d_v, d_log = tl.load(dq + token), tl.load(dv + token), tl.load(dlog_prob + token)
     action = tl.load(actions + token).to(tl.int64)
     mine = (action >= first) & (action < last)
     x_action = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
     tl.debug_barrier()  # if out is logits, another warp soon overwrites the entry read here
     if SOFTCAP:
-        x_action, _ = capped(x_action, softcap)
+        x_action = capped(x_action, softcap)[0]
     log_pi = (x_action * scale - top) - log_total
     p = tl.exp2(log_pi * LOG2E)
     # log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
     # The product dv * p is a separate term, so an unlikely action keeps its gradient.
-    at_action = d_q + d_v * p - d_log * expm1(log_pi) - d_entropy * p * (tl.maximum(log_pi, -1000.0) + h)
+    at_action = d_q + d_v * p - d_log * expm1(log_pi)
     # The loop computes p = exp(z - max) / sum. Where p is largest, the exponent is near 0, so it is nearly exact.
     share = tl.exp2(-log_total * LOG2E)
-    d_all, d_spread, h = (d_v - d_log) * share, d_entropy * share, h - log_total
+    d_all = (d_v - d_log) * share
+    if dentropy is not None:
+        h, d_entropy = tl.load(entropy + token), tl.load(dentropy + token)
+        at_action -= d_entropy * p * (tl.maximum(log_pi, -1000.0) + h)
+        d_spread, h = d_entropy * share * scale, h - log_total
+    d_all, at_action = d_all * scale, at_action * scale
 
+    here = tl.where(mine, action, -1).to(tl.int32)  # a comparison of 64 bits for each entry would cost two of 32
     for start in range(first, last, BLOCK):
         column = start + lane
         inside = column < last
-        x = tl.load(row + column.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
-        slope = scale
+        x = tl.load(row + offset_of(column, stride_v, CONTIGUOUS), mask=inside, other=0.0).to(tl.float32)
         if SOFTCAP:
             x, slope = capped(x, softcap)
-            slope = slope * scale
         below = x * scale - top
-        # p log p must be 0, its limit, where p = 0 and log p = -inf. So log p is at least -1000, where p is already 0
-        g = tl.exp2(below * LOG2E) * (d_all - d_spread * (tl.maximum(below, -1000.0) + h))
-        g = tl.where(column == action, at_action, g) * slope
-        tl.store(out_row + column.to(tl.int64) * out_stride_v, g.to(out.dtype.element_ty), mask=inside)
+        g = tl.exp2(below * LOG2E)
+        if dentropy is not None:
+            # p log p must be 0, its limit, where p = 0 and log p = -inf. So log p is at least -1000, where p is 0
+            g = g * (d_all - d_spread * (tl.maximum(below, -1000.0) + h))
+        else:
+            g = g * d_all
+        g = tl.where(column == here, at_action, g)
+        if SOFTCAP:
+            g = g * slope
+        at = out_row + offset_of(column, out_stride_v, CONTIGUOUS)
+        tl.store(at, g.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def offset_of(column, stride_v, CONTIGUOUS: tl.constexpr):
+    """Where a column lies in its row: 32-bit arithmetic if the words of a row lie side by side, else 64-bit."""
+    if CONTIGUOUS:
+        out = column
+    else:
+        out = column.to(tl.int64) * stride_v
+    return out
 
 
 def token_values(logits: Tensor, tokens: Tokens, transform: Transform, with_entropy: bool) -> RowValues:
@@ -208,7 +238,7 @@ def token_values(logits: Tensor, tokens: Tokens, transform: Transform, with_entr
     strides = two_strides(logits)
     if strides is None or logits.dtype == torch.float64:
         return portable.token_values(logits, tokens, transform, with_entropy)
-    out = new_values(logits, tokens.mask)
+    out = new_values(logits, None)
     forward(logits, strides, tokens, transform, with_entropy, out)
     return out
 
@@ -221,7 +251,7 @@ def forward(
     with_entropy: bool,
     out: RowValues,
 ) -> None:
-    """Write the six numbers of every unmasked row to `out`."""
+    """Write the six numbers of every row to `out`; they are 0 for masked rows."""
     count, vocabulary = tokens.actions.numel(), logits.shape[-1]
     if count == 0:
         return
@@ -248,9 +278,12 @@ def forward(
         transform.softcap or 1.0,
         SOFTCAP=transform.softcap is not None,
         ENTROPY=with_entropy,
+        CONTIGUOUS=logits.stride(-1) == 1,
         SPLITS=splits,
         BLOCK=block,
+        NEIGHBOURS=min(block, 16 // logits.itemsize),
         num_warps=warps,
+        **ASSERTS,
     )
     if parts is not None:
         merge_parts(parts, None, mask, transform, with_entropy, out)
@@ -297,7 +330,7 @@ def backward(
         tokens.actions.contiguous(),
         None if tokens.mask is None else tokens.mask.contiguous(),
         per_token,
-        *(x.contiguous() for x in (*statistics, *cotangents)),
+        *(None if x is None else x.contiguous() for x in (*statistics, *cotangents)),
         vocabulary,
         strides[0],
         blocks,
@@ -308,6 +341,7 @@ def backward(
         temperature,
         transform.softcap or 1.0,
         SOFTCAP=transform.softcap is not None,
+        CONTIGUOUS=logits.stride(-1) == 1,
         BLOCK=block,
         num_warps=warps,
     )

@@ -48,6 +48,32 @@ def test_words_that_tie_for_the_top(small_blocks):
     compare("triton", "token_values", inputs, upstream(actions.shape), with_entropy=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_top_word_at_every_place_of_a_group(small_blocks, dtype):
+    """A lane joins 4 (float32) or 8 (bfloat16) neighbours before it adds them to its sums. The action is the top word,
+    its neighbour ties with it in every second row, and the maximum rises from block to block in every third."""
+    logits, _ = logits_and_actions(32, 49, dtype=dtype)
+    actions = torch.arange(32)
+    logits[torch.arange(32), actions] = 9.0
+    even = torch.arange(0, 32, 2)
+    logits[even, even + 1] = 9.0
+    logits[::3, 33] = 10.0
+    inputs = {"logits": logits, "actions": actions}
+    compare("triton", "token_values", inputs, upstream(actions.shape), with_entropy=True)
+
+
+@pytest.mark.parametrize("place", [0, 3, 17, 128])
+def test_infinite_and_missing_logits(small_blocks, place):
+    """As in logsumexp: v is inf if one logit is inf, and NaN if one is NaN, whichever block holds it."""
+    logits, actions = logits_and_actions(3, 129)
+    logits[0, place], logits[1, place], logits[2, place] = torch.inf, torch.nan, -torch.inf
+    actions[:] = 64
+    ours, truth = token_values(logits, actions, backend="triton"), reference.token_values(logits, actions)
+    assert ours.v[0] == torch.inf and ours.v[1].isnan()
+    torch.testing.assert_close(ours.v[2], truth.v[2])
+    assert ours.log_prob[0] == -torch.inf
+
+
 @pytest.mark.parametrize("where", ["first block", "middle block", "all but one", "everything"])
 def test_blocks_at_minus_infinity(small_blocks, where):
     logits, actions = logits_and_actions(2, 129)
@@ -83,6 +109,26 @@ def test_a_token_s_numbers_do_not_depend_on_its_company():
     together = token_values(logits, actions, with_entropy=True, backend="triton")
     alone = token_values(logits[3:4], actions[3:4], with_entropy=True, backend="triton")
     assert_same_bits([x[3:4] for x in together], list(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_at_every_address(dtype):
+    """The stride of the words and the alignment of the row change how a kernel loads, not what it computes."""
+    logits, actions = logits_and_actions(2, 5000, dtype=dtype)
+    apart = torch.stack([logits, logits], -1)[..., 0]
+    moved = torch.nn.functional.pad(logits, (1, 0)).flatten()[1:].as_strided((2, 5000), (5001, 1))
+    whole = token_values(logits, actions, with_entropy=True, backend="triton")
+    for other in (apart, moved):
+        assert torch.equal(other, logits) and other.stride() != logits.stride()
+        assert_same_bits(list(whole), list(token_values(other, actions, with_entropy=True, backend="triton")))
+
+
+def test_masked_rows_are_zero_with_one_and_with_several_programs():
+    for vocabulary in (7, 70_000):
+        logits, actions = logits_and_actions(3, vocabulary)
+        mask = torch.tensor([True, False, True])
+        ours = token_values(logits, actions, mask=mask, with_entropy=True, backend="triton")
+        assert all((x[1] == 0) and (x[0] != 0) for x in ours)
 
 
 def test_actions_at_unaligned_addresses():
