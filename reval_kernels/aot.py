@@ -45,12 +45,14 @@ class GPU:
     """Bytes of shared memory of one processor (SM, CU)."""
     warps: int
     """Warps that one processor can hold."""
+    tma: bool = False
+    """Whether linear_tiles_tma runs there."""
 
 
 TARGETS = {
     "sm_80": GPU("cuda", 80, 32, 163 * 1024, 164 * 1024, 64),
-    "sm_90": GPU("cuda", 90, 32, 227 * 1024, 228 * 1024, 64),
-    "sm_100": GPU("cuda", 100, 32, 227 * 1024, 228 * 1024, 64),
+    "sm_90": GPU("cuda", 90, 32, 227 * 1024, 228 * 1024, 64, tma=True),
+    "sm_100": GPU("cuda", 100, 32, 227 * 1024, 228 * 1024, 64, tma=True),
     "sm_120": GPU("cuda", 120, 32, 99 * 1024, 100 * 1024, 48),
     "gfx942": GPU("hip", "gfx942", 64, 64 * 1024, 64 * 1024, 32),
 }
@@ -134,40 +136,65 @@ def _row_cases() -> list[Case]:
 
 
 def _linear_cases(gpu: GPU) -> list[Case]:
-    from .backends.gpu import common, linear
+    from .backends.gpu import common, linear_kernels, linear_launch
 
-    sizes = dict.fromkeys("rows vocabulary width stride_token stride_word".split(), "i32")
-    sizes |= {"temperature": "fp32", "softcap": "fp32"}
-    outputs = _pointers("fp32", "parts q v log_prob entropy row_max log_sum")
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    sizes = "rows vocabulary width stride_token stride_word stride_out tiles blocks stride_weights"
+    numbers = _pointers("fp32", "parts row_max log_sum entropy dq dv dlog_prob") | {"actions": "*i64"}
+    numbers |= dict.fromkeys(sizes.split(), "i32") | {"temperature": "fp32", "softcap": "fp32"}
+    odd = ("rows", "tiles", "blocks")
 
-    def case(operand: str, logits: bool, **flags) -> Case:
-        tile = linear.tile(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[operand]), gpu.shared_block)
-        types = _pointers(operand, "hidden weight") | _pointers("i64", "index actions") | outputs | sizes
-        if logits:
-            types["logits"] = "*fp32"
-        constants = {"stride_hidden": 1, "stride_weight": 1, "SOFTCAP": False, "ENTROPY": False, **flags}
-        constants |= tile.constants(WIDTH)
-        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    def case(function: Any, operand: str, out: str = "", **flags) -> Case:
+        """`out`: the dtype of the weights or the gradient that the kernel writes."""
+        tma = function is linear_kernels.linear_tiles_tma
+        softcap = flags.get("SOFTCAP", False)
+        tile = linear_launch.tma_tile(softcap) if tma else linear_launch.tile(dtypes[operand], gpu.shared_block)
+        types = numbers | _pointers(operand, "hidden weight")
+        if tma:
+            types |= {"hidden": f"tensordesc<{operand}[{tile.rows},{tile.depth}]>"}
+            types |= {"weight": f"tensordesc<{operand}[{tile.words},{tile.depth}]>"}
+        if out:
+            types["out"] = f"*{out}"
         config = {"operands": operand, "V": VOCABULARY, "D": WIDTH, "tile": [tile.rows, tile.words, tile.depth]}
-        config |= {"logits": logits, **flags}
+        config |= {"out": out, **flags} if out else flags
+        constants: dict[str, Any] = dict.fromkeys(["SOFTCAP", "ENTROPY", "GRADIENT"], False)
+        constants |= {"stride_hidden": 1, "stride_weight": 1}
+        constants |= {"PRECISION": "ieee", "EVEN": True, "PROGRAMS": 264, **flags, **tile.constants}
+        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
         entries = tile.rows * tile.words // (warps * gpu.warp)
-        return Case(linear.linear_forward, config, types, constants, warps, stages, ("rows",), entries=entries)
+        return Case(function, config, types, constants, warps, stages, odd, entries=entries)
 
-    count = math.ceil(VOCABULARY / linear.tile(torch.bfloat16, gpu.shared_block).words)
+    words = linear_launch.tile(torch.bfloat16, gpu.shared_block).words
+    count, together = math.ceil(VOCABULARY / words), 4096 // words
     padded = 1 << (count - 1).bit_length()
+    outputs = _pointers("fp32", "parts q v log_prob entropy row_max log_sum")
     merge = Case(
         common.merge,
         {"parts": count},
-        {**outputs, "index": "*i64", "rows": "i32", "count": "i32", "temperature": "fp32"},
-        {"ENTROPY": False, "PADDED": padded, "ROWS": max(1, 4096 // padded)},
+        {**outputs, "index": "*i64", "rows": "i32", "count": "i32", "temperature": "fp32", "softcap": "fp32"},
+        {"SOFTCAP": False, "ENTROPY": False, "PADDED": padded, "ROWS": max(1, 4096 // padded)},
         4,
         odd=("rows", "count"),
     )
+    scaling = [
+        Case(
+            linear_kernels.scale_weights,
+            {"weights": kind, "V": VOCABULARY},
+            numbers | _pointers(kind, "weights"),
+            {"SOFTCAP": False, "WORDS": words, "TILES": together},
+            8,
+            odd=odd,
+        )
+        for kind in dtypes
+    ]
+    forms = [linear_kernels.linear_tiles, linear_kernels.linear_tiles_tma]
     return [
-        case("bf16", False),
-        case("bf16", True),
-        case("bf16", False, SOFTCAP=True, ENTROPY=True),
-        case("fp32", False),
+        *(case(form, "bf16") for form in forms[: 1 + gpu.tma]),
+        *(case(form, "bf16", "bf16") for form in forms[: 1 + gpu.tma]),
+        *(case(form, "bf16", "bf16", GRADIENT=True) for form in forms[: 1 + gpu.tma]),
+        *(case(form, "bf16", "bf16", SOFTCAP=True, ENTROPY=True) for form in forms[: 1 + gpu.tma]),
+        case(linear_kernels.linear_tiles, "fp32"),
+        *scaling,
         merge,
     ]
 

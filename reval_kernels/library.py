@@ -144,11 +144,15 @@ def _token_values_gradient(ctx, *upstream):
 
 
 def _cotangents(upstream: Sequence[Tensor | None], like: Tensor) -> Cotangents:
-    """The gradients of q, v, log_prob and entropy; one tensor of zeros stands for the first three where they are None."""
-    *by_values, dentropy = upstream[:4]
-    zeros = torch.zeros_like(like) if any(g is None for g in by_values) else like
-    dq, dv, dlog_prob = (zeros if g is None else g for g in by_values)
-    return Cotangents(dq, dv, dlog_prob, dentropy)
+    """The gradients of q, v, log_prob and entropy. Of these, only the entropy's may be None."""
+    dq, dv, dlog_prob = _zeros_for_none(upstream[:3], like)
+    return Cotangents(dq, dv, dlog_prob, upstream[3])
+
+
+def _zeros_for_none(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """The gradients; one tensor of zeros stands for all that are None."""
+    zeros = torch.zeros_like(like) if any(g is None for g in gradients) else like
+    return [zeros if g is None else g for g in gradients]
 
 
 def _save(ctx: Any, transform: Transform, *tensors: Tensor | None) -> None:

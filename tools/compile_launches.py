@@ -59,8 +59,20 @@ class Driver:
 
 
 def argument(value: Any) -> Any:
-    """The argument of a recorded launch: {"pointer": dtype, "aligned": bool}, or the number, flag or None itself."""
-    return Pointer(value["pointer"], value["aligned"]) if isinstance(value, dict) else value
+    """The argument of a recorded launch: {"pointer": dtype, "aligned": bool}, {"descriptor": dtype, "block": [rows,
+    columns]}, or the number, flag or None itself."""
+    if not isinstance(value, dict):
+        return value
+    if "pointer" in value:
+        return Pointer(value["pointer"], value["aligned"])
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(Pointer(value["descriptor"], True), [1024, 1024], [1024, 1], value["block"])
+
+
+def has_descriptor(launch: dict[str, Any]) -> bool:
+    """Whether the launch reads by TMA, which only some targets have."""
+    return any(isinstance(x, dict) and "descriptor" in x for x in launch["arguments"])
 
 
 def compile_launch(launch: dict[str, Any], target: str) -> str | None:
@@ -110,6 +122,7 @@ def main() -> int:
     first, *others = options.target
     jobs = [(launch, first) for launch in launches]
     jobs += [(launch, target) for i, target in enumerate(others) for launch in launches[i :: options.sample]]
+    jobs = [(launch, target) for launch, target in jobs if TARGETS[target].tma or not has_descriptor(launch)]
     print(f"{len(launches)} distinct launches, {len(jobs)} to compile", flush=True)
     failures, start = 0, time.monotonic()
     with concurrent.futures.ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:

@@ -75,8 +75,8 @@ MUTATIONS = [
         TRITON + "rows.py -k shared_by_programs",
     ),
     Mutation(
-        "rows: 1 - p of a confident action by subtraction", "gpu/rows.py",
-        "- d_log * expm1(log_pi)", "- d_log * (p - 1)",
+        "rows: 1 - p of a confident action by subtraction", "gpu/common.py",
+        "- d_log * expm1(log_pi)", "- d_log * (tl.exp2(log_pi * LOG2E) - 1)",
         TESTS + "test_values.py -k confident_action",
     ),
     Mutation(
@@ -130,25 +130,47 @@ MUTATIONS = [
     ),
     # --- triton: linear ---------------------------------------------------------------------------------------------
     Mutation(
-        "linear: padding is not removed", "gpu/linear.py",
+        "linear: padding is not removed", "gpu/linear_kernels.py",
         '        x = tl.where(real[None, :], x, float("-inf"))', "        x = x",
         TRITON + "linear.py -k test_shapes",
     ),
     Mutation(
-        "linear: the last group is as large as the others", "gpu/linear.py",
+        "linear: the last group is as large as the others", "gpu/linear_kernels.py",
         "    size = tl.minimum(GROUP, tl.cdiv(rows, ROWS) - group * GROUP)", "    size = GROUP",
         TRITON + "linear.py -k company",
     ),
     Mutation(
-        "linear: the width's last step is not masked", "gpu/linear.py",
+        "linear: the width's last step is not masked", "gpu/linear_kernels.py",
         "mask=(d + depth < width)[:, None]", "mask=(d + depth < width + 1)[:, None]",
         TRITON + "linear.py -k test_strides",
     ),
     Mutation(
-        "linear: logits computed again by another matmul", "gpu/linear.py",
-        "        _forward(head, everything, everything, Transform(), False, logits, None)",
-        "        torch.mm(hidden.float(), self.weight.float().T, out=logits)",
+        "linear: a chunk's weights forget the slope of the softcap", "gpu/linear_kernels.py",
+        "            g = g * slope", "            g = g",
+        TRITON + "linear.py -k loss_in_both_forms",
+    ),
+    Mutation(
+        "linear: the action's gradient comes from its weight", "gpu/linear_kernels.py",
+        "        g = tl.where(word == action, at_action, g)", "        g = g",
+        TRITON + "linear.py -k loss_in_both_forms",
+    ),
+    Mutation(
+        "linear: a tile's weights are taken for the row's", "gpu/linear_kernels.py",
+        "        factor = tl.exp2((m * scale - top) * LOG2E) * d_all", "        factor = d_all + m * 0",
+        TRITON + "linear.py -k loss_in_both_forms",
+    ),
+    Mutation(
+        "linear: logits computed again by another matmul", "gpu/chunked_head.py",
+        "            compute_gradient(head, actions, transform, statistics, cotangents, dlogits)",
+        "            logits = head.hidden.float() @ head.weight.float().T + (0 if head.bias is None else head.bias)\n"
+        "            from ..rows import row_gradient_\n"
+        "            dlogits.copy_(row_gradient_(logits, actions, transform, statistics, cotangents))",
         TRITON + "linear.py -k confident_state or test_shapes",
+    ),
+    Mutation(
+        "linear: the first of several chunks rounds the weight's gradient", "gpu/chunked_head.py",
+        "torch.float32 if self.wide or not self.single else", "torch.float32 if self.wide else",
+        TRITON + "linear.py -k several_chunks",
     ),
     # --- triton: bellman --------------------------------------------------------------------------------------------
     Mutation(
@@ -226,8 +248,8 @@ MUTATIONS = [
     ),
     Mutation(
         "portable: chunks of the weight's gradient replace each other", "chunks.py",
-        "            self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))",
-        "            self.d_weight = torch.mm(dlogits.T, self.hidden[at].to(dlogits.dtype))",
+        "dlogits.T @ hidden if self.d_weight is None else self.d_weight.addmm_(dlogits.T, hidden)",
+        "dlogits.T @ hidden",
         TESTS + "test_portable.py -k not the_logits_never",
     ),
     Mutation(

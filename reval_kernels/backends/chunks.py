@@ -10,6 +10,7 @@ Letters: N tokens, M of them unmasked, C tokens of one chunk, V words, D feature
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,13 @@ LINEAR_CHUNK = 1 << 24
 class ChunkedHead:
     """Logits = hidden @ weight.T + bias, a chunk at a time, and the gradients that add up over the chunks.
 
-    A backend with better kernels overrides `size`, `logits`, `values`, `add_gradient_`, `add_dlogits` and
-    `bellman_loss`. The weight's gradient adds up in float32 (float64).
+    A backend with better kernels overrides `size`, `values`, `add_gradient_`, `add_dlogits` and `bellman_loss`. The
+    weight's gradient adds up in float32 (float64).
     """
 
     bellman_loss = staticmethod(bellman_loss)
+    single = False
+    """Whether add_dlogits is called once: nothing adds up. The drivers set it."""
 
     def __init__(self, head: HeadInputs, needs: Needs, wide: bool = False):
         """`wide`: all gradients in float32 (float64) rather than in the dtypes of the inputs."""
@@ -56,7 +59,7 @@ class ChunkedHead:
         dtype = wide_dtype(self.hidden)
         hidden_dtype = dtype if wide else self.hidden.dtype
         self.d_hidden = self.hidden.new_zeros(self.hidden.shape if needs.needs_hidden else (0,), dtype=hidden_dtype)
-        self.d_weight = self.weight.new_zeros(self.weight.shape if needs.needs_weight else (0,), dtype=dtype)
+        self.d_weight: Tensor | None = None  # the first chunk makes it: no zeros are written and read again
         self.d_bias = self.weight.new_zeros(len(self.weight) if needs.needs_bias else 0, dtype=dtype)
 
     @property
@@ -76,22 +79,25 @@ class ChunkedHead:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def values(
-        self, at: Index, actions: Tensor, transform: Transform, with_entropy: bool = False
-    ) -> tuple[Tensor, RowValues]:
-        """The logits of the tokens `at`, and the six numbers [C] of each row."""
+        self, at: Index, actions: Tensor, transform: Transform, with_entropy: bool = False, keep: bool = False
+    ) -> tuple[Any, RowValues]:
+        """What add_gradient_ can use again if `keep` (here the logits of the tokens `at`), and the six numbers [C] of
+        each row."""
         logits = self.logits(at)
-        return logits, row_values(logits, actions, transform, with_entropy)
+        return logits if keep else None, row_values(logits, actions, transform, with_entropy)
 
     def add_gradient_(
         self,
         at: Index,
-        logits: Tensor,
+        kept: Any,
         actions: Tensor,
         transform: Transform,
         statistics: Statistics,
         cotangents: Cotangents,
     ) -> None:
-        """Add the gradient of the tokens `at`. Their logits may be overwritten."""
+        """Add the gradient of the tokens `at`. `kept` is what `values` returned for them, and may be overwritten; if it
+        is None, the logits are computed again."""
+        logits = self.logits(at) if kept is None else kept
         self.add_dlogits(at, row_gradient_(logits, actions, transform, statistics, cotangents))
 
     def add_dlogits(self, at: Index, dlogits: Tensor) -> None:
@@ -102,16 +108,21 @@ class ChunkedHead:
                 d_hidden.addmm_(dlogits[:, words], tile)
             self.d_hidden[at] = d_hidden.to(self.d_hidden.dtype)
         if self.needs.needs_weight:
-            self.d_weight.addmm_(dlogits.T, self.hidden[at].to(dlogits.dtype))
+            hidden = self.hidden[at].to(dlogits.dtype)
+            self.d_weight = dlogits.T @ hidden if self.d_weight is None else self.d_weight.addmm_(dlogits.T, hidden)
         if self.needs.needs_bias:
             self.d_bias += dlogits.sum(0)
 
     def gradients(self) -> HeadGradients:
         """The sums over all chunks so far."""
+        d_weight = self.d_weight
+        if d_weight is None:
+            shape = self.weight.shape if self.needs.needs_weight else (0,)
+            d_weight = self.weight.new_zeros(shape, dtype=self.d_bias.dtype)
         if self.wide:
-            return HeadGradients(self.d_hidden, self.d_weight, self.d_bias)
+            return HeadGradients(self.d_hidden, d_weight, self.d_bias)
         bias = self.weight if self.bias is None else self.bias
-        return HeadGradients(self.d_hidden, self.d_weight.to(self.weight.dtype), self.d_bias.to(bias.dtype))
+        return HeadGradients(self.d_hidden, d_weight.to(self.weight.dtype), self.d_bias.to(bias.dtype))
 
 
 # --- drivers --------------------------------------------------------------------------------------------------------
@@ -127,14 +138,14 @@ def values_by_chunks(
     head.needs.needs_hidden is false."""
     rows, actions = unmasked(tokens)
     found: list[RowValues] = []
-    logits = None
+    kept, keep = None, head.needs.needs_hidden
     for piece, at in chunks(rows, head.size):
-        logits = None  # free the logits of one chunk before the next chunk makes new ones
-        logits, values = head.values(at, actions[piece], transform.at(at), with_entropy)
+        kept = None  # free what is kept of one chunk before the next chunk makes new tensors
+        kept, values = head.values(at, actions[piece], transform.at(at), with_entropy, keep)
         found.append(values)
-        if head.needs.needs_hidden:
+        if keep:
             by = expected_cotangents(values)
-            head.add_gradient_(at, logits, actions[piece], transform.at(at), values.statistics, by)
+            head.add_gradient_(at, kept, actions[piece], transform.at(at), values.statistics, by)
     return per_token(found, rows, head.hidden), head.d_hidden
 
 
@@ -143,9 +154,9 @@ def recompute_gradients(
 ) -> HeadGradients:
     """Gradients of the head's inputs. The logits of every chunk are computed again."""
     rows, actions = unmasked(tokens)
+    head.single = len(actions) <= head.size
     for piece, at in chunks(rows, head.size):
-        logits = head.logits(at)
-        head.add_gradient_(at, logits, actions[piece], transform.at(at), statistics.at(at), cotangents.at(at))
+        head.add_gradient_(at, None, actions[piece], transform.at(at), statistics.at(at), cotangents.at(at))
     return head.gradients()
 
 
@@ -173,13 +184,16 @@ def whole_trajectory_loss(
     loss = widened(head.hidden.new_zeros(()))
     residual = loss.new_zeros(len(trajectories.counts))
 
+    head.single = len(actions) <= head.size
+    kept = None
     for some, span in whole_trajectories(trajectories.counts.tolist(), head.size):
         tokens, taken, lengths = trajectories.actions[span], actions[span], trajectories.counts[some]
-        logits, found = None, []
+        found = []
         pieces = list(chunks((tokens,), head.size))
+        keep = any(head.needs) and len(pieces) == 1
         for piece, at in pieces:
-            logits = None  # free the logits of one piece before the next piece makes new ones
-            logits, values = head.values(at, taken[piece], transform.at(at))
+            kept = None  # free what is kept of one chunk before the next chunk makes new tensors
+            kept, values = head.values(at, taken[piece], transform.at(at), keep=keep)
             found.append(values)
         values = RowValues(*(torch.cat(x) for x in zip(*found, strict=True)))
         terms = head.bellman_loss(
@@ -195,10 +209,8 @@ def whole_trajectory_loss(
             continue
         cotangents = Cotangents(*terms.unit, None)
         for piece, at in pieces:
-            if logits is None or len(pieces) > 1:
-                logits = head.logits(at)
             own = transform.at(at)
-            head.add_gradient_(at, logits, taken[piece], own, values.statistics.at(piece), cotangents.at(piece))
+            head.add_gradient_(at, kept, taken[piece], own, values.statistics.at(piece), cotangents.at(piece))
     d_hidden, d_weight, d_bias = head.gradients()
     d_hidden = d_hidden.view(shape) if head.needs.needs_hidden else d_hidden
     return LossAndGradients(loss, residual, d_hidden, d_weight, d_bias)
@@ -215,14 +227,15 @@ def _of_trajectories(reference: Reference, some: slice, tokens: Tensor) -> Refer
 
 
 def whole_trajectories(counts: list[int], size: int) -> Iterator[tuple[slice, slice]]:
-    """Ranges of trajectories with at most `size` actions together, and the ranges of their actions. A range of one
-    trajectory may have more actions.
+    """Ranges of trajectories with at most `size` actions together, and the ranges of their actions. The ranges
+    are about equally long. A range of one trajectory may have more actions.
 
     Example: counts [3, 4, 2] and size 7 give trajectories 0 to 1 with actions 0 to 6, then trajectory 2 with 7 to 8.
     """
-    first, start, held = 0, 0, 0
+    total, first, start, held = sum(counts), 0, 0, 0
+    share = total / max(1, -(-total // size))
     for b, count in enumerate(counts):
-        if held and held + count > size:
+        if held and (held + count > size or held >= share):
             yield slice(first, b), slice(start, start + held)
             first, start, held = b, start + held, 0
         held += count

@@ -24,9 +24,11 @@ def unmasked(tokens: Tokens) -> tuple[Index, Tensor]:
 
 
 def chunks(rows: Index, size: int) -> Iterator[tuple[slice, Index]]:
-    """Pieces of at most `size` tokens: the slice of the unmasked tokens, and the positions among all tokens."""
-    size = max(1, size)
-    for start in range(0, len(rows[0]), size):
+    """Pieces of about equally many tokens, at most `size`: the slice of the unmasked tokens, and the positions among
+    all tokens."""
+    count = -(-len(rows[0]) // max(1, size))
+    size = -(-len(rows[0]) // max(1, count))
+    for start in range(0, len(rows[0]), max(1, size)):
         piece = slice(start, min(start + size, len(rows[0])))
         yield piece, tuple(index[piece] for index in rows)
 

@@ -107,20 +107,30 @@ def compare(backend: str, name: str, inputs: Tensors, upstream: Tensors, **optio
     plain = evaluate(getattr(reference, name), inputs, upstream, **options)
     truth = float64_truth(name, inputs, upstream, **options)
     scales = natural_scales(name, inputs, truth, upstream, **options)
-    floor = logit_error(inputs) + return_error(name, inputs, **options)
+    floor = logit_error(inputs) + residual_error(name, inputs, **options)
     for what in truth:
         assert_no_worse_than_torch(ours[what], plain[what], truth[what], scale=scales.get(what), floor=floor, what=what)
     return ours
 
 
-def return_error(name: str, inputs: Tensors, **options) -> float:
-    """The relative error of a residual that is the difference of two float32 returns: the policy's is rounded too."""
-    if not isinstance(options.get("reference"), Tensor):
+def residual_error(name: str, inputs: Tensors, **options) -> float:
+    """The relative error of a residual, and so of its gradients, from numbers that are rounded to float32 before the
+    residual is taken: V(s_1) and log pi of every token, and the policy's return if the reference is a return."""
+    if "reference" not in options or "values" in options or "logits" not in inputs and "hidden" not in inputs:
         return 0.0
     wide = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
     residual = getattr(reference, name)(**wide, **options).residual
-    returns = residual + options["reference"] + options["rewards"] / options["beta"]
-    return float((returns / residual).abs()[residual != 0].max()) * torch.finfo(torch.float32).eps / 2
+    about_values = {k: options[k] for k in ("mask", "temperature", "softcap") if k in options}
+    values = getattr(reference, "linear_token_values" if "hidden" in inputs else "token_values")(**wide, **about_values)
+    layout = {k: options[k] for k in ("mask", "cu_seqlens") if k in options}
+    sizes = TokenValues(values.v.abs(), values.v.abs(), values.log_prob.abs(), None)
+    nothing, none = torch.zeros_like(residual), torch.zeros_like(residual)
+    rounded = reference.bellman_loss(
+        sizes, nothing, none, beta=1.0, **layout
+    ).residual  # |V(s_1)| + the sum of |log pi|
+    if isinstance(options["reference"], Tensor):
+        rounded = rounded + (residual + options["reference"] + options["rewards"] / options["beta"]).abs()
+    return float((rounded / residual).abs()[residual != 0].max()) * torch.finfo(torch.float32).eps / 2
 
 
 def logit_error(inputs: Tensors) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def record(folder: str) -> None:
@@ -39,6 +40,8 @@ def record(folder: str) -> None:
 
 def _class_of(value: Any) -> Any:
     """One value for all values of an argument that Triton compiles alike."""
+    if isinstance(value, TensorDescriptor):
+        return {"descriptor": str(value.base.dtype).removeprefix("torch."), "block": list(value.block_shape)}
     if isinstance(value, Tensor):
         return {"pointer": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
     if isinstance(value, bool) or value is None:

@@ -398,16 +398,16 @@ def test_frozen_head_costs_exactly_two_products(backend, monkeypatch):
     hidden, weight, actions = head(tokens, words, width)
     module = BACKENDS_BY_NAME[backend]
     for holder in (chunks, gpu):
-        monkeypatch.setattr(holder, "LINEAR_CHUNK", 10 * words)  # chunks of 10, 10 and 4
+        monkeypatch.setattr(holder, "LINEAR_CHUNK", 10 * words)  # three chunks of 8
     if backend == "triton":  # its logits come from a kernel of its own, which is no torch function
-        from reval_kernels.backends.gpu import linear
+        from reval_kernels.backends.gpu import chunked_head
 
-        def counting(head, *rest, forward=linear._forward):
+        def counting(head, *rest, compute=chunked_head.compute_values):
             nonlocal logits
             logits += 2 * len(head.hidden) * head.weight.numel()
-            forward(head, *rest)
+            return compute(head, *rest)
 
-        monkeypatch.setattr(linear, "_forward", counting)
+        monkeypatch.setattr(chunked_head, "compute_values", counting)
     given, product = (HeadInputs(hidden, weight, None), Tokens(actions, None), Transform()), 2 * tokens * words * width
     with Products() as counted:
         out, expected = module.linear_token_values(*given, False, True)

@@ -33,9 +33,9 @@ __all__ = [
 
 DEVICES: tuple[str, ...] | None = ("cuda",)  # torch's name for AMD GPUs too
 CHECKS_DATA: frozenset[str] = frozenset({"bellman_loss", "td_targets"})
-LINEAR_CHUNK = 1 << 28
-"""The number of logits in one chunk: 1 GiB in float32, 1766 tokens of Qwen's vocabulary. The reason is in
-docs/kernels.md."""
+LINEAR_CHUNK = 1 << 29
+"""The number of logits in one chunk: 1 GiB in bf16, 3533 tokens of Qwen's vocabulary; half as many in float32. The
+reason is in docs/kernels.md."""
 
 _FILES = {
     "token_values": "rows",

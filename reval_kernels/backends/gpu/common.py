@@ -7,7 +7,7 @@ A part holds the sums over some entries x of one row:
     m  the maximum of x
     s  sum of exp((x - m) / T) over all entries without one entry at the maximum
     t  sum of exp((x - m) / T) (x - m), which only the entropy needs
-In memory, parts [4, M, P] hold m, s, t and the action's x (0 in the parts without the action).
+In memory, parts [4, M, P] hold m, s, t and the action's logit before the softcap (0 in the parts without the action).
 
 Reason for s: the weight of the maximum is exp(0) = 1. Added to 1, the other weights would lose digits: float32 cannot
 hold 1 + 1e-9. In a confident state, 1 - p consists of these digits.
@@ -39,7 +39,7 @@ LEAST = tl.constexpr(1.401298464324817e-45)
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first argument. For CPU tensors it runs in Triton's interpreter."""
-    device = args[0].device
+    device = getattr(args[0], "base", args[0]).device  # a descriptor has its tensor as `base`
     # Without fusion each product is rounded by itself, as in the interpreter. So x * scale - row_max is exactly 0 for
     # the largest x.
     constants["enable_fp_fusion"] = False
@@ -100,6 +100,8 @@ def merge_parts(
         rows,
         count,
         temperature,
+        transform.softcap or 1.0,
+        SOFTCAP=transform.softcap is not None,
         ENTROPY=with_entropy,
         PADDED=padded,
         ROWS=together,
@@ -172,6 +174,14 @@ def log1p(x):
 
 
 @triton.jit
+def action_gradient(log_pi, d_q, d_v, d_log):
+    """The gradient of the action's z, without the entropy's term, from log_pi = log pi(action)."""
+    # log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
+    # The product dv * p is a separate term, so an unlikely action keeps its gradient.
+    return d_q + d_v * tl.exp2(log_pi * LOG2E) - d_log * expm1(log_pi)
+
+
+@triton.jit
 def join(m, s, t, exponent, ROWS: tl.constexpr):
     """Join the parts along the last axis: m, s, t are [P], or [rows, P] if ROWS is 1. `exponent` is log2(e) / T of each
     row."""
@@ -232,6 +242,8 @@ def merge(
     rows,
     count,
     temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -254,6 +266,8 @@ def merge(
     if ENTROPY:
         t = tl.load(at + 2 * plane, mask=there, other=0.0)
     x_action = tl.sum(tl.load(at + 3 * plane, mask=there, other=0.0), 1)
+    if SOFTCAP:
+        x_action = capped(x_action, softcap)[0]
     m, s, t = join(m, s, t, exponent_of(temperature), 1)
     token = row.to(tl.int64)
     if index is not None:

@@ -110,7 +110,7 @@ def counted(unit: Callable[[tuple], Any] = lambda program: program, **tensors: t
     def add(book: dict[str, int], name: str, amount: int) -> None:
         book[name] = book.get(name, 0) + amount
 
-    def counting_load(self, ptrs, mask, *rest):
+    def counting_load(self, ptrs, mask, *rest, **options):
         addresses = np.broadcast_to(ptrs.data, np.broadcast(ptrs.data, mask.data).shape)[
             np.broadcast_to(mask.data, np.broadcast(ptrs.data, mask.data).shape)
         ]
@@ -120,13 +120,13 @@ def counted(unit: Callable[[tuple], Any] = lambda program: program, **tensors: t
             addresses = np.unique(addresses)
             add(traffic.loaded, owner(addresses), addresses.size * size)
             seen.setdefault((owner(addresses), size, unit(tuple(self.grid_idx))), []).append(addresses)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **options)
 
-    def counting_store(self, ptrs, value, mask, *rest):
+    def counting_store(self, ptrs, value, mask, *rest, **options):
         addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
         if addresses.size:
             add(traffic.stored, owner(addresses), addresses.size * ptrs.get_element_ty().primitive_bitwidth // 8)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **options)
 
     with (
         mock.patch.object(_BUILDER, "create_masked_load", counting_load),

@@ -23,8 +23,8 @@ from .. import portable
 from .common import (
     LOG2E,
     LOWEST,
+    action_gradient,
     capped,
-    expm1,
     exponent_of,
     inverse_of,
     join,
@@ -88,8 +88,6 @@ def row_forward(
     action = tl.minimum(tl.maximum(action, 0), vocabulary - 1)
     mine = (action >= first) & (action < last)
     x_action = tl.load(row + action * stride_v, mask=mine, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        x_action = capped(x_action, softcap)[0]
 
     # Every group of NEIGHBOURS lanes keeps a separate part (m, s, t). The groups exchange data only once, at the end.
     GROUPS: tl.constexpr = BLOCK // NEIGHBOURS
@@ -125,8 +123,10 @@ def row_forward(
         tl.store(at, m)
         tl.store(at + plane, s)
         tl.store(at + 2 * plane, t)
-        tl.store(at + 3 * plane, x_action)  # 0 if this program does not read the action; softcap(0) is 0 too
+        tl.store(at + 3 * plane, x_action)
     else:
+        if SOFTCAP:
+            x_action = capped(x_action, softcap)[0]
         a, b, c, d, e, f = numbers(m, s, t, x_action, temperature)
         store_numbers(q, v, log_prob, entropy, row_max, log_sum, token, a, b, c, d if ENTROPY else 0.0, e, f, None)
 
@@ -189,16 +189,13 @@ def row_backward(
     if SOFTCAP:
         x_action = capped(x_action, softcap)[0]
     log_pi = (x_action * scale - top) - log_total
-    p = tl.exp2(log_pi * LOG2E)
-    # log_prob has the derivative 1 - p at the action. It comes from expm1, so a confident state keeps its gradient.
-    # The product dv * p is a separate term, so an unlikely action keeps its gradient.
-    at_action = d_q + d_v * p - d_log * expm1(log_pi)
+    at_action = action_gradient(log_pi, d_q, d_v, d_log)
     # The loop computes p = exp(z - max) / sum. Where p is largest, the exponent is near 0, so it is nearly exact.
     share = tl.exp2(-log_total * LOG2E)
     d_all = (d_v - d_log) * share
     if dentropy is not None:
         h, d_entropy = tl.load(entropy + token), tl.load(dentropy + token)
-        at_action -= d_entropy * p * (tl.maximum(log_pi, -1000.0) + h)
+        at_action -= d_entropy * tl.exp2(log_pi * LOG2E) * (tl.maximum(log_pi, -1000.0) + h)
         d_spread, h = d_entropy * share * scale, h - log_total
     d_all, at_action = d_all * scale, at_action * scale
 

@@ -28,9 +28,15 @@ def early(given):
 @triton.jit
 def value(out, given):
     tl.store(out + tl.arange(0, 16), early(given))
+
+@triton.jit
+def described(out, given):
+    at = out + tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(at, given.load([0, 0]).to(tl.float32))
 """
 OUT = {"pointer": "float32", "aligned": True}
 LONG = {"pointer": "int64", "aligned": True}
+DESCRIPTOR = {"descriptor": "bfloat16", "block": [64, 64]}
 
 
 def compile_launches(folder: Path, *launches: tuple) -> subprocess.CompletedProcess:
@@ -45,7 +51,7 @@ def compile_launches(folder: Path, *launches: tuple) -> subprocess.CompletedProc
 
 
 def test_launches_that_compile(tmp_path):
-    done = compile_launches(tmp_path, ("size", LONG, 17), ("value", OUT, None))
+    done = compile_launches(tmp_path, ("size", LONG, 17), ("value", OUT, None), ("described", OUT, DESCRIPTOR))
     assert done.returncode == 0 and done.stdout.endswith("\nall compiled\n"), done.stdout + done.stderr
 
 

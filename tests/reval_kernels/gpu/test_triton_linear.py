@@ -10,8 +10,51 @@ import torch
 from cases import assert_same_bits, compare, evaluate, head, upstream, values
 
 from reval_kernels import linear_reval_loss, linear_token_values
+from reval_kernels import reference as definition
 
 pytest.importorskip("triton")
+
+
+@pytest.fixture(params=["descriptors", "pointers"])
+def form(request, monkeypatch):
+    """Both kernels. Without the fixture a bf16 or fp16 head whose rows are multiples of 16 bytes is read through
+    descriptors, as on a Hopper GPU, and every other head through pointers."""
+    from reval_kernels.backends.gpu import linear_launch
+
+    if request.param == "pointers":
+        monkeypatch.setattr(linear_launch, "_has_tma", lambda device: False)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 300, 72), (1, 129, 64), (130, 257, 8), (3, 7, 8)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}])
+def test_both_forms(form, shape, options):
+    hidden, weight, actions = head(*shape, dtype=torch.bfloat16)
+    mask = torch.rand(actions.shape) < 0.8
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    by = upstream(actions.shape)
+    compare("triton", "linear_token_values", inputs, by, mask=mask, with_entropy=True, **options)
+    inputs["bias"] = torch.randn(len(weight))
+    compare("triton", "linear_token_values", inputs, by, with_entropy=True, **options)
+
+
+@pytest.mark.parametrize("needs", ["all", "hidden"])
+def test_the_loss_in_both_forms(form, needs):
+    """The weights that the forward keeps become the gradient. With a frozen head their sums over the head do."""
+    hidden, weight, actions = head(3, 5, 257, 64, dtype=torch.bfloat16)
+    inputs = {"hidden": hidden, "weight": weight, "actions": actions}
+    reference, rewards = values(3, 5, dtype=torch.float32), torch.randn(3)
+    for transform in ({}, {"softcap": 5.0, "temperature": torch.rand(3, 5) + 0.5}):
+        about = {"reference": reference, "rewards": rewards, "beta": 0.5, **transform}
+        if needs == "all":
+            compare("triton", "linear_reval_loss", inputs, {"loss": torch.tensor(1.5)}, **about)
+        else:
+            leaf = hidden.clone().requires_grad_()
+            wide = hidden.double().requires_grad_()
+            loss = linear_reval_loss(leaf, weight, actions, **about, backend="triton").loss
+            truth = definition.linear_reval_loss(wide, weight.double(), actions, **about).loss
+            (mine,), (true,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(truth, wide)
+            # a weight is rounded twice and the sum once, by 2^-9 each
+            assert (mine.double() - true).abs().max() <= 3 * 2**-9 * true.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,13 +95,25 @@ def test_strides(layout):
     compare("triton", "linear_token_values", inputs, upstream(actions.shape), with_entropy=True)
 
 
-def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch):
+def test_how_the_hidden_states_lie_in_memory_changes_no_bit(form):
+    """A descriptor cannot describe hidden states at odd addresses, so they are copied. The choice of the kernel follows
+    from the head alone."""
+    hidden, weight, actions = head(5, 129, 64, dtype=torch.bfloat16)
+    wanted = linear_token_values(hidden, weight, actions, backend="triton")
+    moved = torch.nn.functional.pad(hidden, (1, 0))[:, 1:]
+    apart = torch.stack([hidden, hidden], -1)[..., 0]
+    for other in (moved, apart, hidden[:1].expand(5, 64)):
+        ours = linear_token_values(other, weight, actions, backend="triton")
+        assert_same_bits([x[:1] for x in wanted[:3]], [x[:1] for x in ours[:3]])
+
+
+def test_a_token_s_numbers_do_not_depend_on_its_company(monkeypatch, form):
     """300 tokens need three blocks in two groups, token 270 alone one block. The size of the chunks has no effect."""
     from reval_kernels.backends import gpu
-    from reval_kernels.backends.gpu import linear
+    from reval_kernels.backends.gpu import linear_launch
 
-    monkeypatch.setattr(linear, "GROUP", 2)
-    hidden, weight, actions = head(300, 129, 31, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear_launch, "GROUP", 2)
+    hidden, weight, actions = head(300, 129, 32, dtype=torch.bfloat16)
     together = linear_token_values(hidden, weight, actions, backend="triton")
     alone = linear_token_values(hidden[270:271], weight, actions[270:271], backend="triton")
     assert_same_bits([x[270:271] for x in together[:3]], list(alone[:3]))
@@ -93,6 +148,20 @@ def test_trajectories_longer_than_a_chunk(monkeypatch, chunk, level):
     inputs = {"hidden": hidden, "weight": weight, "actions": actions}
     options = {"reference": reference, "rewards": rewards, "beta": 0.5, "level": level}
     compare("triton", "linear_reval_loss", inputs, {"loss": torch.tensor(1.5)}, **options)
+
+
+def test_the_weight_s_gradient_over_several_chunks_is_summed_in_float32(monkeypatch):
+    """96 tokens in 48 chunks. Each adds the same rank-one product: rounded to bf16 after each, the sum would stay far
+    behind. In one chunk, the product itself is rounded to bf16, once."""
+    from reval_kernels.backends import gpu
+
+    hidden, weight, _ = head(1, 24, 16, dtype=torch.bfloat16)
+    inputs = {"hidden": hidden.expand(96, 16).clone(), "weight": weight, "actions": torch.zeros(96, dtype=torch.long)}
+    whole = evaluate(linear_token_values, inputs, {"log_prob": torch.ones(96)}, backend="triton")
+    monkeypatch.setattr(gpu, "LINEAR_CHUNK", 24 * 2)
+    pieces = evaluate(linear_token_values, inputs, {"log_prob": torch.ones(96)}, backend="triton")
+    error = (pieces["d weight"].double() - whole["d weight"].double()).abs().max()
+    assert error <= 2**-8 * whole["d weight"].double().abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

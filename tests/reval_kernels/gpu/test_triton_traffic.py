@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DEVICE, head, logits_and_actions
 
-from reval_kernels import bellman_loss, linear_token_values, token_values
+from reval_kernels import bellman_loss, linear_reval_loss, linear_token_values, token_values
 from reval_kernels.types import TokenValues
 
 pytest.importorskip("triton")
@@ -58,7 +58,15 @@ def test_masked_rows_are_not_read():
     assert within(traffic.loaded["logits"], 2 * logits.nbytes // 2)
 
 
-def test_linear_forward_loads_the_head_once_per_block_of_tokens():
+@pytest.fixture
+def pointers(monkeypatch):
+    """The kernel with one tile for each program: in the other one, a program reads the same bytes for several tiles."""
+    from reval_kernels.backends.gpu import linear_launch
+
+    monkeypatch.setattr(linear_launch, "_has_tma", lambda device: False)
+
+
+def test_linear_forward_loads_the_head_once_per_block_of_tokens(pointers):
     """The bytes of the load instructions, from the L2 cache or from memory: the head once per block of 128 tokens, the
     hidden states once per tile of 128 words. No program loads the same bytes twice."""
     from reval_kernels.backends.gpu.interpreter import counted
@@ -76,13 +84,13 @@ def test_linear_forward_loads_the_head_once_per_block_of_tokens():
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 16])
-def test_linear_forward_needs_head_and_hidden_states_once_per_group_of_blocks(monkeypatch, blocks):
+def test_linear_forward_needs_head_and_hidden_states_once_per_group_of_blocks(monkeypatch, pointers, blocks):
     """The bytes from memory, if the hidden states of a group of `blocks` blocks stay in the L2 cache: the head once per
     group, the hidden states once. 300 tokens are three blocks, in three groups, in two, or in one."""
-    from reval_kernels.backends.gpu import linear
+    from reval_kernels.backends.gpu import linear_launch
     from reval_kernels.backends.gpu.interpreter import counted
 
-    monkeypatch.setattr(linear, "GROUP", blocks)
+    monkeypatch.setattr(linear_launch, "GROUP", blocks)
     hidden, weight, actions = head(300, 2048, 64, dtype=torch.bfloat16)
     tiles = 2048 // 128
     with counted(lambda program: program[0] // (blocks * tiles), weight=weight, hidden=hidden) as traffic:
@@ -90,6 +98,21 @@ def test_linear_forward_needs_head_and_hidden_states_once_per_group_of_blocks(mo
     groups = -(-3 // blocks)
     assert within(traffic.distinct["weight"], groups * weight.nbytes)
     assert within(traffic.distinct["hidden"], hidden.nbytes)
+
+
+def test_the_loss_moves_six_bytes_for_each_token_and_word():
+    """In bf16: a weight is written, read, and overwritten by the gradient. Then the matmuls read it. Beside that there
+    are 16 bytes a token for each tile of 128 words, written once and read twice at most."""
+    from reval_kernels.backends.gpu.interpreter import counted
+
+    hidden, weight, actions = head(2, 40, 2048, 16, dtype=torch.bfloat16)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with counted(hidden=hidden, weight=weight) as traffic:
+        linear_reval_loss(*leaves, actions, torch.zeros(2), torch.ones(2), beta=1.0, backend="triton")
+    entries, tiles = 80 * 2048, 2048 // 128
+    parts, small = 16 * 80 * tiles, 80 * 200  # small: the numbers of a token
+    assert 4 * entries + parts * 3 / 4 <= traffic.stored["other"] <= 4 * entries + parts + small
+    assert 2 * entries <= traffic.loaded["other"] <= 2 * entries + 2 * parts + tiles * hidden.nbytes + small
 
 
 READ = {
