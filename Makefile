@@ -10,7 +10,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-oldest-triton test-vllm bench lint sanitize mutate clean
+.PHONY: setup demo test test-gpu test-oldest-triton test-vllm bench lint sanitize mutate clean
 
 setup: $(READY)
 
@@ -60,6 +60,11 @@ test-oldest-triton: $(READY)
 	test -d $(LAUNCHES) || { echo "run make test first: it records the launches"; exit 1; }
 	test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) triton==3.6.0
 	PYTHONPATH=$(OLDEST) $(BIN)/python tools/compile_launches.py $(LAUNCHES)
+
+# The kernel tests on CUDA tensors, with Triton compiled. docs/kernels.md has the line for a machine with its own torch.
+GPU_WORKERS ?= 8
+test-gpu: $(READY)
+	REVAL_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/reval_kernels -n $(GPU_WORKERS)
 
 # Tests of the real vLLM engine on SmolLM2, with real weight syncs.
 test-vllm: $(VLLM_READY)

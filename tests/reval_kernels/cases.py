@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +24,16 @@ from torch import Tensor
 
 import reval_kernels
 from reval_kernels import TokenValues, reference
+from reval_kernels.backends import BACKENDS as modules
 
 DEVICE = os.environ.get("REVAL_TEST_DEVICE", "cpu")
 
 
 def chosen_backends() -> list[str]:
-    """Every available backend, or those named in REVAL_TEST_BACKENDS=portable,cpu."""
+    """Every available backend, or those named in REVAL_TEST_BACKENDS=portable,cpu. On a GPU: those that serve it."""
     found = reval_kernels.backends()
-    available = [name for name, info in found.items() if info.available]
+    serving = {name for name, x in modules.items() if DEVICE == "cpu" or DEVICE in (x.DEVICES or (DEVICE,))}
+    available = [name for name, info in found.items() if info.available and name in serving]
     chosen = os.environ.get("REVAL_TEST_BACKENDS", ",".join(available)).split(",")
     for name in set(chosen) - set(available):  # without this error every test would be skipped silently
         raise ValueError(f"REVAL_TEST_BACKENDS: {name!r} cannot run here: {found.get(name)}")
@@ -229,3 +235,39 @@ def assert_close(ours: Tensor, truth: Tensor, tolerance: float = 1e-12) -> None:
     """Check that two float64 results are equal up to rounding, relative to the largest entry."""
     error = torch_error(ours, truth)
     assert error <= tolerance, f"error {error:.3g} of the scale"
+
+
+# --- refused data ---------------------------------------------------------------------------------------------------
+
+CALL = """
+import sys
+import torch
+import reval_kernels
+name, arguments = torch.load(sys.argv[1], weights_only=False)
+try:
+    out = getattr(reval_kernels, name)(**arguments)
+    torch.cuda.synchronize()
+except RuntimeError:
+    print("refused")
+else:
+    print("accepted")
+"""
+
+
+def assert_refused(function: Callable, text: str, **arguments: Any) -> None:
+    """Check that a function refuses data: on a CPU with a ValueError of exactly this text.
+
+    On a GPU the refusal is a device-side assert, after which its process cannot use the GPU. So there a process of its
+    own makes the call and waits for the GPU. It must get a RuntimeError, and the assert names the argument, the first
+    word of `text`.
+    """
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError) as caught:
+            function(**arguments)
+        assert type(caught.value) is ValueError and str(caught.value) == text
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "call.pt")
+        torch.save((function.__name__, arguments), path)
+        done = subprocess.run([sys.executable, "-c", CALL, path], capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "refused" and text.split()[0] in done.stderr, done.stdout + done.stderr

@@ -17,6 +17,8 @@ if "triton" in BACKENDS and DEVICE == "cpu" and os.environ.get("REVAL_RECORD_LAU
 
     launches.record(os.environ["REVAL_RECORD_LAUNCHES"])
 
+if DEVICE != "cpu" and not torch.cuda.is_available():
+    pytest.exit(f"REVAL_TEST_DEVICE={DEVICE}: torch {torch.__version__} finds no GPU here", returncode=4)
 if DEVICE != "cpu":  # REVAL_TEST_DEVICE=cuda runs all tests here on a GPU
     torch.set_default_device(DEVICE)
 
