@@ -14,6 +14,7 @@ from cases import (
     assert_no_worse_than_torch,
     assert_same_bits,
     compare,
+    device_error,
     evaluate,
     float64_truth,
     head,
@@ -286,7 +287,8 @@ def check_frozen(backend, inputs, by, **options) -> dict[str, torch.Tensor]:
     plain = evaluate(reference.linear_token_values, inputs, by, **options)
     scales = natural_scales("linear_token_values", inputs, truth, by, **options)
     for what in ours:
-        slack = {"scale": scales.get(what), "floor": logit_error(inputs), "what": what}
+        device = device_error("linear_token_values", inputs, truth, by, what, **options) if backend == "triton" else 0.0
+        slack = {"scale": scales.get(what), "floor": logit_error(inputs) + device, "what": what}
         assert_no_worse_than_torch(ours[what], plain[what], truth[what], **slack)
     scored = linear_token_values(**inputs, backend=backend, **options)
     assert_same_bits([ours[name] for name in by], [getattr(scored, name) for name in by])
@@ -355,8 +357,14 @@ def test_frozen_head_of_a_confident_state(backend, p, softcap):
     truth = float64_truth("linear_token_values", inputs, by, softcap=softcap)
     plain = evaluate(reference.linear_token_values, inputs, by, softcap=softcap)
     ours = frozen(backend, inputs, by, softcap=softcap)
+    # An entry is a sum over the words, which may cancel: an error of p counts by the size of the terms.
+    scale = natural_scales("linear_token_values", inputs, truth, by, softcap=softcap)["d hidden"]
+    floors = {"log_prob": 1e-5, "d hidden": 1e-5}
+    if backend == "triton":
+        error = device_error("linear_token_values", inputs, truth, by, "d hidden", softcap=softcap)
+        floors["d hidden"] += error * float((scale / truth["d hidden"].abs()).max())
     for name, x in ours.items():
-        assert_no_worse_than_torch(x, plain[name], truth[name], scale=truth[name].abs(), floor=1e-5, what=name)
+        assert_no_worse_than_torch(x, plain[name], truth[name], scale=truth[name].abs(), floor=floors[name], what=name)
 
 
 def test_frozen_head_twice(backend, no_logits_in_backward):
