@@ -100,7 +100,7 @@ def cases(gpu: GPU) -> list[Case]:
 
 
 def _row_cases() -> list[Case]:
-    from .backends.gpu import rows
+    from .backends.gpu import common, rows
 
     block, warps, _, splits = rows.row_blocks(VOCABULARY)
     numbers = _pointers("fp32", "parts q v log_prob entropy row_max log_sum dq dv dlog_prob dentropy")
@@ -121,7 +121,7 @@ def _row_cases() -> list[Case]:
         constants = plain | {"NEIGHBOURS": 128 // bits} | {k: v for k, v in flags.items() if k.isupper()}
         if not flags.pop("entropy_gradient", False):
             types.pop("dentropy")
-        options = {} if out else rows.ASSERTS
+        options = {} if out else common.ASSERTS
         return Case(function, config, types, constants, warps, odd=odd, entry_bits=bits, options=options)
 
     return [
@@ -200,7 +200,7 @@ def _linear_cases(gpu: GPU) -> list[Case]:
 
 
 def _bellman_cases() -> list[Case]:
-    from .backends.gpu import bellman
+    from .backends.gpu import bellman, common
 
     types = _pointers("fp32", "q v log_prob q_ref v_ref log_prob_ref rewards residual target error endogenous")
     types |= _pointers("fp32", "d_target d_error d_loss d_residual unit_q unit_v unit_log_prob dq dv dlog_prob")
@@ -209,7 +209,7 @@ def _bellman_cases() -> list[Case]:
 
     def case(function, **flags) -> Case:
         constants = {"BLOCK": bellman.BLOCK, **flags}
-        return Case(function, flags, types, constants, 4, odd=("tokens", "length"), options=bellman.ASSERTS)
+        return Case(function, flags, types, constants, 4, odd=("tokens", "length"), options=common.ASSERTS)
 
     options = [bellman.loss_constants(BellmanOptions(beta=1.0, level=level)) for level in Level]
     levels = [case(bellman.loss_kernel, PER_TOKEN=True, **constants) for constants in options]

@@ -56,7 +56,7 @@ def token_values(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU the CPU does not wait for checks of the data. There, an action outside [0, V) or a temperature that is
-            not positive fails a device-side assert (torch._assert_async): a RuntimeError at some later call.
+            not positive fails a device-side assert: a RuntimeError at some later call.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise ValueError(f"logits must be a tensor of shape [..., V], got {getattr(logits, 'shape', type(logits))}")

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 DEVICES: tuple[str, ...] | None = ("cuda",)  # torch's name for AMD GPUs too
-CHECKS_DATA: frozenset[str] = frozenset({"bellman_loss", "td_targets"})
+CHECKS_DATA: frozenset[str] = frozenset({"token_values", "bellman_loss", "td_targets"})
 LINEAR_CHUNK = 1 << 29
 """The number of logits in one chunk: 1 GiB in bf16, 3533 tokens of Qwen's vocabulary; half as many in float32. The
 reason is in docs/kernels.md."""

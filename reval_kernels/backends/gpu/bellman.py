@@ -24,11 +24,9 @@ from ...checks import check_cu_seqlens
 from ...contract import BellmanOptions, Layout, Level, LossTerms, Reference, UnitGradients
 from ...types import TokenValues
 from .. import portable
-from .common import launch
+from .common import ASSERTS, launch
 
 BLOCK = 1024
-ASSERTS = {"debug": True, "sanitize_overflow": False}
-"""Without `debug` Triton drops each device_assert; with it Triton would also check sums of integers for overflow."""
 TRAJECTORY, TOKEN = tl.constexpr(int(Level.TRAJECTORY)), tl.constexpr(int(Level.TOKEN))
 
 

@@ -32,6 +32,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # In place of 1 / T = 0 at T = inf: -inf * 0 would be NaN. Triton 3.6 takes a plain number below 2^-126 for fp64.
 LEAST = tl.constexpr(1.401298464324817e-45)
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
+ASSERTS = {"debug": True, "sanitize_overflow": False}
+"""Without `debug` Triton drops each device_assert; with it Triton would also check sums of integers for overflow."""
 
 
 # --- host -----------------------------------------------------------------------------------------------------------

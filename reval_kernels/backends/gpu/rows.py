@@ -18,11 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...checks import check_token_data
 from ...contract import Cotangents, RowValues, Statistics, Tokens, Transform
 from .. import portable
 from .common import (
+    ASSERTS,
     LOG2E,
     LOWEST,
+    SMALLEST,
     action_gradient,
     capped,
     exponent_of,
@@ -36,9 +39,6 @@ from .common import (
     temperature_at,
     temperatures,
 )
-
-ASSERTS = {"debug": True, "sanitize_overflow": False}
-"""Launch options that keep a kernel's `tl.device_assert`, and add no checks of integer overflow."""
 
 
 @triton.jit
@@ -79,6 +79,8 @@ def row_forward(
             return
     row = logits + (token // inner) * stride_outer + (token % inner) * stride_inner
     temperature = temperature_at(temperatures, token, True, temperature)
+    if temperatures is not None:
+        tl.device_assert(temperature >= SMALLEST, "temperature must be positive, and not below the smallest float32")
     exponent = exponent_of(temperature)
     first = split * blocks * BLOCK
     last = tl.minimum(first + blocks * BLOCK, vocabulary)
@@ -234,6 +236,8 @@ def token_values(logits: Tensor, tokens: Tokens, transform: Transform, with_entr
     """See Backend.token_values."""
     strides = two_strides(logits)
     if strides is None or logits.dtype == torch.float64:
+        if logits.device.type == "cuda":  # here no kernel of ours checks the data (CHECKS_DATA)
+            check_token_data(tokens, transform, logits.shape[-1], logits)
         return portable.token_values(logits, tokens, transform, with_entropy)
     out = new_values(logits, None)
     forward(logits, strides, tokens, transform, with_entropy, out)
