@@ -49,7 +49,12 @@ class GPUChunkedHead(ChunkedHead):
 
     @property
     def size(self) -> int:
-        return max(1, gpu.LINEAR_CHUNK * 2 // self.operand.itemsize // len(self.weight))
+        """Tokens of one chunk: all of them, if their weights fit into the memory of a chunk and of the float32 sum that
+        a single chunk does not need."""
+        chunk, token = 2 * gpu.LINEAR_CHUNK, len(self.weight) * self.operand.itemsize
+        adds_up = self.needs.needs_weight and not self.wide and self.operand == torch.bfloat16
+        tokens, spared = self.hidden.numel() // self.hidden.shape[-1], 4 * self.weight.numel() if adds_up else 0
+        return max(1, tokens if tokens * token <= chunk + spared else chunk // token)
 
     def values(
         self, at: Index, actions: Tensor, transform: Transform, with_entropy: bool = False, keep: bool = False
