@@ -8,7 +8,8 @@ argument that is None, and for a pointer that is not aligned. The interpreter ma
 pass all tests there and not compile on a GPU. Example: `rows.to(tl.int64)` fails for one row, because the constant 1
 has no method `to`.
 
-All launches are compiled for the first target, and every N-th (--sample) for each of the other targets.
+All launches are compiled for the first target (with --first N: every N-th), and every N-th (--sample) for each of the
+other targets.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--sample", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -120,7 +122,7 @@ def main() -> int:
     if not launches:
         raise SystemExit(f"{options.folder} has no recorded launches")
     first, *others = options.target
-    jobs = [(launch, first) for launch in launches]
+    jobs = [(launch, first) for launch in launches[:: options.first]]
     jobs += [(launch, target) for i, target in enumerate(others) for launch in launches[i :: options.sample]]
     jobs = [(launch, target) for launch, target in jobs if TARGETS[target].tma or not has_descriptor(launch)]
     print(f"{len(launches)} distinct launches, {len(jobs)} to compile", flush=True)

@@ -184,7 +184,7 @@ MUTATIONS = [
         TRITON + "bellman.py",
     ),
     Mutation(
-        "bellman: no kernel checks cu_seqlens", "gpu/bellman.py",
+        "bellman: no kernel checks cu_seqlens", "gpu/common.py",
         'ASSERTS = {"debug": True,', 'ASSERTS = {"debug": False,',
         TRITON + "bellman.py -k cu_seqlens",
     ),
