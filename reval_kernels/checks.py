@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Layout, Tokens, Transform, wide_dtype
+from .contract import PRECISIONS, Layout, Tokens, Transform, wide_dtype
 from .types import TokenValues
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -142,8 +142,10 @@ def overlapping(x: Tensor) -> bool:
     return False
 
 
-def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check hidden states [..., D], and the head's weight [V, D] and bias [V]."""
+def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> None:
+    """Check hidden states [..., D], the head's weight [V, D] and bias [V], and the precision of their products."""
+    if precision not in PRECISIONS:
+        raise ValueError(unknown("precision", precision, PRECISIONS))
     if not isinstance(hidden, Tensor) or hidden.dim() < 2:
         raise ValueError(f"hidden must be a tensor of shape [..., D], got {getattr(hidden, 'shape', type(hidden))}")
     tensor("hidden", hidden, FLOATS, hidden.shape, None)

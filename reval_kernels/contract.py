@@ -62,6 +62,10 @@ class Transform(NamedTuple):
         return self if self.temperatures is None else self._replace(temperatures=self.temperatures.reshape(-1))
 
 
+PRECISIONS = ("exact", "bf16x3", "tf32", "bf16")
+"""The precisions of `HeadInputs`, from the finest to the fastest (docs/kernels.md)."""
+
+
 class HeadInputs(NamedTuple):
     """The inputs of logits = hidden @ weight.T + bias."""
 
@@ -71,10 +75,17 @@ class HeadInputs(NamedTuple):
     """[V, D]"""
     bias: Tensor | None
     """[V]"""
+    precision: str = "exact"
+    """The least precision of products of float32 operands: a name from PRECISIONS."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden, weight and bias."""
+        return self.hidden, self.weight, self.bias
 
     def has(self, dtype: torch.dtype) -> bool:
         """Whether one of the tensors has this dtype."""
-        return any(x is not None and x.dtype == dtype for x in self)
+        return any(x is not None and x.dtype == dtype for x in self.tensors)
 
 
 class Needs(NamedTuple):

@@ -217,7 +217,7 @@ def _(head, tokens, transform, statistics, cotangents, needs, backend):
 
 
 def _new_head_gradients(head: HeadInputs, needs: Needs) -> HeadGradients:
-    hidden, weight, bias = head
+    hidden, weight, bias = head.tensors
     return HeadGradients(
         hidden.new_empty(hidden.shape if needs.needs_hidden else (0,)),
         weight.new_empty(weight.shape if needs.needs_weight else (0,)),
@@ -253,13 +253,14 @@ def _save_linear_token_values(ctx, groups, output):
     ctx.set_materialize_grads(False)  # a gradient of zeros for `expected` would be one more tensor [..., D]
     # A user may overwrite log_prob, which autograd notices. So the backward keeps log_prob only where it reads it.
     log_prob = values.log_prob if ctx.with_expected else None
-    _save(ctx, transform, *head, *tokens, transform.temperatures, *values.statistics, log_prob, expected)
+    ctx.precision = head.precision
+    _save(ctx, transform, *head.tensors, *tokens, transform.temperatures, *values.statistics, log_prob, expected)
 
 
 def _linear_token_values_gradient(ctx, *upstream):
     hidden, weight, bias, actions, mask, temperatures, *statistics, log_prob, expected = ctx.saved_tensors
     head, tokens, transform = (
-        HeadInputs(hidden, weight, bias),
+        HeadInputs(hidden, weight, bias, ctx.precision),
         Tokens(actions, mask),
         _saved_transform(ctx, temperatures),
     )
@@ -425,7 +426,7 @@ def _(head, actions, layout, transform, reference, rewards, options, needs, back
 
 def _save_linear_reval_loss(ctx, groups, output):
     head, *_, needs, _ = groups
-    ctx.dtypes = [None if x is None else x.dtype for x in head]
+    ctx.dtypes = [None if x is None else x.dtype for x in head.tensors]
     ctx.set_materialize_grads(False)  # zeros for the output d_weight would be one more tensor [V, D]
     # torch.export makes `needs` a constant. So the output can lack a gradient that its user asks for. The backward then
     # calls the op again.

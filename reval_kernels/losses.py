@@ -204,6 +204,7 @@ def linear_reval_loss(
     normalizer: float | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> BellmanLoss:
     """`reval_loss` of logits = hidden @ weight.T + bias. The logits are never stored as a whole.
@@ -217,6 +218,7 @@ def linear_reval_loss(
         weight: [V, D], the head; bias: [V] or None.
         actions, reference, rewards, mask, cu_seqlens, beta, level, semi_gradient, normalizer: as in `reval_loss`.
         temperature, softcap, backend: as in `token_values`.
+        precision: as in `linear_token_values`.
 
     Returns:
         BellmanLoss(loss [], residual [B]). The loss is differentiable in hidden, weight and bias: with any upstream
@@ -227,13 +229,13 @@ def linear_reval_loss(
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
     """
-    checks.head_arguments(hidden, weight, bias)
+    checks.head_arguments(hidden, weight, bias, precision)
     checks.token_arguments(actions, hidden, mask, temperature, softcap)
     checks.bellman_arguments(hidden.shape[:-1], hidden, reference, rewards, mask, cu_seqlens, beta, normalizer)
     options = _options(beta, level, semi_gradient, normalizer, reference)
     grad = torch.is_grad_enabled()
     out = library.linear_reval_loss(
-        HeadInputs(hidden, weight, bias),
+        HeadInputs(hidden, weight, bias, precision),
         actions,
         Layout(mask, cu_seqlens),
         transform_of(temperature, softcap),

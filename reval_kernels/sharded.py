@@ -20,7 +20,7 @@ from .types import TokenValues
 
 class _Sharded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, hidden, weight, bias, tokens, transform, with_entropy, backend):
+    def forward(ctx, group, hidden, weight, bias, precision, tokens, transform, with_entropy, backend):
         offset, vocabulary = _slice(group, weight)
         check_token_data(tokens, transform, vocabulary, hidden)  # the op below sees only `local`, which always passes
         actions, mask = tokens
@@ -29,7 +29,7 @@ class _Sharded(torch.autograd.Function):
         owned = mask & (local >= 0) & (local < len(weight))
         local = local.where(owned, 0)
         own, _ = library.linear_token_values(
-            HeadInputs(hidden, weight, bias), Tokens(local, mask), transform, with_entropy, False, backend
+            HeadInputs(hidden, weight, bias, precision), Tokens(local, mask), transform, with_entropy, False, backend
         )
         # A slice whose logits are all -inf reports maximum 0 and sum 0. Its 0 must not win over a negative maximum.
         row_max = own.row_max.where(own.log_sum > -torch.inf, -torch.inf)
@@ -51,12 +51,8 @@ class _Sharded(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, local, owned, mask, transform.temperatures, row_max, log_sum, values[3]
         )
-        ctx.group, ctx.temperature, ctx.softcap, ctx.backend = (
-            group,
-            transform.temperature,
-            transform.softcap,
-            backend,
-        )
+        ctx.group, ctx.precision, ctx.backend = group, precision, backend
+        ctx.temperature, ctx.softcap = transform.temperature, transform.softcap
         return tuple(values)
 
     @staticmethod
@@ -70,7 +66,7 @@ class _Sharded(torch.autograd.Function):
         dq, dlog_prob = dq.where(owned, 0), dlog_prob.where(owned, 0)
         needs = Needs(*ctx.needs_input_grad[1:4])
         d_hidden, d_weight, d_bias = library.linear_token_values_backward(
-            HeadInputs(hidden, weight, bias),
+            HeadInputs(hidden, weight, bias, ctx.precision),
             Tokens(local, mask),
             Transform(ctx.temperature, temperatures, ctx.softcap),
             Statistics(*statistics),
@@ -83,7 +79,7 @@ class _Sharded(torch.autograd.Function):
             dist.all_reduce(d_hidden, dist.ReduceOp.SUM, ctx.group)
             d_hidden = d_hidden.to(hidden.dtype)
         gradients = (g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
-        return None, *gradients, *(None,) * 4
+        return None, *gradients, *(None,) * 5
 
 
 def sharded_token_values(
@@ -95,7 +91,9 @@ def sharded_token_values(
     backend: str | None,
 ) -> TokenValues:
     """Token values over the whole vocabulary. `head` holds this rank's slice of the vocabulary."""
-    q, v, log_prob, entropy = _Sharded.apply(group, *head, tokens, transform, with_entropy, backend)
+    q, v, log_prob, entropy = _Sharded.apply(
+        group, *head.tensors, head.precision, tokens, transform, with_entropy, backend
+    )
     return TokenValues(q, v, log_prob, entropy if with_entropy else None)
 
 

@@ -86,6 +86,7 @@ def linear_token_values(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     with_entropy: bool = False,
+    precision: str = "exact",
     backend: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TokenValues:
@@ -102,6 +103,13 @@ def linear_token_values(
         actions: [...] int64 or int32, in [0, V).
         bias: [V] or None.
         mask, temperature, softcap, with_entropy, backend: as in `token_values`.
+        precision: the least precision of the products of float32 operands; the sums are in float32. It matters on a
+            GPU, where float32 has no tensor cores; the other backends compute exactly. A head and hidden states that
+            are both bfloat16 or float16, or float64, are multiplied exactly in any case.
+            "exact": float32 products. "bf16x3": an operand is the sum of two bfloat16 numbers, and three of the four
+            products are taken: a logit is nearly exact. "tf32": operands rounded to 10 bits behind the leading one.
+            "bf16": operands rounded to bfloat16. With "bf16x3" and "bf16" the gradients are products of bfloat16
+            operands, and one operand may be bfloat16 already.
         process_group: the ranks that share the vocabulary. `weight` and `bias` are this rank's slice: rank 0 holds the
             first words, rank 1 the next words, and so on. `hidden` and `actions` are the same on all ranks. The outputs
             and the gradient of `hidden` are those of the whole vocabulary. Not under torch.compile.
@@ -114,10 +122,10 @@ def linear_token_values(
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On
             a GPU, a wrong action or temperature may fail a device-side assert, as in `token_values`.
     """
-    checks.head_arguments(hidden, weight, bias)
+    checks.head_arguments(hidden, weight, bias, precision)
     checks.token_arguments(actions, hidden, mask, temperature, softcap)
     head, tokens, transform = (
-        HeadInputs(hidden, weight, bias),
+        HeadInputs(hidden, weight, bias, precision),
         Tokens(actions, mask),
         transform_of(temperature, softcap),
     )

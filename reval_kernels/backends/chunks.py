@@ -54,7 +54,7 @@ class ChunkedHead:
 
     def __init__(self, head: HeadInputs, needs: Needs, wide: bool = False):
         """`wide`: all gradients in float32 (float64) rather than in the dtypes of the inputs."""
-        self.hidden, self.weight, self.bias = head
+        self.hidden, self.weight, self.bias = head.tensors
         self.needs, self.wide = needs, wide
         dtype = wide_dtype(self.hidden)
         hidden_dtype = dtype if wide else self.hidden.dtype

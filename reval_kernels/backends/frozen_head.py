@@ -35,7 +35,7 @@ def gradient_of_hidden(
     expected: Tensor, head: HeadInputs, tokens: Tokens, transform: Transform, log_prob: Tensor, by: UnitGradients
 ) -> Tensor:
     """d_hidden [..., D] in the dtype of the hidden states; `by` holds dq, dv and dlog_prob [...]."""
-    hidden, weight, bias = head
+    hidden, weight, bias = head.tensors
     rows, actions = unmasked(tokens)
     d_hidden = hidden.new_zeros(hidden.shape)
     for piece, at in chunks(rows, ENTRIES // max(1, hidden.shape[-1])):

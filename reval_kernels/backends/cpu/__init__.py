@@ -85,9 +85,9 @@ def linear_token_values(
     if head.has(torch.float64) or (with_entropy and with_expected):
         return portable.linear_token_values(head, tokens, transform, with_entropy, with_expected)
     if not with_expected:
-        values = RowValues(*_ops().linear_token_values(*head, *tokens, *transform, with_entropy))
+        values = RowValues(*_ops().linear_token_values(*head.tensors, *tokens, *transform, with_entropy))
         return values, values.q.new_empty(0)
-    *numbers, rows = _ops().linear_expected(*head, *tokens, *transform)  # rows: [M, D], M unmasked tokens
+    *numbers, rows = _ops().linear_expected(*head.tensors, *tokens, *transform)  # rows: [M, D], M unmasked tokens
     if tokens.mask is None:
         return RowValues(*numbers), rows.view(head.hidden.shape)
     expected = rows.new_zeros(head.hidden.shape)
@@ -128,10 +128,10 @@ def linear_reval_loss(
     if head.has(torch.float64):
         return portable.linear_reval_loss(head, actions, layout, transform, reference, rewards, options, needs)
     if keeps_wide_gradients(head):
-        head = HeadInputs(*(None if x is None else x.float() for x in head))  # type: ignore[arg-type]  # bias alone is None
+        head = HeadInputs(*(None if x is None else x.float() for x in head.tensors))  # type: ignore[arg-type]  # bias alone is None
     tokens, kept = Tokens(actions, layout.mask), []
     if needs.needs_weight:
-        *numbers, room, strips, anchors, action_logits = _ops().linear_keeping(*head, *tokens, *transform)
+        *numbers, room, strips, anchors, action_logits = _ops().linear_keeping(*head.tensors, *tokens, *transform)
         values, kept = RowValues(*numbers), [room, strips, anchors, action_logits]
     else:
         values, expected = linear_token_values(head, tokens, transform, False, needs.frozen_head)
@@ -159,7 +159,7 @@ def _head_gradients(
 ) -> HeadGradients:
     """The second pass. `kept` is empty, or holds the tensors that linear_keeping returned for this pass."""
     upstream = _tensors(cotangents)
-    out = _ops().linear_token_values_backward(*head, *tokens, *transform, statistics, upstream, *needs, kept)
+    out = _ops().linear_token_values_backward(*head.tensors, *tokens, *transform, statistics, upstream, *needs, kept)
     return HeadGradients(*out)
 
 

@@ -28,6 +28,7 @@ from .bellman import bellman_loss
 from .common import launch, new_values, temperatures
 from .linear_kernels import scale_weights
 from .linear_launch import compute_gradient, compute_values, fitted_tile
+from .operands import operands
 
 BLOCK = 4096
 """Words that a program of scale_weights takes at a time, as in rows.py."""
@@ -42,9 +43,10 @@ class GPUChunkedHead(ChunkedHead):
 
     def __init__(self, head: HeadInputs, needs: Needs, wide: bool = False):
         super().__init__(head, needs, wide)
+        self.tiles = operands(head)
         # In fp16 the p of a rare word would be 0. AMD builds of torch have no matmul from bf16 to fp32. And the
         # gradient of the bias is summed before anything is rounded.
-        narrow = self.weight.dtype == torch.bfloat16 and torch.version.hip is None and not needs.needs_bias
+        narrow = self.tiles.weight.dtype == torch.bfloat16 and torch.version.hip is None and not needs.needs_bias
         self.operand = torch.bfloat16 if narrow else torch.float32
 
     @property
@@ -59,10 +61,9 @@ class GPUChunkedHead(ChunkedHead):
     def values(
         self, at: Index, actions: Tensor, transform: Transform, with_entropy: bool = False, keep: bool = False
     ) -> tuple[Kept | None, RowValues]:
-        hidden = self.hidden[at]
-        out = new_values(hidden, None)
-        weights = self._new_chunk(hidden) if keep else None
-        head = HeadInputs(hidden, self.weight, self.bias)
+        head = self.tiles._replace(hidden=self.tiles.hidden[at])
+        out = new_values(head.hidden, None)
+        weights = self._new_chunk(head.hidden) if keep else None
         parts = compute_values(head, actions, transform, with_entropy, weights, None, out)
         return None if weights is None else (weights, parts), out
 
@@ -76,12 +77,12 @@ class GPUChunkedHead(ChunkedHead):
         cotangents: Cotangents,
     ) -> None:
         if kept is None or cotangents.dentropy is not None:
-            head = HeadInputs(self.hidden[at], self.weight, self.bias)
+            head = self.tiles._replace(hidden=self.tiles.hidden[at])
             dlogits = self._new_chunk(head.hidden)
             compute_gradient(head, actions, transform, statistics, cotangents, dlogits)
         else:
             dlogits, parts = kept
-            words = fitted_tile(self.weight, transform.softcap is not None).words
+            words = fitted_tile(self.tiles.weight, transform.softcap is not None).words
             _scale_weights_(dlogits, parts, words, actions, transform, statistics, cotangents)
         self.add_dlogits(at, dlogits)
 
@@ -93,11 +94,13 @@ class GPUChunkedHead(ChunkedHead):
 
     def add_dlogits(self, at: Index, dlogits: Tensor) -> None:
         if self.operand == torch.float32:
-            return super().add_dlogits(at, dlogits)
+            with _tf32(self.tiles.precision == "tf32"):
+                return super().add_dlogits(at, dlogits)
+        width = self.hidden.shape[-1]  # of "bf16x3", the gradients take the high parts, which come first
         if self.needs.needs_hidden:
-            self.d_hidden[at] = _product(dlogits, self.weight, self.d_hidden.dtype)
+            self.d_hidden[at] = _product(dlogits, self.tiles.weight[:, :width], self.d_hidden.dtype)
         if self.needs.needs_weight:
-            self.d_weight = self._with_product(self.d_weight, dlogits.T, self.hidden[at])
+            self.d_weight = self._with_product(self.d_weight, dlogits.T, self.tiles.hidden[at][:, :width])
         return None
 
     def _with_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -158,6 +161,19 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(a, b, out_dtype=dtype)
     with _sums_in_float32():
         return torch.mm(a, b)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """In this context, if `allowed`, torch's float32 matmuls may round their operands to TF32."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if allowed:
+            torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from ..chunks import ChunkedHead, recompute_gradients, values_by_chunks, whole_t
 from .chunked_head import GPUChunkedHead
 from .common import new_values
 from .linear_launch import compute_values
+from .operands import becomes_bf16, operands
 
 
 def linear_token_values(
@@ -50,6 +51,8 @@ def linear_token_values(
     if not takes(head):
         return portable.linear_token_values(head, tokens, transform, with_entropy, False)
     out = new_values(hidden, tokens.mask)
+    head = operands(head)
+    hidden = head.hidden
     flat, actions, index = hidden.reshape(-1, hidden.shape[-1]), tokens.actions.reshape(-1), None
     transform = transform.flattened()
     if tokens.mask is not None:  # the CPU waits for the GPU here: the grid depends on the number of tokens
@@ -94,6 +97,8 @@ def _chunked(head: HeadInputs, needs: Needs, wide: bool = False) -> ChunkedHead:
 
 
 def takes(head: HeadInputs) -> bool:
-    """Whether the kernels take these operands: hidden and weight of the same dtype, which is not float64."""
-    hidden, weight, _ = head
-    return hidden.dtype == weight.dtype and hidden.dtype != torch.float64 and hidden.shape[-1] > 0
+    """Whether the kernels take these operands: hidden and weight of the same dtype, which is not float64. The kernels
+    also take a pair of float32 and bfloat16 whose `precision` turns both into bfloat16."""
+    hidden, weight, _ = head.tensors
+    same = hidden.dtype == weight.dtype and hidden.dtype != torch.float64
+    return (same or becomes_bf16(head)) and hidden.shape[-1] > 0

@@ -127,7 +127,7 @@ def _launch_tiles(
     with_entropy: bool,
 ) -> None:
     """Launch one of the two kernels; with statistics and cotangents, for the gradient of the logits."""
-    hidden, weight, bias = head
+    hidden, weight, bias = head.tensors
     rows, (vocabulary, width) = len(actions), weight.shape
     per_token, temperature = temperatures(transform)
     tiles = triton.cdiv(rows, shape.rows) * triton.cdiv(vocabulary, shape.words)
@@ -178,7 +178,9 @@ def _launch_tiles(
             stride_out,
             temperature,
             softcap,
-            PRECISION="ieee",
+            PRECISION="tf32"
+            if head.precision == "tf32" and weight.dtype == torch.float32 and not _is_amd()
+            else "ieee",
             EVEN=width % shape.depth == 0,
             **constants,
         )
@@ -198,6 +200,10 @@ def _shared_memory(device: torch.device) -> int:
         return 64 * 1024
     properties: Any = torch.cuda.get_device_properties(device)  # torch's type stub lacks the next name
     return properties.shared_memory_per_block_optin
+
+
+def _is_amd() -> bool:
+    return torch.version.hip is not None
 
 
 def _processors(device: torch.device) -> int:
