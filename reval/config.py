@@ -126,8 +126,12 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters and of the optimizer's state."""
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Autocast data type of the transformer's forward and backward passes. The head and the losses are always float32.
-    auto: bfloat16 where torch has fast bfloat16 matmuls (not on CPUs without AVX-512), else float32."""
+    """Autocast data type of the transformer's forward and backward passes. The losses are always float32, the head as
+    model.head_precision says. auto: bfloat16 where torch has fast bfloat16 matmuls (not on CPUs without AVX-512), else
+    float32."""
+    head_precision: Literal["auto", "exact", "bf16x3", "tf32", "bf16"] = "auto"
+    """Least precision of the head's products on a GPU, if weights and hidden states are float32 (reval_kernels explains
+    the names at `linear_token_values`). auto: exact, or bf16x3 if the layers compute in bfloat16."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
     attn_implementation: str = "sdpa"

@@ -10,8 +10,8 @@ are 2^30 bytes. Assumptions:
   micro-batch, each GPU also holds the whole embedding and head, with their gradient, and two whole layers at a time.
 - One GPU, and model.compute_dtype differs from model.dtype: autocast keeps a cast copy of all weights during a
   micro-batch.
-- The logits of a micro-batch never exist as a whole. The gradient is computed in chunks of at most 2^28 logits, with 6
-  bytes per logit.
+- The logits of a micro-batch never exist as a whole. The gradient is computed in chunks of at most 1 GiB, which hold
+  one number for each token and word, and 6% more (docs/kernels.md).
 - CUDA, NCCL and a fragmented allocator take 1 to 3 GiB more. The sum does not contain this memory.
 
 The numbers of tokens are upper bounds: each response counts as rollout.max_new_tokens tokens.
@@ -29,7 +29,7 @@ from reval.evaluation.benchmarks import BENCHMARKS, CHAMP_SIZE
 
 GIB = 1 << 30
 PROMPT = 512  # assumed number of tokens of a prompt, for the size of the rollout's cache
-CHUNK = 1 << 28  # logits per chunk of the gradient: LINEAR_CHUNK in reval_kernels/backends/gpu/__init__.py
+CHUNK = GIB  # bytes per chunk of the gradient: twice LINEAR_CHUNK in reval_kernels/backends/gpu/__init__.py
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -180,7 +180,11 @@ def _activations(config: Config, shape: Shape, compute: int, autocast: bool) -> 
         yield f"activations of {tokens} tokens, checkpointed, and one layer's", kept + layer
     else:
         yield f"activations of {tokens} tokens", shape.layers * layer
-    yield "logits: a chunk and its gradient", 6.0 * min(CHUNK, tokens * shape.vocabulary)
+    fast = _head_precision(config) in ("bf16x3", "bf16") or config.model.dtype == "bfloat16"
+    yield "a chunk of tokens and words", 17 / 16 * min(CHUNK, tokens * shape.vocabulary * (2 if fast else 4))
+    copies = {"bf16x3": 6, "bf16": 2}.get(_head_precision(config), 0) * (config.model.dtype == "float32")
+    if copies:
+        yield f"the head in bf16 ({_head_precision(config)})", shape.vocabulary * shape.hidden * copies
     yield "last hidden states and their gradient", 2.0 * tokens * shape.hidden * 4
 
 
@@ -190,6 +194,13 @@ def _compute_dtype(config: Config) -> str:
     if model.dtype != "float32":
         return model.dtype
     return "bfloat16" if model.compute_dtype == "auto" else model.compute_dtype
+
+
+def _head_precision(config: Config) -> str:
+    """The precision of the head's products on a GPU: see reval.model.dtypes.head_precision."""
+    if config.model.head_precision != "auto":
+        return config.model.head_precision
+    return "bf16x3" if _compute_dtype(config) == "bfloat16" else "exact"
 
 
 def _rollout_dtype(config: Config) -> str:

@@ -26,14 +26,27 @@ def rollout_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.model.dtype if config.rollout.dtype == "same" else config.rollout.dtype)
 
 
-def with_dtypes(config: Config) -> Config:
-    """The settings with every "auto" dtype replaced by the dtype for this device.
+def head_precision(config: ModelConfig) -> Any:
+    """The least precision of the head's products (`precision` of linear_token_values).
 
-    The config.yaml of the run then names the dtypes that the run computed with.
+    With layers in bfloat16, "auto" is the fastest precision whose noise in the residual is small beside the noise that
+    the layers have anyway: docs/kernels.md has the measurement.
+    """
+    if config.head_precision != "auto":
+        return config.head_precision
+    bf16 = compute_dtype(config) == torch.bfloat16 and device_of(config.device).type == "cuda"
+    return "bf16x3" if bf16 else "exact"
+
+
+def with_dtypes(config: Config) -> Config:
+    """The settings with every "auto" dtype and precision replaced by those for this device.
+
+    The config.yaml of the run then names what the run computed with.
     """
     model, rollout = config.model, config.rollout
     if model.compute_dtype == "auto":
         model = replace(model, compute_dtype=_name(compute_dtype(model)))
+    model = replace(model, head_precision=head_precision(model))
     if rollout.dtype == "auto":
         rollout = replace(rollout, dtype=_name(rollout_dtype(config)))
     return replace(config, model=model, rollout=rollout)

@@ -18,6 +18,7 @@ from reval_kernels import TokenValues, linear_token_values
 
 from ..batching import Batch
 from ..config import ModelConfig
+from .dtypes import head_precision
 from .head import OutputHead, head_of
 
 Result = TypeVar("Result")
@@ -42,7 +43,8 @@ def with_hidden(
     """
 
     def forward() -> Result:
-        return function(hidden_states(model, batch, config), head_of(model))
+        head = head_of(model)._replace(precision=head_precision(config))
+        return function(hidden_states(model, batch, config), head)
 
     run_gathered: Any = getattr(model, "run_gathered", None)  # model/sharding.py adds this method to a sharded model
     out = forward() if run_gathered is None else run_gathered(forward)

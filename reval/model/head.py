@@ -25,6 +25,8 @@ class OutputHead(NamedTuple):
     """c in c * tanh(logits / c). None: no softcap."""
     temperature: float
     """The inverse of the model's logit scale. It belongs to the model and is not the sampling temperature."""
+    precision: str = "exact"
+    """The least precision of the products, from the setting model.head_precision."""
 
 
 def head_of(model: PreTrainedModel) -> OutputHead:

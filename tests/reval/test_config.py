@@ -29,7 +29,7 @@ evaluation.benchmarks evaluation.best_of_n evaluation.every evaluation.folder ev
 evaluation.problems evaluation.reward evaluation.samples evaluation.temperature evaluation.template
 lora.alpha lora.rank lora.targets
 model.attn_implementation model.compile model.compute_dtype model.device model.dtype model.gradient_checkpointing
-model.name
+model.head_precision model.name
 objective.beta objective.level objective.name objective.semi_gradient
 optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.packing optim.schedule optim.warmup
 optim.weight_decay
