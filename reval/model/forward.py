@@ -43,8 +43,9 @@ def with_hidden(
     """
 
     def forward() -> Result:
-        head = head_of(model)._replace(precision=head_precision(config))
-        return function(hidden_states(model, batch, config), head)
+        precision = config.head_precision  # a run's settings name it; settings made by hand may say auto
+        precision = head_precision(config) if precision == "auto" else precision
+        return function(hidden_states(model, batch, config), head_of(model)._replace(precision=precision))
 
     run_gathered: Any = getattr(model, "run_gathered", None)  # model/sharding.py adds this method to a sharded model
     out = forward() if run_gathered is None else run_gathered(forward)
