@@ -44,9 +44,11 @@ def test_ties_go_to_the_even_neighbour():
 
 @pytest.mark.parametrize("name, bound", [("bf16", 2.0**-16), ("tf32", 2.0**-22)])
 def test_two_parts_hold_twice_the_bits(name, bound):
+    """And each part has the bits of one operand."""
     x = numbers()
     high, low = (part.double() for part in split(x, MANTISSA[name]))
     assert ((high + low - x.double()).abs() <= bound * x.double().abs()).all()
+    assert torch.equal(rounded(low.float(), MANTISSA[name]), low.float())
 
 
 def test_products_have_the_errors_of_their_operands(case):
