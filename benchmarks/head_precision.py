@@ -182,7 +182,7 @@ def main(words: list[str] | None = None) -> int:
     torch.manual_seed(0)
     logging.disable_progress_bar()
     model, tokenizer = load_model(ModelConfig(name=args.model, device="cpu", dtype="float32"))
-    weight, *rest = head_of(model)
+    weight, *rest, _ = head_of(model)
     if rest != [None, None, 1.0]:
         raise ValueError(f"--model {args.model}: only a plain head is measured; bias, softcap, temperature: {rest}")
     head = Head(weight.detach())

@@ -53,8 +53,8 @@ def test_the_loss_in_both_forms(form, needs):
             loss = linear_reval_loss(leaf, weight, actions, **about, backend="triton").loss
             truth = definition.linear_reval_loss(wide, weight.double(), actions, **about).loss
             (mine,), (true,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(truth, wide)
-            # a weight is rounded twice and the sum once, by 2^-9 each
-            assert (mine.double() - true).abs().max() <= 3 * 2**-9 * true.abs().max()
+            # a weight is rounded twice and the sum once, by 2^-8 each at most
+            assert (mine.double() - true).abs().max() <= 3 * 2**-8 * true.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
