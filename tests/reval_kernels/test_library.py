@@ -101,7 +101,7 @@ def test_linear_token_values(backend, optional, dtype, needs, expected):
     if expected:
         return
     by = (Statistics(*torch.randn(3, B, T)), Cotangents(*torch.randn(4, B, T)))
-    head = HeadInputs(*(None if x is None else x.detach() for x in head))
+    head = HeadInputs(*(None if x is None else x.detach() for x in head.tensors))
     needs = Needs(*needs[:2], needs[2] and head.bias is not None)
     check(library.linear_token_values_backward, head, *given, *by, needs, backend)
 
