@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-import reval.rewards.pool as pool_module
+import reval.workers as workers_module
 from reval.rewards import RewardError, RewardPool, Scores
 
 
@@ -218,7 +218,7 @@ def test_a_dying_worker_is_an_error_and_replaced(pool, completion, reason):
 
 
 def test_a_worker_that_died_between_calls_costs_nothing(pool):
-    for worker in pool._workers:
+    for worker in pool._workers.all:
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.join(10)
     assert score(pool, numbers(40)) == Scores([float(i) for i in range(40)], 0, 0, None)
@@ -275,9 +275,9 @@ def test_a_function_without_an_extractor_extracts_nothing():
 
 
 def test_a_frozen_worker_with_a_full_pipe_is_replaced(monkeypatch):
-    monkeypatch.setattr(pool_module, "_TRANSFER_SECONDS", 1)
+    monkeypatch.setattr(workers_module, "_TRANSFER_SECONDS", 1)
     with RewardPool(OBEDIENT, workers=1, timeout=2) as pool:
-        os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
+        os.kill(pool._workers.all[0].process.pid, signal.SIGSTOP)
         scores = score(pool, ["1", "2"], ballast=["x" * 10**7] * 2)
         assert scores.rewards[1] == 2.0 and scores.errors == 1
         assert "stopped answering" in scores.first_error
@@ -326,7 +326,7 @@ def test_a_function_that_cannot_be_loaded_fails_at_construction(tmp_path, text, 
 
 
 def test_a_worker_that_does_not_get_ready_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_module, "_STARTUP_SECONDS", 1.0)
+    monkeypatch.setattr(workers_module, "_STARTUP_SECONDS", 1.0)
     (tmp_path / "mine.py").write_text("import time\ntime.sleep(1000)\n")
     with pytest.raises(RewardError, match="was not ready after 1 s"):
         RewardPool(f"{tmp_path}/mine.py:fn", workers=1)
@@ -358,7 +358,7 @@ def test_arguments_that_do_not_fit_together(pool):
 
 def test_an_interrupted_call_leaves_no_old_answers(monkeypatch):
     with RewardPool(OBEDIENT, timeout=60) as pool:
-        monkeypatch.setattr(pool, "_wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(pool._workers, "_wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             score(pool, ["111"] * 40)
         monkeypatch.undo()
@@ -382,7 +382,7 @@ def wait_for_end(pids, seconds):
 
 def test_close_leaves_no_worker():
     pool = RewardPool(OBEDIENT, timeout=60)
-    pids = [worker.process.pid for worker in pool._workers]
+    pids = [worker.process.pid for worker in pool._workers.all]
     assert len(pids) == 2 and all(is_running(pid) for pid in pids)
     pool.close()
     assert not any(is_running(pid) for pid in pids)
@@ -409,7 +409,7 @@ def test_a_function_may_use_multiprocessing():
 
 def test_workers_ignore_ctrl_c():
     with RewardPool(OBEDIENT, timeout=60) as pool:
-        pids = {worker.process.pid for worker in pool._workers}
+        pids = {worker.process.pid for worker in pool._workers.all}
         for pid in pids:
             os.kill(pid, signal.SIGINT)
         assert set(score(pool, ["pid"] * 40).rewards) == pids
@@ -463,7 +463,7 @@ with RewardPool("prints.py:one", timeout=60) as pool:
 
 
 def test_in_a_script_that_forgets_to_close(start_script):
-    script = start_script('pool = RewardPool("number")\nprint(pool._workers[0].process.pid)')
+    script = start_script('pool = RewardPool("number")\nprint(pool._workers.all[0].process.pid)')
     out, err = script.communicate(timeout=60)
     assert err == "" and wait_for_end([int(out)], 10) == []
 
@@ -484,9 +484,9 @@ print(pool.score(["p"], ["child and go"], [[1]], {{"file": [{str(tmp_path / "pid
 @pytest.mark.parametrize("completion", ["1", "loop in C", "child and wait"])
 def test_workers_end_when_their_trainer_is_killed(start_script, completion, tmp_path):
     body = f"""pool = RewardPool({OBEDIENT!r}, timeout=1)
-print(*(worker.process.pid for worker in pool._workers), flush=True)
+print(*(worker.process.pid for worker in pool._workers.all), flush=True)
 import threading
-from reval.rewards import pool as module
+from reval import workers as module
 module.wait = lambda *arguments: (print("sent", flush=True), threading.Event().wait())  # never looks again
 pool.score(["p"] * 2, [{completion!r}] * 2, [[1]] * 2, {{"file": [{str(tmp_path / "pid")!r}] * 2}})"""
     script = start_script(body)
