@@ -67,6 +67,8 @@ FIXED = (
     "data.seed",
     "reward.function",
     "reward.shaping",
+    "environment.name",
+    "environment.options",
     "replay.preload",
     "replay.preload_shaping",
     "lora.rank",

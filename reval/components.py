@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,14 @@ from transformers.utils import logging as transformers_logging
 from .config import Config, ConfigError
 from .data import Problem, Problems, load_problems
 from .distributed import World, world
+from .environments import EnvironmentPool
 from .model.dtypes import rollout_dtype
 from .model.loading import load_model
 from .model.saving import whole_weights
 from .model.sharding import unsharded
 from .rewards import RewardPool, check_columns
 from .rollout import RolloutEngine, make_rollout
+from .rollout.actor import Actor
 from .sources import check_files
 
 
@@ -36,9 +38,11 @@ class Components:
     problem_digests: dict[str, str]
     """See Problems.digests."""
     rollout_engine: RolloutEngine
-    """Generates responses with the policy's weights."""
-    reward_pool: RewardPool
-    """Runs reward.function."""
+    """Generates with the policy's weights."""
+    actor: Actor
+    """Responds to problems, with the engine and the environment."""
+    reward_pool: RewardPool | None
+    """Runs reward.function. None if an environment gives the rewards."""
     world: World
 
 
@@ -56,42 +60,60 @@ def build(config: Config, checkpoint: Path | None = None) -> Iterator[Components
         torch.set_num_threads(config.run.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with world(config.model.device, config.distributed.timeout) as processes:
+    with world(config.model.device, config.distributed.timeout) as processes, ExitStack() as stack:
         try:
             processes.from_main(lambda: check_files(config))  # first, because loading the model takes long
             model, tokenizer = load_model(config.model, config.run.seed, config.lora, processes, checkpoint)
             # The main process makes the problems, because another process may read or generate other ones.
             training, evaluation, digests = processes.from_main(lambda: _problems(config, model, tokenizer))
-            engine = _rollout_engine(config, model, tokenizer, processes)
-            pool = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
+            engine = stack.enter_context(closing(_rollout_engine(config, model, tokenizer, processes)))
+            environments, rewards = _scorers(config, stack)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
-        with pool, closing(engine):
-            yield Components(model, tokenizer, training, evaluation, digests, engine, pool, processes)
+        actor = Actor(engine, config, tokenizer, environments, _context(model))
+        yield Components(model, tokenizer, training, evaluation, digests, engine, actor, rewards, processes)
+
+
+def _scorers(config: Config, stack: ExitStack) -> tuple[EnvironmentPool | None, RewardPool | None]:
+    """The workers of environment.name, or of reward.function if there is no environment."""
+    own = config.environment
+    if own.name is None:
+        rewards = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
+        return None, stack.enter_context(rewards)
+    environments = EnvironmentPool(own.name, own.options, workers=own.workers, timeout=own.timeout)
+    return stack.enter_context(environments), None
 
 
 def _problems(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Problems:
     """The problems. Raises ValueError for one that the model cannot read or the reward function can never score."""
-    shape = model.config.get_text_config()
-    context = getattr(shape, "max_position_embeddings", None) or 1 << 30
+    context, shape = _context(model), model.config.get_text_config()
     longest = context - config.rollout.max_new_tokens
     if longest < 1:
         raise ValueError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: the model's context "
             f"has {context} tokens"
         )
-    problems = load_problems(config.data, tokenizer, longest, config.evaluation)
+    if config.environment.name is not None and tokenizer.chat_template is None:
+        raise ValueError("environment.name needs a model with a chat template, which separates the turns; it has none")
+    problems = load_problems(config.data, tokenizer, longest, config.evaluation, config.environment)
     for problem in problems.training + problems.evaluation:
         if (largest := max(problem.token_ids)) >= shape.vocab_size:
             raise ValueError(
                 f"{problem.where}: the token {largest} ({tokenizer.decode([largest])!r}) is not in the model's "
                 f"vocabulary of {shape.vocab_size}; the tokenizer has more tokens than the model"
             )
+        if problem.benchmark is None and config.environment.name is not None:
+            continue  # an environment says itself, at its reset, which columns it needs
         try:
             check_columns(_reward_function(problem, config), problem.columns)
         except ValueError as error:
             raise ValueError(f"{problem.where}: {error}") from None
     return problems
+
+
+def _context(model: PreTrainedModel) -> int:
+    """Maximum number of tokens of the model's context."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def _reward_function(problem: Problem, config: Config) -> str:

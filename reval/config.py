@@ -17,6 +17,8 @@ from reval.config_io import ConfigError, show
 __all__ = ["Config", "ConfigError", "load_config"]
 
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
+BUILT_IN_ENVIRONMENTS = ("calculator", "guessing")
+MOST_TURNS = 255  # a turn's number has 8 bits of the seed of its sampling
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
 # Arguments of vllm.LLM that decide which policy generates, and how. The trainer sets them from other settings, so
 # rollout.vllm_options refuses them. Example: quantization=fp8 would generate from another policy than the trained one.
@@ -66,6 +68,7 @@ PATHS = {
     "evaluation.benchmarks",
     "evaluation.folder",
     "evaluation.reward",
+    "environment.name",
     "run.dir",
     "run.resume",
 }
@@ -150,12 +153,14 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """the problems"""
 
-    source: Literal["reasoning_gym", "jsonl", "parquet", "hub"] = "reasoning_gym"
-    """Source of the problems: a reasoning_gym generator, a file, or the Hugging Face hub (through `datasets`)."""
+    source: Literal["reasoning_gym", "jsonl", "parquet", "hub", "environment"] = "reasoning_gym"
+    """Source of the problems: a reasoning_gym generator, a file, the Hugging Face hub (through `datasets`), or the
+    class that environment.name names."""
     name: str = "basic_arithmetic"
     """Data set: the name in reasoning_gym, the name on the Hugging Face hub, or a folder that `datasets` can load."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the reasoning_gym data set. Example: data.options.max_digits=2 sets max_digits."""
+    """Settings of the reasoning_gym data set, or of the problems that an environment makes. Example:
+    data.options.max_digits=2 sets max_digits."""
     subset: str | None = None
     """Configuration of the hub data set. null: the data set has only one configuration."""
     split: str = "train"
@@ -194,11 +199,12 @@ class DataConfig(_Section):
             raise ConfigError(f"data.chat_template_kwargs must leave out {name!r}, which the trainer sets")
         if self.source in ("reasoning_gym", "hub"):
             self._need(bool(self.name), "name", f"a data set because data.source is {self.source!r}")
-            self._need(self.path is None, "path", "null unless data.source is 'jsonl' or 'parquet'")
-        else:
+        if self.source in ("jsonl", "parquet"):
             self._need(bool(self.path), "path", f"a file because data.source is {self.source!r}")
-        if self.source == "reasoning_gym":
-            self._need(self.held_out_path is None, "held_out_path", "null with data.source='reasoning_gym'")
+        else:
+            self._need(self.path is None, "path", "null unless data.source is 'jsonl' or 'parquet'")
+        if self.source in ("reasoning_gym", "environment"):
+            self._need(self.held_out_path is None, "held_out_path", f"null with data.source={self.source!r}")
             allowed = f"less than data.size ({self.size}), which it is taken from"
             self._need(self.held_out < self.size, "held_out", allowed)
 
@@ -272,6 +278,36 @@ class RewardConfig(_Section):
     def _check(self) -> None:
         self._need(_names_reward(self.function), "function", f"one of {REWARD_NAMES}")
         self._at_least(1, "workers")
+        self._positive("timeout")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvironmentConfig(_Section):
+    """tasks of several turns: a program that answers the model (docs/environments.md)"""
+
+    name: str | None = None
+    """calculator, guessing, or your own class as module:Class or file.py:Class. It gives the rewards in place of
+    reward.function. null: a response is one turn."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the environment's constructor. Example: environment.options.guesses=5."""
+    max_turns: int = 8
+    """Maximum number of turns of the model. A trajectory that reaches the maximum ends there, with its rewards so
+    far."""
+    max_tokens: int = 4096
+    """Maximum number of tokens after the prompt: those of all turns and of the environment's messages between them. A
+    turn starts only if rollout.max_new_tokens more tokens fit."""
+    workers: int = 2
+    """Number of processes in which environments run."""
+    timeout: float = 10.0
+    """Maximum number of seconds for one answer of the environment."""
+
+    def _check(self) -> None:
+        named = self.name is None or self.name in BUILT_IN_ENVIRONMENTS or all(self.name.rpartition(":")[::2])
+        allowed = f"null, one of {', '.join(BUILT_IN_ENVIRONMENTS)}, module:Class or file.py:Class"
+        self._need(named, "name", allowed)
+        self._need(self.name is not None or not self.options, "options", "{} unless environment.name is set")
+        self._at_least(1, "max_tokens", "workers")
+        self._need(1 <= self.max_turns <= MOST_TURNS, "max_turns", f"from 1 to {MOST_TURNS}")
         self._positive("timeout")
 
 
@@ -523,6 +559,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -554,6 +591,23 @@ class Config:
 
         if self.objective.name == "grpo":
             self._check_grpo()
+        self._check_environment()
+
+    def _check_environment(self) -> None:
+        own, turn = self.environment, self.rollout.max_new_tokens
+        if own.name is None:
+            if self.data.source == "environment":
+                raise ConfigError("environment.name must name a class with data.source=environment; got null")
+            return
+        if own.max_tokens < turn:
+            raise ConfigError(
+                f"environment.max_tokens must be at least rollout.max_new_tokens ({turn}), or no turn fits; got "
+                f"{own.max_tokens}"
+            )
+        if self.evaluation.best_of_n:
+            raise ConfigError(
+                "evaluation.best_of_n must be false with environment.name: it scores responses of one turn"
+            )
 
     def _check_grpo(self) -> None:
         if self.reward.shaping not in ("centered", "normalized"):

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .config import DataConfig, EvaluationConfig
+from .config import DataConfig, EnvironmentConfig, EvaluationConfig
 from .evaluation.benchmarks import load_benchmark
 from .prompts import Prompt, encode, make_prompt
-from .sources import Row, pick, read_file, read_hub, read_jsonl, read_parquet, read_reasoning_gym
+from .sources import Row, pick, read_environment, read_file, read_hub, read_jsonl, read_parquet, read_reasoning_gym
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def load_problems(
     tokenizer: PreTrainedTokenizerBase,
     longest_prompt: int,
     evaluation: EvaluationConfig | None = None,
+    environment: EnvironmentConfig | None = None,
 ) -> Problems:
     """The training problems and the evaluation problems.
 
@@ -70,12 +71,15 @@ def load_problems(
 
     Args:
         longest_prompt: the number of prompt tokens that fit: the model's context minus rollout.max_new_tokens.
+        environment: makes the problems of data.source=environment.
 
     Raises ValueError for an empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
     """
     chat = tokenizer.chat_template is not None
     _check_template_variables(config, tokenizer)
-    groups = _by_prompt(_generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat))
+    groups = _by_prompt(
+        _generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat, environment)
+    )
     random.Random(config.seed).shuffle(groups)
     if config.held_out_path is not None:
         held_out = list(_prompts(read_file(config.held_out_path), config.held_out_path, config, chat))
@@ -114,7 +118,12 @@ def _generated(config: DataConfig, chat: bool) -> Iterator[_Asked]:
             yield _asked(entry["question"], entry, f"data.name={config.name!r}, problem {number}", config, chat)
 
 
-def _read(config: DataConfig, chat: bool) -> Iterator[_Asked]:
+def _read(config: DataConfig, chat: bool, environment: EnvironmentConfig | None) -> Iterator[_Asked]:
+    if config.source == "environment":
+        assert environment is not None and environment.name is not None, "the settings name an environment"
+        rows = read_environment(environment.name, config.options, config.size, config.seed)
+        yield from _prompts(rows, f"environment.name={environment.name!r}", config, chat)
+        return
     if config.source == "hub":
         yield from _prompts(read_hub(config.name, config.subset, config.split), config.name, config, chat)
         return
@@ -213,4 +222,6 @@ def _check_template_variables(config: DataConfig, tokenizer: PreTrainedTokenizer
 
 
 def _origin(config: DataConfig) -> str:
+    if config.source == "environment":
+        return "source=environment"
     return f"path={config.path!r}" if config.source in ("jsonl", "parquet") else f"name={config.name!r}"

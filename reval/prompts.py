@@ -15,6 +15,7 @@ Prompt = str | list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Chat templates that print the date get this one, the date in Llama's templates. With the date of today, a run that is
 # resumed tomorrow would train on other prompts.
+ANSWER = "reval-answer-of-the-model"  # stands for an answer in a conversation that is formatted for what follows it
 DATE = datetime.datetime(2024, 7, 26)
 
 
@@ -86,6 +87,27 @@ def encode(
         )
     text = _encodable(_rendered(prompt, tokenizer, template_kwargs or {}))
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_turn(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """The token ids between the text of one answer of the model and the text of its next answer.
+
+    They end the model's message, hold `messages`, and begin the model's next message. The conversation before is not
+    encoded again: its tokens stay those that the model has read and sampled.
+
+    Example: for one message "no" of the user, with the chat template of SmolLM2: the tokens of
+    "<|im_end|>\\n<|im_start|>user\\nno<|im_end|>\\n<|im_start|>assistant\\n".
+
+    Raises ValueError for messages that the chat template refuses or that cannot be encoded.
+    """
+    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+    text = _rendered([*before, *messages], tokenizer, template_kwargs or {})
+    head, answer, rest = text.partition(ANSWER)
+    if not answer:
+        raise ValueError("the model's chat template leaves out the assistant's messages")
+    return tokenizer(_encodable(rest), add_special_tokens=False)["input_ids"]
 
 
 def _rendered(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any]) -> str:

@@ -35,9 +35,11 @@ class ScoredResponse(NamedTuple):
     score: float | None
     """The raw reward. None if the reward function could not score the response."""
     length: int
-    """In tokens, the end-of-sequence token included."""
+    """Number of the model's own tokens, the end-of-sequence token included."""
     finished: bool
-    """False if the length limit cut the response off."""
+    """False if the limit of length or turns cut the response off."""
+    turns: int | None
+    """Number of the model's turns. None without an environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +73,23 @@ class ScoredRollouts:
     def metrics(self) -> dict[str, float]:
         """`reward`, `completions/...`, `num_tokens`, ...: all that is known before the updates."""
         lengths = [r.length for r in self.responses]
-        return reward_metrics([r.score for r in self.responses], [r.group for r in self.responses]) | {
-            "completions/mean_length": sum(lengths) / len(lengths),
-            "completions/max_length": max(lengths),
-            "completions/clipped_ratio": sum(not r.finished for r in self.responses) / len(self.responses),
-            "num_tokens": sum(lengths),
-            "rollout/lag": self.lag,
-            "reward_timeouts": self.timeouts,
-            "reward_errors": self.errors,
-        }
+        return (
+            reward_metrics([r.score for r in self.responses], [r.group for r in self.responses])
+            | {
+                "completions/mean_length": sum(lengths) / len(lengths),
+                "completions/max_length": max(lengths),
+                "completions/clipped_ratio": sum(not r.finished for r in self.responses) / len(self.responses),
+                "num_tokens": sum(lengths),
+                "rollout/lag": self.lag,
+                "reward_timeouts": self.timeouts,
+                "reward_errors": self.errors,
+            }
+            | self._turns()
+        )
+
+    def _turns(self) -> dict[str, float]:
+        turns = [r.turns for r in self.responses if r.turns is not None]
+        return {"completions/mean_turns": mean(turns)} if turns else {}
 
 
 def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, components: Components) -> ScoredRollouts:
@@ -113,7 +123,7 @@ def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, component
         (
             problem,
             response,
-            ScoredResponse(number, problem.prompt, text, raw, len(response.token_ids), response.finished),
+            ScoredResponse(number, problem.prompt, text, raw, response.length, response.finished, _turns_of(response)),
         )
         for number, (problem, group) in enumerate(zip(rollouts.problems, groups, strict=True))
         for response, text, raw in group
@@ -134,10 +144,15 @@ def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, component
     )
 
 
+def _turns_of(response: Response) -> int | None:
+    return None if response.episode is None else response.episode.turns
+
+
 def score(
-    problems: list[Problem], responses: list[Response], pool: RewardPool, tokenizer: PreTrainedTokenizerBase
+    problems: list[Problem], responses: list[Response], pool: RewardPool | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], Scores]:
-    """Decode one response to each of the problems, and score the texts. A problem may occur several times.
+    """Decode one response to each of the problems, and score the texts. A problem may occur several times. Responses
+    of several turns have their scores from the environment, and the texts hold all turns; they need no `pool`.
 
     The reward function and people read the texts, which leave out only the end-of-sequence token at the end. If other
     special tokens were hidden, `<|user|>7` would be rewarded as 7. Training uses the token ids.
@@ -145,12 +160,23 @@ def score(
     ids, special = [response.token_ids for response in responses], set(tokenizer.all_special_ids)
     shown = [r.token_ids[:-1] if r.finished and r.token_ids[-1] in special else r.token_ids for r in responses]
     texts = tokenizer.batch_decode(shown, skip_special_tokens=False) if ids else []  # [] would decode to one empty text
+    if pool is None:
+        return texts, _environment_scores(responses)
     names = sorted({name for p in problems for name in p.columns})
     columns = {name: [p.columns.get(name) for p in problems] for name in names}
     try:
         return texts, pool.score([p.prompt for p in problems], texts, ids, columns)
     except AllFailedError as error:  # these problems may be the only ones that the function cannot score
         return texts, error.scores
+
+
+def _environment_scores(responses: list[Response]) -> Scores:
+    """The rewards and the failures of the environments."""
+    episodes = [r.episode for r in responses if r.episode is not None]
+    assert len(episodes) == len(responses), "without a reward pool, every response has several turns"
+    errors = [e.error for e in episodes if e.error]
+    lost = sum(e.reward is None for e in episodes)
+    return Scores([e.reward for e in episodes], lost - len(errors), len(errors), next(iter(errors), None))
 
 
 def _trajectories(
@@ -163,11 +189,13 @@ def _trajectories(
         responses, raws, shape_rewards(raws, groups, config.reward.shaping), strict=True
     ):
         if reward is not None and raw is not None:
-            ids = np.array(problem.token_ids + response.token_ids)
+            prompt, mask = problem.token_ids, [True] * len(response.token_ids)
+            if response.episode is not None:
+                prompt, mask = response.episode.prompt_ids, response.episode.action_mask
             out.append(
                 Trajectory(
-                    token_ids=ids,
-                    action_mask=np.arange(len(ids)) >= len(problem.token_ids),
+                    token_ids=np.array(prompt + response.token_ids),
+                    action_mask=np.array([False] * len(prompt) + mask),
                     reward=reward,
                     score=raw,
                     iteration=iteration,

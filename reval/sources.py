@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from .config import Config, ConfigError
+from .environments import resolve as resolve_environment
 
 Row = dict[str, Any]
 
@@ -131,6 +132,39 @@ def read_reasoning_gym(name: str, options: dict[str, Any], size: int, seed: int)
     Raises ValueError for settings that reasoning_gym refuses, and if the new process dies.
     """
     return pickle.loads(_generated(name, pickle.dumps(options), size, seed))
+
+
+def read_environment(spec: str, options: dict[str, Any], size: int, seed: int) -> list[Row]:
+    """The rows of `problems(size, seed, **options)` of the environment that `spec` names. It runs in a new process.
+
+    Raises ValueError if the environment makes no problems, or refuses the options.
+    """
+    with _hash_seed("0"), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_environment_problems, spec, options, size, seed).result()
+        except BrokenProcessPool:
+            raise ValueError(f"the process that makes the problems of environment.name={spec!r} died") from None
+
+
+def _environment_problems(spec: str, options: dict[str, Any], size: int, seed: int) -> list[Row]:
+    """Runs in the new process."""
+    with contextlib.redirect_stdout(sys.stderr):
+        make = getattr(resolve_environment(spec), "problems", None)
+        if make is None:
+            raise ValueError(
+                f"data.source=environment needs an environment with problems(count, seed); {spec!r} has none"
+            )
+        random.seed(seed)
+        try:
+            rows = list(make(size, seed, **options))
+        except Exception as error:  # code of the user may raise anything
+            text = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"problems of environment.name={spec!r} failed with data.options={options}: {text}"
+            ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"problems of environment.name={spec!r} must return dictionaries")
+    return rows
 
 
 @functools.lru_cache(maxsize=4)  # the new process imports reasoning_gym, which takes a second or more

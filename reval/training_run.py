@@ -49,7 +49,9 @@ class TrainingRun:
         preloaded = self.buffer.added
         self.reference = ReferencePolicy(components.model, config, components.world, checkpoint)
         self.learner = Learner(components.model, config, components.world)
-        self.generation = Generation(components.rollout_engine, self.problems, config, components.world)
+        self.generation = Generation(
+            components.rollout_engine, components.actor, self.problems, config, components.world
+        )
         stack.callback(self.generation.close)
         # The checkpoint comes before the folder: a checkpoint that does not fit must leave the folder untouched.
         if checkpoint is not None:

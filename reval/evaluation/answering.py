@@ -21,7 +21,8 @@ from ..distributed import World
 from ..errors import RunError
 from ..model.dtypes import with_dtypes
 from ..rewards import RewardError, RewardPool
-from ..rollout import Response, RolloutEngine
+from ..rollout import Response
+from ..rollout.actor import Actor
 from ..scoring import score
 from .answers import Answered, Evaluation
 from .compare import describe
@@ -31,9 +32,9 @@ ALONE = World()
 
 
 def evaluate(
-    rollout: RolloutEngine,
+    actor: Actor,
     problems: list[Problem],
-    pool: RewardPool,
+    pool: RewardPool | None,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     *,
@@ -45,7 +46,7 @@ def evaluate(
     Every call uses the same seed, so evaluations of different checkpoints differ by their weights only.
 
     Args:
-        pool: the reward pool for reward.function.
+        pool: the reward pool for reward.function. None if an environment gives the rewards.
         scorer: computes endogenous rewards; required with evaluation.best_of_n.
 
     Raises, on every process:
@@ -56,8 +57,8 @@ def evaluate(
     settings = config.evaluation
     own = world.share(problems)
     seed = config.run.seed + world.rank  # the processes answer different problems and need different noise
-    sampled = _responses(rollout, own, config, settings.samples, settings.temperature, seed)
-    greedy = _responses(rollout, own, config, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
+    sampled = _responses(actor, own, settings.samples, settings.temperature, seed)
+    greedy = _responses(actor, own, 1, 0.0, seed) if settings.greedy else [[] for _ in own]
     errors: list[str] = []
     broken = None
     try:
@@ -81,7 +82,7 @@ def evaluate(
             benchmark=p.benchmark,
             answer=p.columns.get("answer"),
             extracted=extracted[i],
-            lengths=[len(r.token_ids) for r in sampled[i]],
+            lengths=[r.length for r in sampled[i]],
             finished=[r.finished for r in sampled[i]],
             settings=_settings(p, config),
         )
@@ -98,22 +99,18 @@ def evaluate(
 
 
 def _responses(
-    rollout: RolloutEngine, problems: list[Problem], config: Config, count: int, temperature: float, seed: int
+    actor: Actor, problems: list[Problem], count: int, temperature: float, seed: int
 ) -> list[list[Response]]:
     if not problems:
         return []  # there are more processes than problems
-    return rollout.generate(
-        [p.token_ids for p in problems],
-        responses=count,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    return actor.respond(problems, responses=count, temperature=temperature, seed=seed)
 
 
 def _function(problem: Problem, config: Config) -> str:
-    """The name of the reward function for this problem."""
-    return config.reward.function if problem.benchmark is None else config.evaluation.reward
+    """The name of what scores this problem: a reward function, or the environment."""
+    if problem.benchmark is not None:
+        return config.evaluation.reward
+    return config.environment.name or config.reward.function
 
 
 def _settings(problem: Problem, config: Config) -> dict[str, Any]:
@@ -129,12 +126,12 @@ def _settings(problem: Problem, config: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def _pools(problems: list[Problem], pool: RewardPool, config: Config) -> Iterator[dict[str, RewardPool]]:
-    """A reward pool for each reward function of these problems, by name. `pool` serves reward.function."""
-    needed = {_function(p, config) for p in problems} - {config.reward.function}
+def _pools(problems: list[Problem], pool: RewardPool | None, config: Config) -> Iterator[dict[str, RewardPool | None]]:
+    """A reward pool for each reward function of these problems, by name: `pool` for reward.function, and None for the
+    environment."""
+    pools = {config.environment.name or config.reward.function: pool}
     with ExitStack() as stack:
-        pools = {config.reward.function: pool}
-        for name in needed:
+        for name in {_function(p, config) for p in problems} - pools.keys():
             own = RewardPool(name, workers=config.reward.workers, timeout=config.reward.timeout)
             pools[name] = stack.enter_context(own)
         yield pools
@@ -143,7 +140,7 @@ def _pools(problems: list[Problem], pool: RewardPool, config: Config) -> Iterato
 def _scored(
     problems: list[Problem],
     groups: list[list[Response]],
-    pools: dict[str, RewardPool],
+    pools: dict[str, RewardPool | None],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     failures: list[str],
@@ -197,13 +194,13 @@ def _endogenous(
 
 
 def _extracted(
-    problems: list[Problem], texts: list[list[str]], pools: dict[str, RewardPool], config: Config
+    problems: list[Problem], texts: list[list[str]], pools: dict[str, RewardPool | None], config: Config
 ) -> list[list[str | None] | None]:
     """The final answers in each problem's texts. None if the reward function has no extractor."""
     out: list[list[str | None] | None] = [None] * len(problems)
     for function, pool in pools.items():
         places = [i for i, p in enumerate(problems) if _function(p, config) == function]
-        found = pool.extract([text for i in places for text in texts[i]])
+        found = None if pool is None else pool.extract([text for i in places for text in texts[i]])
         if found is not None:
             answers = iter(found)
             for i in places:
@@ -215,7 +212,7 @@ def evaluate_components(components: Components, config: Config) -> Evaluation:
     """`evaluate` with the model, the engine and the problems of a run. Every process has to call this."""
     scorer = endogenous_scorer(components.model, config, components.world) if config.evaluation.best_of_n else None
     return evaluate(
-        components.rollout_engine,
+        components.actor,
         components.evaluation_problems,
         components.reward_pool,
         components.tokenizer,

@@ -12,22 +12,18 @@ The built-in functions give no partial credit for the form of an answer. They im
 that importing this file is fast.
 """
 
-import difflib
 import functools
 import importlib
 import importlib.util
-import inspect
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from decimal import Decimal
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from reval.rewards.equality import equal, readable
 from reval.rewards.final_answer import final_answer
+from reval.user_code import did_you_mean, find
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -169,22 +165,7 @@ def resolve(spec: str) -> RewardFunction:
         if spec in _PACKAGES:
             _import_package(spec, *_PACKAGES[spec])
         return VERIFIERS[spec]
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name:
-        raise RewardError(
-            f"reward function {spec!r} is unknown: expected one of {', '.join(VERIFIERS)}, or "
-            f"'package.module:function', or 'path/to/file.py:function'{_did_you_mean(spec, VERIFIERS)}"
-        )
-    module = _load_file(spec, where) if where.endswith(".py") else _load_module(spec, where)
-    function = getattr(module, name, None)
-    if not callable(function):
-        callables = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        fault = "is not callable" if hasattr(module, name) else "does not exist"
-        raise RewardError(
-            f"reward function {spec!r}: {name!r} {fault} in {where!r}; its functions are "
-            f"{', '.join(callables) or '(none)'}{_did_you_mean(name, callables)}"
-        )
-    return function
+    return find(spec, "reward function", VERIFIERS, RewardError)
 
 
 def _import_package(spec: str, package: str, to_install: str) -> None:
@@ -199,49 +180,11 @@ def _import_package(spec: str, package: str, to_install: str) -> None:
         ) from error
 
 
-def _load_module(spec: str, where: str) -> ModuleType:
-    try:
-        return importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        # If `where` itself is missing, the setting is wrong: RewardError. If `where` imports a package that is missing,
-        # the user needs the full traceback.
-        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
-            raise
-        raise RewardError(
-            f"reward function {spec!r}: there is no module {error.name!r} on the import path; expected "
-            "'package.module:function', or 'path/to/file.py:function' for a file outside it"
-        ) from error
-
-
-def _load_file(spec: str, where: str) -> ModuleType:
-    path = Path(where).expanduser().resolve()
-    if not path.is_file():
-        raise RewardError(
-            f"reward function {spec!r}: there is no file {path}{_did_you_mean(path.name, _siblings(path))}"
-        )
-    name = f"reval_reward_file_{path.stem}"
-    file_spec = importlib.util.spec_from_file_location(name, path)
-    assert file_spec is not None and file_spec.loader is not None, "a path that ends in .py has a loader"
-    module = importlib.util.module_from_spec(file_spec)
-    sys.modules[name] = module  # dataclasses and pickle look modules up by name
-    file_spec.loader.exec_module(module)
-    return module
-
-
-def _siblings(path: Path) -> list[str]:
-    return [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-
-
-def _did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _column(function: str, name: str, columns: dict[str, Any]) -> Any:
     if name not in columns:
         raise ValueError(
             f"reward function {function!r} needs the column {name!r}, but the data set's columns are "
-            f"{', '.join(columns) or '(none)'}{_did_you_mean(name, columns)}"
+            f"{', '.join(columns) or '(none)'}{did_you_mean(name, columns)}"
         )
     return columns[name]
 
@@ -296,6 +239,6 @@ def _gym_scorer(name: str) -> Callable[..., float]:
     if name not in DATASETS:
         raise ValueError(
             f"metadata['source_dataset'] must name a reasoning_gym data set, but is {name!r}"
-            f"{_did_you_mean(name, DATASETS) or '; reasoning_gym.factory.DATASETS lists them'}"
+            f"{did_you_mean(name, DATASETS) or '; reasoning_gym.factory.DATASETS lists them'}"
         )
     return get_score_answer_fn(name)

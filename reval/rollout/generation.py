@@ -17,7 +17,8 @@ from torch import Tensor
 from ..config import Config
 from ..data import Problem
 from ..distributed import World
-from .protocol import Response, RolloutEngine
+from .actor import Actor
+from .protocol import Episode, Response, RolloutEngine
 
 
 class Rollouts(NamedTuple):
@@ -69,8 +70,8 @@ class Generation:
     With rollout.ahead a thread generates the responses of later iterations while the policy trains.
     """
 
-    def __init__(self, engine: RolloutEngine, problems: ProblemSampler, config: Config, world: World):
-        self._engine, self._problems, self._config, self._world = engine, problems, config, world
+    def __init__(self, engine: RolloutEngine, actor: Actor, problems: ProblemSampler, config: Config, world: World):
+        self._engine, self._actor, self._problems, self._config, self._world = engine, actor, problems, config, world
         self._pending: deque[_Request] = deque()
         """The requests for the next iterations, in order."""
         self._synced = 0
@@ -89,19 +90,18 @@ class Generation:
     def _request(self, iteration: int) -> None:
         """Draw the problems of an iteration and ask the engine for responses."""
         settings, problems = self._config.rollout, self._problems.draw(self._config.rollout.prompts)
-        own = [p.token_ids for p in self._world.share(problems)]
+        own = self._world.share(problems)
         options: Any = {
             "responses": settings.responses,
-            "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             # a seed for each iteration and each process, so that no two of them sample with the same noise
             "seed": (self._config.run.seed << 32) + iteration + (self._world.rank << 52),
         }
         if settings.ahead:
-            responses = self._thread.submit(self._engine.generate, own, **options)
+            responses = self._thread.submit(self._actor.respond, own, **options)
         else:
             responses = Future()
-            responses.set_result(self._engine.generate(own, **options))
+            responses.set_result(self._actor.respond(own, **options))
         self._pending.append(_Request(problems, responses, self._synced))
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], iteration: int) -> None:
@@ -119,7 +119,7 @@ class Generation:
     def state(self) -> dict[str, Any]:
         """The responses that are generated but not used yet, for a checkpoint. Every process has to call this."""
         ahead = [(r.synced, self._world.join(r.responses.result())) for r in self._pending]
-        rows = [[[[r.token_ids, r.finished] for r in group] for group in groups] for _, groups in ahead]
+        rows = [[[_saved(r) for r in group] for group in groups] for _, groups in ahead]
         return {"synced": self._synced, "requests": [[s, g] for (s, _), g in zip(ahead, rows, strict=True)]}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -132,5 +132,14 @@ class Generation:
         self._problems.drawn -= count * len(state["requests"])
         for synced, groups in state["requests"]:
             responses: Future[list[list[Response]]] = Future()
-            responses.set_result([[Response(ids, done) for ids, done in group] for group in self._world.share(groups)])
+            responses.set_result([[_loaded(*saved) for saved in group] for group in self._world.share(groups)])
             self._pending.append(_Request(self._problems.draw(count), responses, synced))
+
+
+def _saved(response: Response) -> list[Any]:
+    """A response as JSON has it."""
+    return [response.token_ids, response.finished, *(response.episode or ())]
+
+
+def _loaded(token_ids: list[int], finished: bool, *episode: Any) -> Response:
+    return Response(token_ids, finished, Episode(*episode) if episode else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import RunError
 
@@ -17,14 +17,37 @@ class RolloutError(RunError):
     """A rollout engine died, hung or cannot do what was requested. The policy's weights are not affected."""
 
 
+class Episode(NamedTuple):
+    """What a response of several turns has in addition (actor.py)."""
+
+    prompt_ids: list[int]
+    """The prompt: the environment's first messages. Empty if the environment gave none."""
+    action_mask: list[bool]
+    """One entry for each token of the response: true if the model chose it, false for the environment's tokens."""
+    turns: int
+    """Number of the model's turns."""
+    reward: float | None
+    """The sum of the environment's rewards. None if the environment failed."""
+    error: str
+    """What the environment raised or did wrong. Empty if it did nothing wrong, and if it was too slow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """The policy's response to a prompt, as the token ids that it sampled."""
 
     token_ids: list[int]
-    """The response with its end-of-sequence token. Never empty."""
+    """The response with its end-of-sequence token. Never empty, except for an environment that failed at its reset.
+    With several turns, the tokens of the environment stand between the turns."""
     finished: bool
-    """False if the length limit cut the response off."""
+    """False if the length limit or the limit of turns cut the response off."""
+    episode: Episode | None = None
+    """Set for a response of several turns. An engine leaves it out."""
+
+    @property
+    def length(self) -> int:
+        """Number of the model's own tokens."""
+        return len(self.token_ids) if self.episode is None else sum(self.episode.action_mask)
 
 
 class RolloutEngine(Protocol):

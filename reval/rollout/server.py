@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import astuple
 from importlib import import_module
 from typing import Any
 
@@ -81,7 +80,7 @@ def serve(connection: socket.socket, weights_fd: int) -> None:
 
 def _answer(engine: Any, weights_fd: int, call: str, arguments: dict[str, Any]) -> Any:
     if call == "generate":
-        return [[astuple(r) for r in group] for group in engine.generate(**arguments)]
+        return [[[r.token_ids, r.finished] for r in group] for group in engine.generate(**arguments)]
     if call == "load":  # pass a path, because worker processes of the engine open the memory too
         return engine.load(f"/proc/{os.getpid()}/fd/{weights_fd}", **arguments)
     return engine.log_probs(**arguments)

@@ -12,6 +12,7 @@ from reval.config import load_config
 from reval.data import Problem
 from reval.distributed import World
 from reval.rollout import Response, RolloutError
+from reval.rollout.actor import Actor
 from reval.rollout.generation import Generation, ProblemSampler
 
 
@@ -39,7 +40,7 @@ def made(ahead: int, engine: Engine, world: World | None = None, start: int = 0)
     problems = [Problem(str(i), [i], {}) for i in range(100)]
     sampler = ProblemSampler(problems, 0)
     sampler.drawn = start
-    return Generation(engine, sampler, config, world or World())
+    return Generation(engine, Actor(engine, config, tokenizer=None), sampler, config, world or World())
 
 
 def follow(generation: Generation, iterations, every: int = 1) -> list[tuple[int, int, list[str]]]:

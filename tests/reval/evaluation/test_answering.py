@@ -25,12 +25,13 @@ from reval.rollout import Response
 
 
 class Recite:
-    """Response j to problem p, whose prompt is [p], is texts[p][j] ("g" at temperature 0). Records each request."""
+    """An actor. Response j to problem p, whose prompt is [p], is texts[p][j] ("g" at temperature 0). Records each request."""
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts, self.calls = tokenizer, texts, []
 
-    def generate(self, prompts, *, responses, max_new_tokens, temperature, seed):
+    def respond(self, problems, *, responses, temperature, seed):
+        prompts = [problem.token_ids for problem in problems]
         self.calls.append((prompts, responses, temperature, seed))
         texts = [[self.texts[p][j] if temperature else "g" for j in range(responses)] for (p,) in prompts]
         return [[Response(self.tokenizer(t)["input_ids"], finished="." not in t) for t in own] for own in texts]
