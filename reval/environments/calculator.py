@@ -1,6 +1,7 @@
 """A calculator: the model may have expressions computed before it answers."""
 
 import ast
+import math
 import operator
 import re
 from decimal import Decimal
@@ -83,7 +84,7 @@ def compute(expression: str) -> str:
 
 
 def _value(node: ast.AST) -> Decimal:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value):
         return Decimal(str(node.value))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
