@@ -25,7 +25,8 @@ SETTINGS = """
 data.chat_template_kwargs data.columns data.held_out data.held_out_path data.name data.options data.path data.seed
 data.size data.source data.split data.subset data.system_prompt data.template
 distributed.timeout
-environment.max_tokens environment.max_turns environment.name environment.options environment.timeout environment.workers
+environment.max_tokens environment.max_turns environment.name environment.options environment.timeout
+environment.workers
 evaluation.benchmarks evaluation.best_of_n evaluation.every evaluation.folder evaluation.greedy evaluation.k
 evaluation.problems evaluation.reward evaluation.samples evaluation.temperature evaluation.template
 lora.alpha lora.rank lora.targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,8 +46,8 @@ METRICS = {
 RESIDUAL_TERMS = {"residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio"}
 
 
-def run(folder, *overrides, check=True):
-    command = [*TINY, f"run.dir={folder}", *overrides]
+def run(folder, *overrides, check=True, config="tiny"):
+    command = [*TINY[:3], f"configs/{config}.yaml", f"run.dir={folder}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -291,3 +292,60 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path):
     assert (folder / "checkpoint").resolve().name == f"iteration-{last:06d}", "the iteration was finished and saved"
     AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
     assert (folder / "curves.png").exists()
+
+
+GUESSING = ["rollout.prompts=4", "rollout.responses=4", "data.held_out=2", "tracking.rollouts=true"]
+
+
+def test_a_task_of_several_turns_trains_replays_resumes_and_preloads(tmp_path):
+    """A run of four iterations, and the same run interrupted after two. Its rollouts then fill another run's buffer."""
+    whole, parts, other = tmp_path / "whole", tmp_path / "parts", tmp_path / "other"
+    game = [*GUESSING, "rollout.ahead=1", "evaluation.every=1"]
+    run(whole, *game, "run.iterations=4", config="guessing")
+    run(parts, *game, "run.iterations=2", config="guessing")
+    run(parts, *game, "run.iterations=4", "run.resume=auto", config="guessing")
+    rows = metrics(whole)
+    assert without_times(rows) == without_times(metrics(parts))
+    assert all(1 <= row["completions/mean_turns"] <= 4 for row in rows)
+    assert all(row["completions/mean_length"] == row["completions/mean_turns"] for row in rows), "a turn is one token"
+    assert {"eval/accuracy", "reval/residual_abs", "reval/replay/residual_abs"} <= set(rows[-1])
+    logged = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
+    assert len(logged) == 4 * 16 and any(not all(row.get("action_mask", [True])) for row in logged)
+    sample = json.loads((whole / "samples.jsonl").read_text().splitlines()[0])
+    assert "<|user|>" in sample["completion"], "a sample shows all turns"
+    preload = [f"replay.preload={whole}/rollouts.jsonl", "replay.capacity=100", "run.iterations=1"]
+    run(other, *GUESSING, *preload, config="guessing")
+    assert metrics(other)[0]["buffer/size"] == 4 * 16 + 16
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Broken", "no answer to the held-out problems has a score.*I am broken"),
+        ("Silent", r"needs an environment with problems\(count, seed\)"),
+        ("Missing", "did you mean|its functions and classes are"),
+    ],
+)
+def test_an_environment_that_is_broken_for_all_ends_the_run_at_once(tmp_path, name, message):
+    spec = f"environment.name=tests/reval/environments/misbehaving.py:{name}"
+    source = [] if name == "Broken" else ["data.source=environment"]
+    done = run(tmp_path / "a", spec, *source, check=False)
+    assert done.returncode in (1, 2) and re.search(message, done.stderr, re.DOTALL), done.stderr
+
+
+def test_an_environment_that_never_ends_stops_at_the_limit_of_turns(tmp_path):
+    spec = "environment.name=tests/reval/environments/misbehaving.py:Silent"
+    run(tmp_path / "a", spec, "environment.max_turns=3", "run.iterations=1")
+    [row] = metrics(tmp_path / "a")
+    assert (row["reward"], row["completions/clipped_ratio"], row["completions/mean_turns"]) == (0.75, 1.0, 3.0)
+
+
+def test_failures_of_the_environment_are_counted_and_written_down(tmp_path):
+    """A game without a secret fails at its reset. Half of the problems have none."""
+    rows = [{"prompt": f"game {i}", "secret": i if i % 2 else None} for i in range(10)]
+    (tmp_path / "games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data.source=jsonl", f"data.path={tmp_path}/games.jsonl", "data.held_out=2"]
+    run(tmp_path / "a", *GUESSING, *data, "run.iterations=2", config="guessing")
+    found = metrics(tmp_path / "a")
+    assert all(0 < row["reward_errors"] < 16 and row["reward_unscored"] == row["reward_errors"] / 16 for row in found)
+    assert "needs a column 'secret'" in (tmp_path / "a" / "reward_errors.txt").read_text()

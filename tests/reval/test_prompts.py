@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from reval.config import DataConfig
-from reval.prompts import encode, make_prompt
+from reval.config import DataConfig, ModelConfig
+from reval.model.loading import load_model
+from reval.prompts import encode, encode_turn, make_prompt
 
 
 def user(text: str) -> dict:
@@ -127,3 +128,25 @@ def test_a_chat_template_that_does_not_fit_is_refused(tiny, template, message):
 def test_half_a_character_is_refused(tiny, prompt):
     with pytest.raises(ValueError, match="not Unicode text"):
         encode(prompt, tiny[1])
+
+
+@pytest.mark.parametrize("answer", ["7", "", "I think <calc>1</calc>"])
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m-instruct"])
+def test_the_tokens_of_a_turn_continue_the_conversation(name, answer):
+    """A prompt, an answer with its end token, and the tokens of the next turn are the tokens of the conversation."""
+    _, tokenizer = load_model(ModelConfig(name=name))
+    begun = [user("2+2"), {"role": "assistant", "content": answer}, user("no"), user("again")]
+    turn = encode_turn(begun[2:], tokenizer)
+    assert turn[0] == tokenizer.eos_token_id  # ends the model's message
+    own = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert encode(begun[:1], tokenizer) + own + turn == encode(begun, tokenizer)
+
+
+def test_a_turn_that_the_chat_template_refuses(tiny):
+    tokenizer = tiny[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('no') }}"
+    with pytest.raises(ValueError, match="refuses the messages"):
+        encode_turn([user("no")], tokenizer)
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(ValueError, match="leaves out"):
+        encode_turn([user("no")], tokenizer)

@@ -25,7 +25,7 @@ from reval.rollout import Response
 
 
 class Recite:
-    """An actor. Response j to problem p, whose prompt is [p], is texts[p][j] ("g" at temperature 0). Records each request."""
+    """An actor. Response j to problem p, whose prompt is [p], is texts[p][j] ("g" at temperature 0)."""
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts, self.calls = tokenizer, texts, []
