@@ -17,6 +17,7 @@ import torch
 
 from reval import cli, config_io
 from reval.config import Config, load_config
+from reval.environments import Conversation, EnvironmentPool
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -103,6 +104,23 @@ def test_the_reward_in_extending_scores(tmp_path):
     with RewardPool(f"{tmp_path}/rewards.py:shorter_is_better", workers=1, timeout=10.0) as pool:
         scores = pool.score(["p", "p"], ["ab", "b"], [[1, 2], [2]], {"answer": ["x", "y"]})
     assert scores.rewards == [0.5, 1.0] and scores.errors == 0
+
+
+def test_the_environment_in_environments_counts_down(tmp_path):
+    [code] = blocks("docs/environments.md")
+    (tmp_path / "game.py").write_text(code)
+    with EnvironmentPool(f"{tmp_path}/game.py:Countdown", {"penalty": 0.1}, workers=1, timeout=60) as pool:
+        talks = [Conversation({"prompt": "?", "start": 2}) for _ in range(2)]
+        pool.start()
+        pool.advance(talks)
+        for said in (["2", "2"], ["1", "3"]):
+            for talk, completion in zip(talks, said, strict=True):
+                talk.completions.append(completion)
+            pool.advance(talks)
+        assert [(t.done, t.reward, t.lost) for t in talks] == [(False, 0.0, False), (True, -0.1, False)]
+        talks[0].completions.append("0")
+        pool.advance(talks[:1])
+        assert (talks[0].done, talks[0].reward) == (True, 1.0)
 
 
 def test_the_rollout_engine_in_extending_has_every_method_of_the_protocol():
