@@ -236,7 +236,7 @@ def check_settings(config: Config, checkpoint: Path) -> None:
 def _check_problems(now: dict[str, str], saved: dict[str, str], checkpoint: Path) -> None:
     """Raise ConfigError if the problems are others than those of the checkpoint."""
     for name, digest in saved.items():
-        if now[name] != digest:
+        if name in now and now[name] != digest:  # with rollout.engine=none there are no training problems
             raise ConfigError(
                 f"the {name} problems are not those of {checkpoint}, so the run cannot go on from it: the settings "
                 "under data, the data itself, evaluation.benchmarks (training leaves their problems out), the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from .model.sharding import unsharded
 from .rewards import RewardPool, check_columns
 from .rollout import RolloutEngine, make_rollout
 from .rollout.actor import Actor
+from .rollout.none import NoRollout
 from .sources import check_files
 
 
@@ -37,6 +38,8 @@ class Components:
     """The held-out problems first, then the problems of each benchmark. Training uses none of them."""
     problem_digests: dict[str, str]
     """See Problems.digests."""
+    held_out_prompts: frozenset[tuple[int, ...]]
+    """See Problems.held_out."""
     rollout_engine: RolloutEngine
     """Generates with the policy's weights."""
     actor: Actor
@@ -65,13 +68,14 @@ def build(config: Config, checkpoint: Path | None = None) -> Iterator[Components
             processes.from_main(lambda: check_files(config))  # first, because loading the model takes long
             model, tokenizer = load_model(config.model, config.run.seed, config.lora, processes, checkpoint)
             # The main process makes the problems, because another process may read or generate other ones.
-            training, evaluation, digests = processes.from_main(lambda: _problems(config, model, tokenizer))
-            engine = stack.enter_context(closing(_rollout_engine(config, model, tokenizer, processes)))
+            problems = processes.from_main(lambda: _problems(config, model, tokenizer))
+            answering = bool(problems.evaluation)
+            engine = stack.enter_context(closing(_rollout_engine(config, model, tokenizer, processes, answering)))
             environments, rewards = _scorers(config, stack)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         actor = Actor(engine, config, tokenizer, environments, _context(model))
-        yield Components(model, tokenizer, training, evaluation, digests, engine, actor, rewards, processes)
+        yield Components(model, tokenizer, *problems, engine, actor, rewards, processes)
 
 
 def _scorers(config: Config, stack: ExitStack) -> tuple[EnvironmentPool | None, RewardPool | None]:
@@ -88,14 +92,14 @@ def _problems(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
     """The problems. Raises ValueError for one that the model cannot read or the reward function can never score."""
     context, shape = _context(model), model.config.get_text_config()
     longest = context - config.rollout.max_new_tokens
-    if longest < 1:
+    if longest < 1 and config.generates:
         raise ValueError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: the model's context "
             f"has {context} tokens"
         )
     if config.environment.name is not None and tokenizer.chat_template is None:
         raise ValueError("environment.name needs a model with a chat template, which separates the turns; it has none")
-    problems = load_problems(config.data, tokenizer, longest, config.evaluation, config.environment)
+    problems = load_problems(config.data, tokenizer, longest, config.evaluation, config.environment, config.generates)
     for problem in problems.training + problems.evaluation:
         if (largest := max(problem.token_ids)) >= shape.vocab_size:
             raise ValueError(
@@ -121,14 +125,20 @@ def _reward_function(problem: Problem, config: Config) -> str:
 
 
 def _rollout_engine(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, answering: bool
 ) -> RolloutEngine:
     """The rollout engine, with the policy's weights.
+
+    With rollout.engine=none it only answers the evaluation problems: it is hf, or NoRollout if there is none to answer.
 
     The hf engine generates with the policy itself, without a copy, if all of this holds: one process (no shards),
     nothing is generated while the policy trains (rollout.ahead=0), the engine never uses older weights
     (rollout.sync_every=1), and the weights that generate have the policy's dtype.
     """
+    if not config.generates:
+        if not answering:
+            return NoRollout()
+        config = replace(config, rollout=replace(config.rollout, engine="hf"))
     settings, dtype = config.rollout, rollout_dtype(config)
     alike = settings.engine == "hf" and dtype == model.dtype
     if alike and world.size == 1 and not settings.ahead and settings.sync_every == 1:

@@ -213,9 +213,10 @@ class DataConfig(_Section):
 class RolloutConfig(_Section):
     """generating responses"""
 
-    engine: Literal["hf", "vllm"] = "hf"
+    engine: Literal["hf", "vllm", "none"] = "hf"
     """Rollout engine. hf: transformers generates in this process. vllm: vLLM generates, with its own copy of the
-    weights (docs/rollouts.md)."""
+    weights (docs/rollouts.md). none: training generates nothing and uses the rollouts of replay.preload alone; hf
+    answers the evaluation problems, if there are any."""
     prompts: int = 128
     """Number of prompts per iteration."""
     responses: int = 8
@@ -250,7 +251,9 @@ class RolloutConfig(_Section):
     """Further arguments of vllm.LLM. Example: rollout.vllm_options.max_model_len=4096 sets max_model_len."""
 
     def _check(self) -> None:
-        self._at_least(1, "prompts", "responses", "max_new_tokens", "batch_size", "sync_every")
+        allowed = "at least 1 (rollout.engine=none trains without generating, on the rollouts of replay.preload)"
+        self._need(self.prompts >= 1, "prompts", allowed)
+        self._at_least(1, "responses", "max_new_tokens", "batch_size", "sync_every")
         self._at_least(0, "ahead", "probe_tokens")
         self._positive("temperature", "timeout")
         self._need(0 < self.vllm_gpu_memory <= 1, "vllm_gpu_memory", "greater than 0 and at most 1")
@@ -318,12 +321,14 @@ class ReplayConfig(_Section):
     capacity: int = 5120
     """Maximum number of trajectories in the buffer. The oldest trajectories are removed first."""
     updates_per_iteration: int = 2
-    """K: one update on the fresh batch and K - 1 updates on batches drawn from the buffer. 1: on-policy training."""
+    """K: one update on the fresh batch and K - 1 updates on batches drawn from the buffer. 1: on-policy training. With
+    rollout.engine=none, all K updates are on batches drawn from the buffer."""
     batch_size: int | None = None
     """Number of trajectories drawn for each replayed update. null: as many as one iteration generates."""
     preload: str | None = None
-    """JSONL file of logged rollouts that fills the buffer at the start. Each row has `prompt_ids`, `response_ids` and
-    `reward` (docs/rollouts.md). Log-probabilities are not needed."""
+    """JSONL file of logged rollouts that fills the buffer at the start. Each row has a prompt and a response, as token
+    ids or as text, and a reward, or the columns from which reward.function computes it (docs/rollouts.md).
+    Log-probabilities are not needed."""
     preload_shaping: Literal["same", "plain", "centered", "normalized", "plus_minus_one"] = "same"
     """Shaping of the rewards in replay.preload. same: reward.shaping, because a log holds raw rewards. plain: the loss
     uses them as they are."""
@@ -493,7 +498,8 @@ class RunConfig(_Section):
     dir: str = "runs/default"
     """Folder for the resolved config, metrics, samples and checkpoints."""
     iterations: int = 650
-    """Number of iterations. Each iteration generates responses, scores them and updates the policy."""
+    """Number of iterations. Each iteration generates responses, scores them and updates the policy; with
+    rollout.engine=none it only updates the policy."""
     seed: int = 0
     """Seed of the sampling, of the draws from the buffer, and of the random weights of model.name=tiny."""
     save_every: int = 50
@@ -571,6 +577,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        if not self.generates:
+            self._check_offline()
         if self.replay.capacity < self.trajectories_per_iteration:
             raise ConfigError(
                 f"replay.capacity must be at least rollout.prompts * rollout.responses "
@@ -578,7 +586,7 @@ class Config:
                 f"got {self.replay.capacity}"
             )
 
-        if self.reward.shaping in ("centered", "normalized") and self.rollout.responses == 1:
+        if self.reward.shaping in ("centered", "normalized") and self.rollout.responses == 1 and self.generates:
             raise ConfigError(
                 f"reward.shaping must not be {self.reward.shaping!r} with rollout.responses=1: one response is its own "
                 "mean, so every reward would be 0; use 'plain' or 'plus_minus_one'"
@@ -609,6 +617,22 @@ class Config:
                 "evaluation.best_of_n must be false with environment.name: it scores responses of one turn"
             )
 
+    def _check_offline(self) -> None:
+        for name, value, right, allowed in (
+            ("replay.preload", self.replay.preload, self.replay.preload is not None, "a file of rollouts"),
+            ("replay.batch_size", self.replay.batch_size, self.replay.batch_size is not None, "a number of rollouts"),
+            ("rollout.ahead", self.rollout.ahead, not self.rollout.ahead, "0"),
+            ("tracking.rollouts", self.tracking.rollouts, not self.tracking.rollouts, "false"),
+        ):
+            if not right:
+                raise ConfigError(
+                    f"{name} must be {allowed} with rollout.engine=none, which generates nothing; got {show(value)}"
+                )
+        if self.objective.name == "grpo":
+            raise ConfigError(
+                "objective.name must not be grpo with rollout.engine=none: GRPO is on-policy, it needs fresh responses"
+            )
+
     def _check_grpo(self) -> None:
         if self.reward.shaping not in ("centered", "normalized"):
             raise ConfigError(
@@ -627,9 +651,14 @@ class Config:
                 )
 
     @property
+    def generates(self) -> bool:
+        """Whether training generates responses. If not, it uses the rollouts of replay.preload alone."""
+        return self.rollout.engine != "none"
+
+    @property
     def trajectories_per_iteration(self) -> int:
         """Number of responses that one iteration generates. It is also the size of the fresh batch."""
-        return self.rollout.prompts * self.rollout.responses
+        return self.rollout.prompts * self.rollout.responses if self.generates else 0
 
     @property
     def updates(self) -> int:

@@ -41,12 +41,17 @@ def curves(folders: Sequence[str | Path], metrics: Sequence[str], axis: str = "r
     The curve of a group has only the points that all runs of the group have, so it ends where the shortest run ends.
     The evaluation before training is the point at x = 0.
 
-    Raises ConfigError if a folder holds no run, if a run does not have a metric, or if `axis` is not in AXES.
+    Raises ConfigError if a folder holds no run, if a run does not have a metric, if `axis` is not in AXES, or if it is
+    "rollouts" and a run generated none.
     """
     if axis not in AXES:
         raise ConfigError(f"axis must be one of {', '.join(AXES)}; got {axis!r}")
     runs = [Path(folder) for folder in folders]
     configs = [_config(run) for run in runs]
+    if axis == "rollouts" and (
+        offline := [run for run, config in zip(runs, configs, strict=True) if not config.generates]
+    ):
+        raise ConfigError(f"'{offline[0]}' generated no rollouts (rollout.engine=none); --axis updates fits such runs")
     groups: dict[str, list[int]] = {}
     for i, label in enumerate(_labels(configs)):
         groups.setdefault(label, []).append(i)

@@ -38,11 +38,15 @@ class Problems(NamedTuple):
     """All problems of a run."""
 
     training: list[Problem]
+    """Empty if training generates nothing."""
     evaluation: list[Problem]
     """The held-out problems, then those of each benchmark. No prompt of them is among the training problems."""
     digests: dict[str, str]
-    """A hash of the prompts' token ids and of the columns: of the training problems and of all held-out problems. Equal
-    hashes mean equal problems in equal order."""
+    """A hash of the prompts' token ids and of the columns: of the training problems, if there are any, and of all
+    held-out problems. Equal hashes mean equal problems in equal order."""
+    held_out: frozenset[tuple[int, ...]]
+    """The token ids of every prompt that training must not use: of all held-out problems and all problems of the
+    benchmarks, in the template of training and in that of the evaluation. Logged rollouts of them are left out."""
 
 
 class _Asked(NamedTuple):
@@ -63,6 +67,7 @@ def load_problems(
     longest_prompt: int,
     evaluation: EvaluationConfig | None = None,
     environment: EnvironmentConfig | None = None,
+    generates: bool = True,
 ) -> Problems:
     """The training problems and the evaluation problems.
 
@@ -72,40 +77,50 @@ def load_problems(
     Args:
         longest_prompt: the number of prompt tokens that fit: the model's context minus rollout.max_new_tokens.
         environment: makes the problems of data.source=environment.
+        generates: False if training generates nothing. There are then no training problems, and the data source is read
+            only if held-out problems come from it.
 
     Raises ValueError for an empty set, a broken row, a benchmark that cannot be found, or a prompt that is too long.
     """
     chat = tokenizer.chat_template is not None
     _check_template_variables(config, tokenizer)
-    groups = _by_prompt(
-        _generated(config, chat) if config.source == "reasoning_gym" else _read(config, chat, environment)
-    )
-    random.Random(config.seed).shuffle(groups)
+    needed = generates or (config.held_out and config.held_out_path is None)
+    groups = _groups(config, chat, environment) if needed else []
     if config.held_out_path is not None:
         held_out = list(_prompts(read_file(config.held_out_path), config.held_out_path, config, chat))
     else:
         held_out = [row for group in groups[: config.held_out] for row in group]
     sets: dict[str | None, list[_Asked]] = {None: held_out}
-    keys = {row.key for row in held_out}
+    kept = [*held_out]
     if evaluation is not None:
         asked = replace(config, template=evaluation.template or config.template, columns={})
         for name, own in (load_benchmark(spec, evaluation.folder) for spec in evaluation.benchmarks):
             sets[name] = list(_prompts(own, name, asked, chat))
             # The benchmark's template may differ from that of training. Training must not use these problems either, so
             # the keys contain the prompts in the training template too.
-            keys |= {row.key for row in _prompts(own, name, replace(config, columns={}), chat)}
-    training = [row for group in groups if group[0].key not in keys for row in group]
-    if not training:
+            kept += [*sets[name], *_prompts(own, name, replace(config, columns={}), chat)]
+    keys = {row.key for row in kept}
+    training = [row for group in groups if group[0].key not in keys for row in group] if generates else []
+    if generates and not training:
         raise ValueError(
             f"no problems are left to train on: {len(groups)} distinct ones came from data.{_origin(config)}, and "
             f"{len({row.key for row in held_out})} are held out (data.held_out)"
         )
     encoded = _encoded(training, tokenizer, longest_prompt, config)
     answered = {name: _encoded(own, tokenizer, longest_prompt, config, name) for name, own in sets.items()}
-    digests = {"training": _digest(encoded), "held-out": _digest(answered[None])}
+    digests = ({"training": _digest(encoded)} if generates else {}) | {"held-out": _digest(answered[None])}
     if evaluation is not None and evaluation.problems is not None:
         answered = {name: _sample(own, evaluation.problems, f"{config.seed}/{name}") for name, own in answered.items()}
-    return Problems(encoded, [problem for own in answered.values() for problem in own], digests)
+    prompts = frozenset(tuple(encode(row.prompt, tokenizer, config.chat_template_kwargs)) for row in kept)
+    return Problems(encoded, [problem for own in answered.values() for problem in own], digests, prompts)
+
+
+def _groups(config: DataConfig, chat: bool, environment: EnvironmentConfig | None) -> list[list[_Asked]]:
+    """The rows of the data source in groups with the same prompt, shuffled by data.seed."""
+    generated = config.source == "reasoning_gym"
+    groups = _by_prompt(_generated(config, chat) if generated else _read(config, chat, environment))
+    random.Random(config.seed).shuffle(groups)
+    return groups
 
 
 def _generated(config: DataConfig, chat: bool) -> Iterator[_Asked]:

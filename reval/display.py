@@ -32,6 +32,8 @@ SHOWN = {
     "completions/mean_length": "{:.0f} tokens long",
     "rollout/tokens_per_second": "{:.0f} tokens/s",
 }
+OFFLINE = {"reval/replay/residual_abs": "residual {:.2f}", "replay/loss": "loss {:.3g}"}
+"""What is shown of an iteration that generates nothing (rollout.engine=none)."""
 
 
 class Display:
@@ -70,12 +72,17 @@ class Display:
             )
 
     def __enter__(self) -> Display:
-        self._console.print(
-            f"{self._config.model.name}: {self._config.run.iterations} iterations of "
-            f"{self._config.rollout.prompts} prompts x {self._config.rollout.responses} responses, "
-            f"{self._config.replay.updates_per_iteration} updates each; results in {self._config.run.dir} "
-            "(settings: config.yaml there)" + (f"; resumed after iteration {self._first}" if self._first else ""),
-            markup=False,
+        rollout, replay, run = self._config.rollout, self._config.replay, self._config.run
+        batches = (
+            f"{rollout.prompts} prompts x {rollout.responses} responses, {replay.updates_per_iteration} updates each"
+        )
+        if not self._config.generates:
+            batches = (
+                f"{replay.updates_per_iteration} updates on {replay.batch_size} logged rollouts of {replay.preload}"
+            )
+        self.note(
+            f"{self._config.model.name}: {run.iterations} iterations of {batches}; results in {run.dir} "
+            "(settings: config.yaml there)" + (f"; resumed after iteration {self._first}" if self._first else "")
         )
         if self._progress is not None:
             self._progress.start()
@@ -101,7 +108,8 @@ class Display:
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
         """Show the metrics of a finished iteration, and an estimate of the time left."""
-        parts = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
+        shown = SHOWN if self._config.generates else OFFLINE
+        parts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
         for key, name in (("reward_errors", "reward errors"), ("reward_timeouts", "reward timeouts")):
             if metrics.get(key):
                 parts.append(f"{metrics[key]:.0f} {name}!")

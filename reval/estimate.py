@@ -210,15 +210,18 @@ def _rollout_dtype(config: Config) -> str:
 
 def _rollout(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
     rollout = config.rollout
-    if rollout.engine != "hf":
+    if rollout.engine == "vllm":
         return  # vLLM takes a fraction of the GPU that is not part of this sum: see `_vllm`
+    if not config.generates and not (config.data.held_out or config.data.held_out_path or config.evaluation.benchmarks):
+        return  # rollout.engine=none and nothing to answer: there is no engine
     dtype = _rollout_dtype(config)
     if gpus == 1 and dtype == config.model.dtype and not rollout.ahead and rollout.sync_every == 1:
         yield "rollout: the policy's own weights", 0.0
     else:
         yield f"rollout: a copy of the weights ({dtype})", shape.parameters * BYTES[dtype]
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]  # bytes for keys and values of one token
-    sequences = min(rollout.batch_size, -(-config.trajectories_per_iteration // gpus))
+    most = -(-config.trajectories_per_iteration // gpus) if config.generates else rollout.batch_size
+    sequences = min(rollout.batch_size, most)
     length = rollout.max_new_tokens + PROMPT
     yield f"rollout: cache of {sequences} x {length} tokens", float(sequences * length * cache)
 
@@ -227,10 +230,13 @@ def tokens(config: Config) -> Iterator[str]:
     """Lines of text with the maximum number of tokens that the run generates."""
     longest, run = config.rollout.max_new_tokens, config.run
     training = run.iterations * config.trajectories_per_iteration
-    yield (
-        f"training: at most {_count(training * longest)} tokens ({run.iterations} iterations x {config.rollout.prompts}"
-        f" prompts x {config.rollout.responses} responses x {longest} tokens)"
-    )
+    if config.generates:
+        yield (
+            f"training: at most {_count(training * longest)} tokens ({run.iterations} iterations x "
+            f"{config.rollout.prompts} prompts x {config.rollout.responses} responses x {longest} tokens)"
+        )
+    else:
+        yield "training: no tokens are generated; it uses the rollouts of replay.preload"
     evaluation = config.evaluation
     times = 1 + (run.iterations // evaluation.every if evaluation.every else 0)
     times += not evaluation.every or run.iterations % evaluation.every != 0  # every run ends with an evaluation

@@ -38,7 +38,7 @@ from .run_folder import (
     save_trajectories,
 )
 from .run_lock import refuse_running
-from .scoring import ScoredRollouts, score_rollouts
+from .scoring import NOTHING, ScoredRollouts, score_rollouts
 from .tracking import check_installed
 from .training_run import TrainingRun
 
@@ -117,11 +117,13 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
     with Interruptible(lambda: display.note("finishing this iteration, then saving; again to stop at once")) as stop:
         for iteration in range(run.iteration + 1, config.run.iterations + 1):
             clock = Clock()
-            with clock("rollout"):
-                # With rollout.ahead these responses were requested in an earlier iteration.
-                rollouts = run.generation.next(iteration)
-            with clock("reward"):
-                scored = score_rollouts(rollouts, iteration, config, components)
+            scored = NOTHING
+            if config.generates:
+                with clock("rollout"):
+                    # With rollout.ahead these responses were requested in an earlier iteration.
+                    rollouts = run.generation.next(iteration)
+                with clock("reward"):
+                    scored = score_rollouts(rollouts, iteration, config, components)
             try:
                 _check_scores(run, scored, iteration)
                 # The buffer gets the fresh trajectories before the updates, so that the replayed batches contain them
@@ -145,7 +147,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
             metrics = scored.metrics()
             # Sending the weights is expensive, so rollout.sync_every may skip it. An evaluation needs the current
             # weights. A checkpoint needs a sync because a resumed run starts with the saved weights in the engine.
-            syncing = evaluating or saving or _due(config.rollout.sync_every, iteration)
+            syncing = evaluating or (config.generates and (saving or _due(config.rollout.sync_every, iteration)))
             if syncing:
                 with clock("sync"):
                     metrics |= _sync(run, components, scored.trajectories)
@@ -156,7 +158,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
             metrics, evaluation = _report(run, components, metrics, evaluating)
             after = evaluation or after
             if not saving and _is_best(run, metrics):
-                if not syncing:
+                if config.generates and not syncing:
                     _sync(run, components, scored.trajectories)
                 save_checkpoint(run.folder, run, metrics)
             elif saving:
@@ -191,11 +193,13 @@ def _is_best(run: TrainingRun, metrics: dict[str, float]) -> bool:
 
 
 def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
-    """The K updates of one iteration: one on the fresh batch, K - 1 on batches from the buffer."""
+    """The K updates of one iteration: one on the fresh batch, K - 1 on batches from the buffer. With
+    rollout.engine=none there is no fresh batch, and all K are on batches from the buffer."""
     for k in range(run.config.replay.updates_per_iteration):
         # The first update uses the fresh batch, so that every trajectory is used at least once. The other batches are
         # random draws. With replay.batch_size=null a trajectory is used about K times on average.
-        batch = fresh if k == 0 else run.buffer.sample(run.config.replay_batch_size, run.rng)
+        replayed = k > 0 or not run.config.generates
+        batch = run.buffer.sample(run.config.replay_batch_size, run.rng) if replayed else fresh
         if not batch:
             continue  # k = 0: no fresh response has a score; k > 0: the buffer is empty too
         # Most replayed trajectories have their reference values already. After a reset, only the trajectories that are
@@ -205,7 +209,7 @@ def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
         with clock("update"):
             update = run.learner.update(batch)
         # Separate metrics: older policies generated the replayed batches, so the residuals of these differ.
-        run.tracker.update("reval" if k == 0 else "reval/replay", update)
+        run.tracker.update("reval/replay" if replayed else "reval", update)
 
 
 def _check_scores(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:
@@ -214,6 +218,8 @@ def _check_scores(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> N
     One row that cannot be scored must not end the run, because a resumed run draws this row again. So the run goes on
     after an iteration without a score if it has few prompts, but not if nothing was ever scored.
     """
+    if scored is NOTHING:
+        return
     if scored.failure:
         raise RewardError(scored.failure)
     run.unscored_prompts = 0 if scored.trajectories else run.unscored_prompts + run.config.rollout.prompts

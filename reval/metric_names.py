@@ -10,14 +10,20 @@ from .evaluation.answers import Answered, Evaluation
 
 UPDATES = ("loss", "grad_norm", "lr", "skipped")
 RESIDUALS = ("residual_mean", "residual_abs", "residual_p95", "v_policy", "v_reference", "log_ratio")
-TRAINING = (
+GENERATED = (
     *("reward", "reward_std", "frac_reward_zero_std", "reward_unscored", "reward_timeouts", "reward_errors"),
     *("completions/mean_length", "completions/max_length", "completions/clipped_ratio", "num_tokens"),
     *("rollout/lag", "rollout/tokens_per_second", "rollout/mismatch_mean", "rollout/mismatch_max"),
+    *("time/rollout", "time/reward", *UPDATES),
+    *(f"reval/{name}" for name in RESIDUALS),
+)
+"""The metrics of fresh responses, which a run with rollout.engine=none does not have."""
+TRAINING = (
+    *GENERATED,
     *("buffer/size", "buffer/age_mean", "buffer/reuse_mean", "reference/version", "step_time"),
-    *(f"time/{stage}" for stage in ("rollout", "reward", "reference", "update", "sync")),
-    *(f"{prefix}{name}" for prefix in ("", "replay/") for name in UPDATES),
-    *(f"{prefix}/{name}" for prefix in ("reval", "reval/replay") for name in RESIDUALS),
+    *(f"time/{stage}" for stage in ("reference", "update", "sync")),
+    *(f"replay/{name}" for name in UPDATES),
+    *(f"reval/replay/{name}" for name in RESIDUALS),
 )
 """The metrics of every iteration, without those of evaluations."""
 
@@ -25,7 +31,7 @@ TRAINING = (
 def check_best_metric(config: Config, evaluation_problems: list[Problem]) -> None:
     """Raise ConfigError if no iteration logs run.best_metric."""
     name, evaluated = config.run.best_metric, evaluation_names(config, evaluation_problems)
-    known = (*evaluated, *TRAINING)
+    known = [*evaluated, *(n for n in TRAINING if config.generates or n not in GENERATED)]
     if name is None or name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)

@@ -22,6 +22,10 @@ def model_card(config: Config, iteration: int, metrics: dict[str, float]) -> str
     shown = [name for name in sorted(metrics) if name.startswith(("eval/", "reward")) or name == "num_tokens"]
     rows = "\n".join(f"| {name} | {metrics[name]:.6g} |" for name in shown)
     data = config.data.name if config.data.path is None else config.data.path
+    batches = f"{config.rollout.prompts} prompts x {config.rollout.responses} responses an iteration"
+    if not config.generates:
+        data = f"the logged rollouts in {config.replay.preload}"
+        batches = f"Batches of {config.replay_batch_size} logged rollouts"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {config.model.name}, trained with ReVal
@@ -30,7 +34,7 @@ def model_card(config: Config, iteration: int, metrics: dict[str, float]) -> str
 learning (objective `{config.objective.name}`, [arXiv 2603.23355](https://arxiv.org/abs/2603.23355)) on `{data}` with
 the reward `{config.reward.function}`; made by reval {__version__}. Every setting is in `config.yaml`.
 
-{config.rollout.prompts} prompts x {config.rollout.responses} responses an iteration,
+{batches},
 {config.replay.updates_per_iteration} updates each, beta {config.objective.beta:g}, learning rate {config.optim.lr:g}.
 
 | metric, in iteration {iteration} | |

@@ -24,6 +24,8 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
         evaluations: pairs (iteration, held-out accuracy).
     """
     x = [row["iteration"] for row in rows]
+    fresh = any("reval/v_policy" in row for row in rows)  # not with rollout.engine=none
+    prefix = "reval" if fresh else "reval/replay"
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     (reward, residual), (values, length) = figure.subplots(2, 2)
     panels = (
@@ -36,7 +38,11 @@ def save_curves(path: Path, rows: list[dict[str, float]], evaluations: list[tupl
         (
             values,
             "What the residual is made of",
-            {"reval/v_policy": "V(s_1)", "reval/v_reference": "V_ref(s_1)", "reval/log_ratio": "sum log pi / pi_ref"},
+            {
+                f"{prefix}/v_policy": "V(s_1)",
+                f"{prefix}/v_reference": "V_ref(s_1)",
+                f"{prefix}/log_ratio": "sum log pi / pi_ref",
+            },
         ),
         (length, "Completions", {"completions/mean_length": "mean length, tokens"}),
     )

@@ -71,7 +71,9 @@ class ScoredRollouts:
         return [(r.prompt, r.text, r.score) for r in self.responses]
 
     def metrics(self) -> dict[str, float]:
-        """`reward`, `completions/...`, `num_tokens`, ...: all that is known before the updates."""
+        """`reward`, `completions/...`, `num_tokens`, ...: all that is known before the updates. {} for NOTHING."""
+        if not self.responses:
+            return {}
         lengths = [r.length for r in self.responses]
         return (
             reward_metrics([r.score for r in self.responses], [r.group for r in self.responses])
@@ -90,6 +92,10 @@ class ScoredRollouts:
     def _turns(self) -> dict[str, float]:
         turns = [r.turns for r in self.responses if r.turns is not None]
         return {"completions/mean_turns": mean(turns)} if turns else {}
+
+
+NOTHING = ScoredRollouts(trajectories=[], failure="", responses=[], lag=0, timeouts=0, errors=0, exceptions=[])
+"""The scored rollouts of an iteration that generates nothing (rollout.engine=none)."""
 
 
 def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, components: Components) -> ScoredRollouts:

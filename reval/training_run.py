@@ -44,9 +44,11 @@ class TrainingRun:
         self.problems = ProblemSampler(components.training_problems, config.run.seed)
         self.problem_digests = components.problem_digests
         self.buffer = ReplayBuffer(config.replay.capacity)
+        preload = None
         if config.replay.preload and checkpoint is None:
-            self.buffer.add(load_rollouts(config, components.model))
-        preloaded = self.buffer.added
+            # The main process reads the file, which may call the reward function.
+            preload = self.world.from_main(lambda: load_rollouts(config, components))
+            self.buffer.add(preload.trajectories)
         self.reference = ReferencePolicy(components.model, config, components.world, checkpoint)
         self.learner = Learner(components.model, config, components.world)
         self.generation = Generation(
@@ -61,16 +63,16 @@ class TrainingRun:
         """The checkpoint that this run loaded or saved last."""
         self.tracker = components.world.together(lambda: self._start_tracker(stack))
         self.display = stack.enter_context(Display(config, self.iteration, quiet=not self.world.main))
-        if (left := len(components.training_problems)) < config.rollout.prompts:
+        if (left := len(components.training_problems)) < config.rollout.prompts and config.generates:
             self.display.note(
                 f"training has {left} problem{'s'[: left > 1]} (data.held_out={config.data.held_out}), fewer than "
                 f"rollout.prompts={config.rollout.prompts}: each iteration uses some of them several times"
             )
-        if preloaded > config.replay.capacity:
-            self.display.note(
-                f"replay.preload has {preloaded} rollouts, of which the last {config.replay.capacity} stay "
-                "(replay.capacity)"
-            )
+        if preload is not None:
+            for text in preload.notes(config.replay.capacity):
+                self.display.note(text)
+            for exception in preload.exceptions:
+                self.tracker.reward_error(0, exception)
 
     def _start_tracker(self, stack: ExitStack) -> Tracker:
         """Lock the run folder and take it over. This comes last, because everything before may still fail."""

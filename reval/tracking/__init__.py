@@ -52,7 +52,7 @@ class Tracker:
         }
         self._rows: list[dict[str, float]] = [json.loads(line) for line in kept["metrics.jsonl"]]
         state = state or {
-            "tokens": self._rows[-1]["num_tokens"] if self._rows else 0,
+            "tokens": self._rows[-1].get("num_tokens", 0) if self._rows else 0,
             "evaluations": [(r["iteration"], r["eval/accuracy"]) for r in self._rows if "eval/accuracy" in r],
             "runs": {},
         }
@@ -134,11 +134,12 @@ class Tracker:
 
     def log(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
         """Write one iteration: `metrics`, and the means over the results of its updates. Returns the whole row."""
-        self._tokens += int(metrics["num_tokens"])
-        seconds = metrics.get("time/rollout", 0.0)
         row = {"iteration": iteration, **metrics, **self._summary, **_summary(self._updates)}
-        row["rollout/tokens_per_second"] = metrics["num_tokens"] / seconds if seconds else 0.0
-        row["num_tokens"] = self._tokens
+        if "num_tokens" in metrics:  # not with rollout.engine=none
+            self._tokens += int(metrics["num_tokens"])
+            seconds = metrics.get("time/rollout", 0.0)
+            row["rollout/tokens_per_second"] = metrics["num_tokens"] / seconds if seconds else 0.0
+            row["num_tokens"] = self._tokens
         self._write("metrics.jsonl", [row])
         self._rows.append(row)
         self._send(iteration, row, self._samples)

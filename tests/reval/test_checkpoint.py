@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import offline_components
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -203,7 +204,7 @@ def test_one_run_writes_the_rollouts_that_another_run_preloads(tmp_path, monkeyp
     config = configured(tmp_path / "new", f"replay.preload={written}", "replay.capacity=112")
     saved = load_file(tmp_path / "whole" / "checkpoint" / "training" / "replay.safetensors")
     loaded = ReplayBuffer(112)
-    loaded.add(load_rollouts(config, load_model(config.model)[0]))
+    loaded.add(load_rollouts(config, offline_components(*load_model(config.model))).trajectories)
     for name in ("token_ids", "action_mask", "lengths", "numbers"):
         assert loaded.state()[name].tolist() == saved[name].tolist(), name
 

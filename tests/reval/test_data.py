@@ -33,7 +33,7 @@ def questions(problems):
 
 def test_generated_problems_are_distinct_and_held_out_ones_stay_out(tiny):
     config = DataConfig(options=ADDITIONS, template="{question} Only the number.", size=500, held_out=20)
-    training, held_out, _ = load_problems(config, tiny[1], 400)
+    training, held_out, *_ = load_problems(config, tiny[1], 400)
     assert len(held_out) == 20 and len(training) > 60
     everything = questions(training) + questions(held_out)
     assert len(set(everything)) == len(everything)
@@ -48,7 +48,7 @@ def test_a_file_of_problems(tiny, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "2+2", "answer": "4"}, {"prompt": chat, "answer": "x"}])
     held = jsonl(tmp_path / "h.jsonl", [{"prompt": "2+2", "answer": "4"}])
     config = DataConfig(source="jsonl", path=path, held_out_path=held, template="Q: {question}", system_prompt="S")
-    training, held_out, _ = load_problems(config, tiny[1], 400)
+    training, held_out, *_ = load_problems(config, tiny[1], 400)
     system = {"role": "system", "content": "S"}
     assert [p.prompt for p in training] == [[system, {"role": "user", "content": "Q: hi"}]]
     assert training[0].where == f"{path}, row 2"
@@ -60,7 +60,7 @@ def test_a_model_without_a_chat_template_gets_text(tiny, tmp_path):
     _, tokenizer = tiny
     tokenizer.chat_template = None
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "2+2"}])
-    training, _, _ = load_problems(DataConfig(source="jsonl", path=path, held_out=0), tokenizer, 400)
+    training, *_ = load_problems(DataConfig(source="jsonl", path=path, held_out=0), tokenizer, 400)
     assert training[0].prompt == "2+2"
 
 
@@ -93,7 +93,7 @@ def test_rows_with_one_prompt_stay_together(tiny, tmp_path):
     """Equal rows count once. Other columns make another problem, but no prompt is both trained on and held out."""
     rows = [{"prompt": str(i % 8), "answer": str(i % 2 if i % 8 < 4 else i)} for i in range(32)]
     config = DataConfig(source="jsonl", path=jsonl(tmp_path / "p.jsonl", rows), held_out=4)
-    training, held_out, _ = load_problems(config, tiny[1], 400)
+    training, held_out, *_ = load_problems(config, tiny[1], 400)
     everything = [(p.prompt[0]["content"], p.columns["answer"]) for p in training + held_out]
     assert sorted(everything) == sorted({(row["prompt"], row["answer"]) for row in rows})
     assert len(everything) == 4 + 4 * 4
@@ -139,7 +139,7 @@ def test_a_hub_data_set_with_columns_of_its_own(tiny, monkeypatch):
     monkeypatch.setattr("reval.data.read_hub", read_hub)
     columns = {"prompt": "problem", "answer": "reward_model.ground_truth"}
     config = DataConfig(source="hub", name="a/b", subset="c", split="s", columns=columns, held_out=2)
-    training, held_out, _ = load_problems(config, tiny[1], 400)
+    training, held_out, *_ = load_problems(config, tiny[1], 400)
     assert asked == [("a/b", "c", "s")] and (len(training), len(held_out)) == (3, 2)
     assert {(p.prompt[-1]["content"], p.columns["answer"]) for p in training + held_out} == {
         (f"{i}+1", i + 1) for i in range(5)
@@ -152,14 +152,14 @@ def test_benchmarks_come_after_the_held_out_problems_and_out_of_training(tiny, t
     jsonl(tmp_path / "aime24.jsonl", [{"problem": "5", "answer": "5"}, {"problem": "a", "answer": "b"}])
     config = DataConfig(source="jsonl", path=path, held_out=2, template="T {question}")
     evaluation = EvaluationConfig(benchmarks=["aime24", own], folder=str(tmp_path))
-    training, answered, _ = load_problems(config, tiny[1], 400, evaluation)
+    training, answered, *_ = load_problems(config, tiny[1], 400, evaluation)
     assert [p.benchmark for p in answered] == [None] * 2 + ["aime24"] * 2 + ["own"] * 3
     assert [p.prompt[-1]["content"] for p in answered[2:]] == ["T 5", "T a", "T 3", "T 4", "T 100"]
     assert answered[3].columns == {"answer": "b"}
     assert not set(questions(training)) & set(questions(answered))
     assert len(training) + 2 + len({"3", "4", "5"} - {p.prompt[-1]["content"][2:] for p in answered[:2]}) == 20
     own_template = replace(evaluation, template="B {question}")
-    same, answered, _ = load_problems(config, tiny[1], 400, own_template)
+    same, answered, *_ = load_problems(config, tiny[1], 400, own_template)
     assert [p.prompt[-1]["content"][0] for p in answered] == ["T"] * 2 + ["B"] * 5
     assert questions(same) == questions(training)
 
@@ -170,7 +170,7 @@ def test_a_sub_sample_is_fixed_and_nothing_of_the_set_is_trained_on(tiny, tmp_pa
     bench = jsonl(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "answer": i} for i in range(10)])
     config = DataConfig(source="jsonl", path=path, held_out_path=held)
     evaluation = EvaluationConfig(benchmarks=[bench], problems=4)
-    training, answered, _ = load_problems(config, tiny[1], 400, evaluation)
+    training, answered, *_ = load_problems(config, tiny[1], 400, evaluation)
     assert [p.benchmark for p in answered] == [None] * 4 + ["b"] * 4
     assert {p.prompt[0]["content"] for p in training} == {str(i) for i in range(10, 30)}
     chosen = questions(answered)
