@@ -208,7 +208,7 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("run.overwrite=1", "run.overwrite must be true or false; got 1"),
         ("run.dir=", "run.dir must be a folder; got ''"),
         ("run.display=curses", "run.display must be one of auto, rich, plain; got 'curses'"),
-        ("rollout.engine=sglang", "rollout.engine must be one of hf, vllm; got 'sglang'"),
+        ("rollout.engine=sglang", "rollout.engine must be one of hf, vllm, none; got 'sglang'"),
         ("rollout.dtype=float16", "rollout.dtype must be one of same, bfloat16, float32, auto; got 'float16'"),
         ("rollout.sync_every=0", "rollout.sync_every must be at least 1; got 0"),
         ("rollout.ahead=-1", "rollout.ahead must be at least 0; got -1"),
@@ -224,7 +224,11 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
             "rollout.vllm_devices=0-3",
             "rollout.vllm_devices must be null, or numbers with commas between them; got '0-3'",
         ),
-        ("rollout.prompts=0", "rollout.prompts must be at least 1; got 0"),
+        (
+            "rollout.prompts=0",
+            "rollout.prompts must be at least 1 (rollout.engine=none trains without generating, on the rollouts of "
+            "replay.preload); got 0",
+        ),
         ("rollout.responses=0", "rollout.responses must be at least 1; got 0"),
         ("rollout.max_new_tokens=0", "rollout.max_new_tokens must be at least 1; got 0"),
         ("rollout.temperature=0", "rollout.temperature must be greater than 0 and finite; got 0.0"),
@@ -316,6 +320,30 @@ def test_vllm_options_cannot_change_which_policy_answers():
     )
     config = load_config([], ["rollout.engine=vllm", "rollout.vllm_options.max_model_len=512"])
     assert config.rollout.vllm_options == {"max_model_len": 512}
+
+
+OFFLINE = ["rollout.engine=none", "replay.preload=x.jsonl", "replay.batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("replay.preload=null", "replay.preload must be a file of rollouts"),
+        ("replay.batch_size=null", "replay.batch_size must be a number of rollouts"),
+        ("rollout.ahead=1", "rollout.ahead must be 0"),
+        ("tracking.rollouts=true", "tracking.rollouts must be false"),
+    ],
+)
+def test_without_generation_some_settings_are_needed_and_others_refused(override, message):
+    error = error_of(*OFFLINE, override)
+    assert error.startswith(f"{message} with rollout.engine=none, which generates nothing; got ")
+
+
+def test_without_generation_no_setting_of_a_fresh_batch_counts():
+    config = load_config([], [*OFFLINE, "replay.capacity=8", "rollout.responses=1"])
+    assert (config.trajectories_per_iteration, config.replay_batch_size, config.updates) == (0, 8, 1300)
+    grpo = ["objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1"]
+    assert error_of(*OFFLINE, *grpo).startswith("objective.name must not be grpo with rollout.engine=none")
 
 
 def test_centred_rewards_need_a_group_and_the_regression_needs_them():
