@@ -129,7 +129,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
                 # The buffer gets the fresh trajectories before the updates, so that the replayed batches contain them
                 # too: every trajectory of the buffer then has the same chance.
                 run.buffer.add(scored.trajectories)
-                _update(run, scored.trajectories, clock)
+                _update(run, scored, clock)
             finally:
                 # Also after a failure: the responses help to understand it, for example a loss that is not finite.
                 _record_responses(run, scored, iteration)
@@ -192,14 +192,14 @@ def _is_best(run: TrainingRun, metrics: dict[str, float]) -> bool:
     return run.world.broadcast(best)  # the processes measured different times, and must decide together
 
 
-def _update(run: TrainingRun, fresh: list[Trajectory], clock: Clock) -> None:
+def _update(run: TrainingRun, scored: ScoredRollouts, clock: Clock) -> None:
     """The K updates of one iteration: one on the fresh batch, K - 1 on batches from the buffer. With
     rollout.engine=none there is no fresh batch, and all K are on batches from the buffer."""
     for k in range(run.config.replay.updates_per_iteration):
         # The first update uses the fresh batch, so that every trajectory is used at least once. The other batches are
         # random draws. With replay.batch_size=null a trajectory is used about K times on average.
-        replayed = k > 0 or not run.config.generates
-        batch = run.buffer.sample(run.config.replay_batch_size, run.rng) if replayed else fresh
+        replayed = k > 0 or scored is NOTHING
+        batch = run.buffer.sample(run.config.replay_batch_size, run.rng) if replayed else scored.trajectories
         if not batch:
             continue  # k = 0: no fresh response has a score; k > 0: the buffer is empty too
         # Most replayed trajectories have their reference values already. After a reset, only the trajectories that are

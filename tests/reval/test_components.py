@@ -58,7 +58,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, monkeypatch):
 
 
 def test_every_process_has_the_problems_of_the_main_process(tmp_path, monkeypatch):
-    made = Problems([Problem("p", [7], {"answer": "1"})], [], {"training": "d"})
+    made = Problems([Problem("p", [7], {"answer": "1"})], [], {"training": "d"}, frozenset())
 
     class Other(World):
         """A process that is not the main process."""

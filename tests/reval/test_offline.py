@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from reval.loop import train
 from reval.metric_names import GENERATED, TRAINING
 from reval.rollout.hf import HFRollout
 from reval.rollout.none import NoRollout
+from reval.rollout_log import load_rollouts
 
 ALONE = ["data.held_out=0", "data.name=no_such_set"]  # reading the data source would fail
 SUMS = [(a, b) for a in range(1, 8) for b in range(1, 8)]
@@ -139,6 +141,18 @@ def test_a_broken_log_leaves_the_folder_untouched(configured, tmp_path, log):
     with pytest.raises(ConfigError, match="replay.preload: .*log.jsonl, row 1: has no 'reward', and .*column 'answer'"):
         train(configured("run", *ALONE))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_example_log_trains(tmp_path):
+    """examples/rollouts.jsonl with configs/offline.yaml, whose comments count the rollouts."""
+    own = [f"run.dir={tmp_path}/run", "run.iterations=1", "replay.capacity=144", "reward.workers=1"]
+    train(load_config(["configs/tiny.yaml", "configs/offline.yaml"], [*own, "data.held_out=0"]))
+    [row] = rows(tmp_path / "run")
+    assert row["buffer/size"] == 144
+    demo = load_config(["configs/demo.yaml", "configs/offline.yaml"])
+    with build(replace(demo, model=replace(demo.model, name="tiny"))) as components:
+        found = load_rollouts(demo, components)
+    assert found.held_out == 12 and sum(t.score for t in found.trajectories) == 132 / 3
 
 
 @pytest.mark.distributed
