@@ -1,5 +1,8 @@
 """Progress of a run on the terminal: a live table and a progress bar, or one plain line per iteration.
 
+What the run waits for stands beside the progress bar. The plain display prints it when nothing else was printed for
+QUIET seconds, from a thread of its own, because the code that takes long does not return meanwhile.
+
 Printing never raises (output.py), so it cannot end a run.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +19,18 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from .config import Config
 from .data import Prompt
@@ -25,7 +39,10 @@ from .evaluation.compare import describe
 from .evaluation.estimators import is_right
 from .output import lenient
 from .rewards import ROUNDING
+from .waiting import Waiting, duration
 
+QUIET = 30.0
+TICK = 1.0  # seconds between two checks whether to print what the run waits for
 SHOWN = {
     "reward": "reward {:.2f}",
     "reval/residual_abs": "residual {:.2f}",
@@ -47,12 +64,16 @@ class Display:
 
     def __init__(self, config: Config, iteration: int = 0, quiet: bool = False):
         self._config, self._first, self._done = config, iteration, iteration
+        self.waiting = Waiting()
+        """What the run waits for. The display shows it."""
         stdout = lenient(sys.stdout)
         rich = not quiet and (config.run.display == "rich" or (config.run.display == "auto" and stdout.isatty()))
         self._console = Console(
             file=stdout, soft_wrap=True, no_color=None if rich else True, highlight=rich, quiet=quiet
         )
-        self._started = time.perf_counter()
+        self._started = self._printed = time.perf_counter()
+        self._closing = threading.Event()
+        self._thread = None if rich or quiet else threading.Thread(target=self._watch, daemon=True)
         self._progress = None
         if rich:
             self._progress = Progress(
@@ -63,13 +84,11 @@ class Display:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[now]}"),
+                _WaitingColumn(self.waiting),
                 console=self._console,
                 speed_estimate_period=math.inf,  # rich's default of 30 s may be shorter than one iteration
             )
-            self._task = self._progress.add_task(
-                "ReVal", total=config.run.iterations, completed=iteration, now="starting"
-            )
+            self._task = self._progress.add_task("ReVal", total=config.run.iterations, completed=iteration)
 
     def __enter__(self) -> Display:
         rollout, replay, run = self._config.rollout, self._config.replay, self._config.run
@@ -86,23 +105,37 @@ class Display:
         )
         if self._progress is not None:
             self._progress.start()
+        if self._thread is not None:
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(TICK):
+            self._tick()
+
+    def _tick(self) -> None:
+        """Print what the run waits for, if nothing was printed for QUIET seconds."""
+        text = self.waiting.text()
+        if text and time.perf_counter() - self._printed >= QUIET:
+            self.note(f"  {text}")
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Show the text `what` while the code of the block runs."""
+        """Show the text `what`, and the rollout engine's reports, while the code of the block runs."""
         start = time.perf_counter()
-        if self._progress is not None:
-            self._progress.update(self._task, now=what)
-        else:
-            self.note(what)
-        yield
         if self._progress is None:
-            self.note(f"  done in {_duration(time.perf_counter() - start)}")
+            self.note(what)
+        with self.waiting(what, asks_engine=True):
+            yield
+        if self._progress is None:
+            self.note(f"  done in {duration(time.perf_counter() - start)}")
         if self._done == self._first:
             self._started = time.perf_counter()  # work before the first iteration does not count for the time left
 
@@ -119,17 +152,18 @@ class Display:
         self._done = iteration
         if self._progress is not None:
             self._progress.console.print(f"[bold]{iteration:4d}[/]  {escape(text)}")
-            self._progress.update(self._task, completed=iteration, now="")
+            self._progress.update(self._task, completed=iteration)
             return
         total = self._config.run.iterations
         rate = (time.perf_counter() - self._started) / max(
             iteration - self._first, 1
         )  # an iteration that is only evaluated counts as one
-        left = _duration(rate * (total - iteration))
+        left = duration(rate * (total - iteration))
         self.note(f"{iteration}/{total} | {text} | {metrics['step_time']:.1f} s | {left} left")
 
     def note(self, text: str) -> None:
         """Print a line of text."""
+        self._printed = time.perf_counter()
         self._console.print(text, markup=False)
 
     def results(self, before: Evaluation | None, after: Evaluation | None, folder: Path) -> None:
@@ -160,6 +194,17 @@ class Display:
                 self.note(f"{name}: {first[key]:.3f} -> {then[key]:.3f}")
 
 
+class _WaitingColumn(ProgressColumn):
+    """What the run waits for, beside the progress bar."""
+
+    def __init__(self, waiting: Waiting):
+        super().__init__()
+        self._waiting = waiting
+
+    def render(self, task: Task) -> Text:
+        return Text(self._waiting.text())
+
+
 def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:
     """Table of the first `count` problems that both evaluations answered, with one sampled answer each."""
     table = Table(title="Held-out problems", show_lines=False)
@@ -184,13 +229,6 @@ def _question(prompt: Prompt) -> str:
 def _short(text: str) -> str:
     """A long text shortened to 100 characters of its beginning and 200 of its end, because the end matters more."""
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
-
-
-def _duration(seconds: float) -> str:
-    """A number of seconds as text with a unit: 45 s, 12 min, 5.2 h."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _mark(score: float | None) -> str:

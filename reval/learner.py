@@ -21,6 +21,7 @@ from .model.sharding import layers_of
 from .objectives import FROM_VALUES, FUSED
 from .reference_policy import reference_of
 from .replay import Trajectory
+from .waiting import Progress
 
 
 class NonFiniteError(RuntimeError):
@@ -55,13 +56,16 @@ class Learner:
             fused=model.device.type in ("cpu", "cuda"),  # one pass over the weights instead of eight
         )
 
-    def update(self, trajectories: list[Trajectory]) -> dict[str, Any]:
+    def update(self, trajectories: list[Trajectory], progress: Progress | None = None) -> dict[str, Any]:
         """Take one step on a batch of annotated trajectories, which is the same on every process.
 
         The number of micro-batches and the number of processes change the result by rounding only.
 
         There is no step if the batch has no signal (`_has_signal`): AdamW divides the gradient by its own size, so even
         a gradient of rounding errors would move every weight by about the learning rate.
+
+        Args:
+            progress: is called after each micro-batch with the numbers of micro-batches: done, all.
 
         Returns `loss`, `grad_norm` before clipping, `lr`, `skipped` (1 if there was no step, else 0), and
         `residual_terms`: tensors [B] by name, with the residual of each trajectory and its terms. The order of the
@@ -76,8 +80,11 @@ class Learner:
         own_losses: list[float] = []
         own_terms: list[dict[str, Tensor]] = []
         signal = False
-        for micro in plan(trajectories, self._world, self.model.device, self._config):
+        micros = plan(trajectories, self._world, self.model.device, self._config)
+        for done, micro in enumerate(micros, 1):
             loss, terms = self._backward(micro, len(trajectories))
+            if progress is not None:
+                progress(done, len(micros))
             if micro.indices:
                 own_losses.append(loss)
                 own_terms.append(terms)

@@ -41,6 +41,7 @@ from .run_lock import refuse_running
 from .scoring import NOTHING, ScoredRollouts, score_rollouts
 from .tracking import check_installed
 from .training_run import TrainingRun
+from .waiting import Progress, Waiting
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSCORED_PROMPTS = 4
@@ -116,7 +117,7 @@ def _train(run: TrainingRun, components: Components) -> dict[str, float]:
         display.note(f"nothing to do: the checkpoint is after {run.iteration} of {config.run.iterations} iterations")
     with Interruptible(lambda: display.note("finishing this iteration, then saving; again to stop at once")) as stop:
         for iteration in range(run.iteration + 1, config.run.iterations + 1):
-            clock = Clock()
+            clock = Clock(run.display.waiting)
             scored = NOTHING
             if config.generates:
                 with clock("rollout"):
@@ -204,10 +205,10 @@ def _update(run: TrainingRun, scored: ScoredRollouts, clock: Clock) -> None:
             continue  # k = 0: no fresh response has a score; k > 0: the buffer is empty too
         # Most replayed trajectories have their reference values already. After a reset, only the trajectories that are
         # drawn again cost a forward pass of the reference.
-        with clock("reference"):
-            run.reference.annotate(batch)
-        with clock("update"):
-            update = run.learner.update(batch)
+        with clock("reference") as progress:
+            run.reference.annotate(batch, progress)
+        with clock("update") as progress:
+            update = run.learner.update(batch, progress)
         # Separate metrics: older policies generated the replayed batches, so the residuals of these differ.
         run.tracker.update("reval/replay" if replayed else "reval", update)
 
@@ -289,17 +290,30 @@ def _evaluation_file(run: TrainingRun, iteration: int) -> Path:
     return run.folder / "evaluations" / f"iteration-{iteration:06d}.jsonl"
 
 
+STAGES = {
+    "rollout": "generating",
+    "reward": "scoring",
+    "reference": "computing reference values",
+    "update": "updating",
+    "sync": "sending the weights",
+}
+"""The stages of an iteration, and what the display says about them."""
+
+
 @dataclass
 class Clock:
-    """Measures how many seconds each stage of one iteration takes."""
+    """Measures how many seconds each stage of one iteration takes, and tells the display which stage it is."""
 
+    waiting: Waiting
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> Iterator[Progress]:
         start = time.perf_counter()
-        yield
+        # With rollout.ahead, a sync waits until the engine has finished its requests.
+        with self.waiting(STAGES[stage], asks_engine=stage in ("rollout", "sync")) as progress:
+            yield progress
         if torch.cuda.is_available():
             # A GPU works asynchronously. Without this call, the next stage would include the time of this stage.
             torch.cuda.synchronize()

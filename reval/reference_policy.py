@@ -37,6 +37,7 @@ from .model.lora import reference_adapters, reset_reference_adapters
 from .model.sharding import copy_weights, empty, shard
 from .objectives import Reference
 from .replay import Trajectory
+from .waiting import Progress
 
 
 class ReferencePolicy:
@@ -78,20 +79,26 @@ class ReferencePolicy:
             copy_weights(self._policy, self.model)
         self.version += 1
 
-    def annotate(self, trajectories: list[Trajectory]) -> int:
+    def annotate(self, trajectories: list[Trajectory], progress: Progress | None = None) -> int:
         """Compute the reference values of all trajectories whose values are missing or stale. Returns the number of
         these trajectories.
 
         Every process has to call this with the same trajectories.
+
+        Args:
+            progress: is called after each micro-batch with the numbers of micro-batches: done, all.
         """
         stale = [t for t in trajectories if not self._has_values(t)]
         if not stale:
             return 0
         found: dict[int, dict[str, Any]] = {}
         with self._ready() as model:
-            for micro in plan(stale, self._world, self._policy.device, self._config):
+            micros = plan(stale, self._world, self._policy.device, self._config)
+            for done, micro in enumerate(micros, 1):
                 # not strict: a padding micro-batch has values but no indices
                 found.update(zip(micro.indices, self._values(model, micro), strict=False))
+                if progress is not None:
+                    progress(done, len(micros))
         for report in self._world.gather(found):
             for i, values in report.items():
                 stale[i].reference = values

@@ -63,6 +63,8 @@ class TrainingRun:
         """The checkpoint that this run loaded or saved last."""
         self.tracker = components.world.together(lambda: self._start_tracker(stack))
         self.display = stack.enter_context(Display(config, self.iteration, quiet=not self.world.main))
+        if hasattr(components.rollout_engine, "progress"):
+            components.rollout_engine.progress = self.display.waiting.engine_progress()
         if (left := len(components.training_problems)) < config.rollout.prompts and config.generates:
             self.display.note(
                 f"training has {left} problem{'s'[: left > 1]} (data.held_out={config.data.held_out}), fewer than "

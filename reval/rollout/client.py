@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -66,6 +66,8 @@ class ServerRollout:
         environment: Mapping[str, str] | None = None,
     ):
         self._expected, self._dtype, self._timeout = expected, dtype, timeout
+        self.progress: Callable[[int, int], None] | None = None
+        """See RolloutEngine."""
         self._lock = threading.Lock()
         self._closed = False
         # Anonymous memory: the system frees it when the last process with this descriptor ends, even after a crash.
@@ -148,6 +150,11 @@ class ServerRollout:
             send(self._connection, message)
             self._connection.settimeout(POLL)
             reply = receive(self._connection, waiting)
+            while "progress" in reply:
+                waiting()
+                if self.progress is not None:
+                    self.progress(*reply["progress"])
+                reply = receive(self._connection, waiting)
         except (EOFError, ConnectionError):
             raise RolloutError(f"the engine's process {self.pid} {self._ended()} while {what}{self._tail()}") from None
         except TimeoutError:

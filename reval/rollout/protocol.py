@@ -55,6 +55,9 @@ class RolloutEngine(Protocol):
 
     An engine serves one call at a time; a call from a second thread waits for the first. Every method raises
     RolloutError when the engine cannot continue.
+
+    An engine may have an attribute `progress`. If it is not None, `generate` calls it about once a second with the
+    number of tokens so far and the number of sequences left.
     """
 
     shares_weights: bool

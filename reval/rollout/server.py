@@ -2,8 +2,8 @@
 
 SOCKET and WEIGHTS are file descriptors that the trainer opened: a socket for requests, and memory for weights, which
 both processes map. TRAINER is the process id of the trainer. A request or reply is its length in bytes (8 bytes, little
-endian), then JSON. The process ends when the trainer closes the socket. If the trainer's process ends, this process
-ends too, even while it generates.
+endian), then JSON. Before a reply, messages with the engine's progress may come. The process ends when the trainer
+closes the socket. If the trainer's process ends, this process ends too, even while it generates.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def serve(connection: socket.socket, weights_fd: int) -> None:
     except Exception as error:
         send(connection, _failure(error))
         return
+    if hasattr(engine, "progress"):
+        engine.progress = lambda tokens, left: send(connection, {"progress": [tokens, left]})
     send(connection, {"result": os.getpid()})
     while True:
         try:

@@ -1,0 +1,82 @@
+"""What the run waits for at this moment, and how far it is: `generating for 40 s: 512 tokens/s, 30 sequences left`.
+
+A report stores a few numbers and does nothing else, so it neither slows the loop nor raises. The display reads them
+when it shows something. Reports may come from another thread than the wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[int, int], None]
+
+
+class Waiting:
+    """The current wait. `with waiting("updating") as progress:` makes a wait current within the block."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._started = 0.0
+        self._done: tuple[int, int] | None = None
+        """Micro-batches: done, all."""
+        self._asks_engine = False
+        self._generated: tuple[float | None, int] | None = None
+        """The engine's last report in this wait: tokens per second, if two reports give a rate, and sequences left."""
+
+    @contextmanager
+    def __call__(self, what: str, asks_engine: bool = False) -> Iterator[Progress]:
+        """Within the block the run waits for `what`. Gives a function that takes the micro-batches done, and all.
+
+        Args:
+            asks_engine: the wait is for the rollout engine, so its reports belong to it. With rollout.ahead the engine
+                also reports while the run waits for other things.
+        """
+        self._what, self._started, self._asks_engine = what, time.perf_counter(), asks_engine
+        self._done = self._generated = None
+
+        def progress(done: int, total: int) -> None:
+            self._done = done, total
+
+        try:
+            yield progress
+        finally:
+            self._what = ""
+
+    def engine_progress(self) -> Progress:
+        """A function for the engine's attribute `progress`: it takes the tokens so far and the sequences left."""
+        since, base, rate = 0.0, 0, None
+
+        def progress(tokens: int, left: int) -> None:
+            nonlocal since, base, rate
+            now = time.perf_counter()
+            if tokens < base or not since:  # the first report of a request
+                since, base, rate = now, tokens, None
+            elif now - since >= 1.0:
+                rate = (tokens - base) / (now - since)
+                since, base = now, tokens
+            self._generated = rate, left
+
+        return progress
+
+    def text(self) -> str:
+        """What the run waits for, how long it has waited, and how far it is. Empty if it waits for nothing."""
+        what, done, generated = self._what, self._done, self._generated  # another thread may change them meanwhile
+        if not what:
+            return ""
+        parts = []
+        if done is not None:
+            parts.append(f"{done[0]} of {done[1]} micro-batches")
+        if generated is not None and self._asks_engine:
+            rate, left = generated
+            parts += [] if rate is None else [f"{rate:.0f} tokens/s"]
+            parts.append(f"{left} sequences left")
+        return f"{what} for {duration(time.perf_counter() - self._started)}" + ": " * bool(parts) + ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds as text with a unit: 45 s, 12 min, 5.2 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
