@@ -32,6 +32,7 @@ VLLM_OURS = {
     "logprobs_mode",
     "worker_extension_cls",
     "gpu_memory_utilization",
+    "enable_sleep_mode",
     "quantization",
     "hf_overrides",
     "max_num_seqs",
@@ -247,6 +248,9 @@ class RolloutConfig(_Section):
     vllm_gpu_memory: float = 0.4
     """Fraction of a GPU's memory that vLLM takes for weights and cache. Without a GPU, set the environment variable
     VLLM_CPU_KVCACHE_SPACE instead."""
+    vllm_sleep: bool | None = None
+    """Whether vLLM frees its GPU memory after each generation and takes it back before the next sync or generation. Its
+    weights wait in main memory. null: true for vllm_mode=colocated on a GPU with ahead=0, else false."""
     vllm_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vllm.LLM. Example: rollout.vllm_options.max_model_len=4096 sets max_model_len."""
 
@@ -259,9 +263,16 @@ class RolloutConfig(_Section):
         self._need(0 < self.vllm_gpu_memory <= 1, "vllm_gpu_memory", "greater than 0 and at most 1")
         ok = self.vllm_devices is None or all(part.isdecimal() for part in self.vllm_devices.split(","))
         self._need(ok, "vllm_devices", "null, or numbers with commas between them")
+        ok = not (self.vllm_sleep and self.ahead)
+        self._need(ok, "vllm_sleep", f"null or false with rollout.ahead={self.ahead}, which generates during training")
         self._need(self.engine == "vllm" or not self.vllm_options, "vllm_options", "{} unless rollout.engine is 'vllm'")
         for name in sorted(self.vllm_options.keys() & VLLM_OURS):
             raise ConfigError(f"rollout.vllm_options must leave out {name!r}: it follows from other settings")
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether a vLLM on a GPU sleeps while the policy trains."""
+        return self.vllm_mode == "colocated" and not self.ahead if self.vllm_sleep is None else self.vllm_sleep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -265,6 +265,8 @@ def _vllm(config: Config, shape: Shape, total: float) -> str:
     if rollout.vllm_devices is not None:
         return f"vLLM has other GPUs (rollout.vllm_devices); each engine divides {weights} over its GPUs"
     share = rollout.vllm_gpu_memory
+    if rollout.sleeps:
+        return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory) and gives it back while the policy trains"
     both = f"; a GPU needs {total / (1 - share):.0f} GiB for training and vLLM" if share < 1 else ""
     return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory), including {weights}{both}"
 

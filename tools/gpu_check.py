@@ -42,7 +42,10 @@ SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts aft
     "bellman": 15,
     "precision": 30,
     "trainer": 50,
+    "vllm": 240,
 }
+PARTS = [part for part in SHARES if part != "vllm"]
+"""Without --parts. vLLM needs packages that few machines have, and a minute to start each engine."""
 TESTS, FEW_TESTS = "tests/reval_kernels", "tests/reval_kernels/test_backends.py"
 GRACE = 20.0
 """Seconds after the end of a part's time until its process is killed."""
@@ -52,7 +55,7 @@ RUINED = 3
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default=",".join(SHARES), help="some of: %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of: %(default)s,vllm [all but vllm]")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts [%(default)s]")
     parser.add_argument("--output", type=Path, help="a folder [benchmarks/results; rehearsal: runs/gpu_check]")
     parser.add_argument("--commit", help="the commit of this copy, where it is no git checkout [$REVAL_COMMIT]")
@@ -82,6 +85,7 @@ def functions() -> dict[str, Callable[[Job, Record], None]]:
         "tests": checks.tests,
         "race": checks.race,
         "trainer": checks.trainer,
+        "vllm": checks.vllm,
         "limits": measure.limits,
     }
     return programs | {part: partial(measure.measured, part) for part in GPU_PARTS}

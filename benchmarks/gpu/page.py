@@ -93,8 +93,27 @@ def _programs(part: Part) -> Iterator[str]:
             if why := run.get("skipped") or run.get("problem"):
                 yield f"- {run['config']}: {why}"
             yield from _output(run)
+    if found := part.get("vllm"):
+        yield from _vllm(found)
     if text := part.get("traceback"):
         yield f"\n## Error in {part['part']}\n\n```\n{text.rstrip()}\n```"
+
+
+def _vllm(runs: list[dict[str, Any]]) -> Iterator[str]:
+    yield "\n## vLLM\n\nTimes are in seconds, memory is GiB of the GPU that all processes use.\n"
+    yield "| mode, sleep | start | syncs | tokens/s | mismatch mean | mismatch max | memory |\n|---|--:|--|--|--|--|--|"
+    for run in runs:
+        if "probe" in run:
+            means, largest = ([p[f"rollout/mismatch_{k}"] for p in run["probe"]] for k in ("mean", "max"))
+            columns = (run["sync"], run["speed"], means, largest)
+            shown = " | ".join(", ".join(f"{x:.4g}" for x in column) for column in columns)
+            memory = ", ".join(f"{k} {v}" for k, v in run["memory"].items())
+            yield f"| {run['mode']}, {run['sleep']} | {run['start']:.3g} | {shown} | {memory} |"
+    yield ""
+    for run in runs:
+        notes = filter(None, [run.get("vllm"), run.get("problem")])
+        yield f"- {run['mode']}, {run['sleep']}: {', '.join(notes)}"
+        yield from _output(run)
 
 
 def _output(found: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
 The engine gets only the config of the model and starts with random weights. It gets all weights from `sync`. So it
 always generates with the weights of the policy, no matter which checkpoint the training started from.
+
+An engine that sleeps gives its GPU memory to training. It falls asleep at the end of `generate`, because training comes
+next, and wakes up in the next call. A sync needs only the memory of the weights, so the cache comes back after it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import importlib.util
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
 from .protocol import Response, RolloutEngine, RolloutError, end_tokens
-from .vllm_worker import TRIED
+from .vllm_worker import check_version
 from .weights import Expected, Index, checked, expected_weights
 
 INSTALL = "pip install vllm on a machine with GPUs, `make test-vllm` for a CPU (docs/rollouts.md)"
@@ -55,6 +57,8 @@ def make_vllm(
             "rollout.vllm_devices must be null with rollout.vllm_mode=colocated, which uses this process's own GPU; "
             f"got {settings.vllm_devices!r}"
         )
+    if settings.vllm_sleep and device.type == "cpu":
+        raise ValueError("rollout.vllm_sleep must be null or false without a GPU, because vLLM sleeps on GPUs only")
     devices, tensor_parallel = engine_devices(settings.vllm_devices, device.index, os.environ)
     folder = tempfile.TemporaryDirectory(prefix="reval-vllm-")
     model.config.save_pretrained(folder.name)
@@ -65,6 +69,7 @@ def make_vllm(
         "ends": end_tokens(model, tokenizer),
         "batch_size": settings.batch_size,
         "gpu_memory": settings.vllm_gpu_memory,
+        "sleep": settings.sleeps and device.type != "cpu",
         "options": settings.vllm_options | {"tensor_parallel_size": tensor_parallel},
     }
     if settings.vllm_mode == "colocated":
@@ -122,11 +127,12 @@ class VLLMRollout:
         ends: ids of the tokens that end a response.
         batch_size: number of sequences decoded at the same time.
         gpu_memory: fraction of the GPU's memory to use.
+        sleep: free the GPU's memory after each `generate`, until the next call.
         options: further arguments of vllm.LLM.
         expected: names and shapes of the weights that `sync` must contain. None in a server process, where the sender
             has checked the weights and only `load` is called.
 
-    Raises ValueError if the installed vLLM is too old.
+    Raises ValueError if the installed vLLM is too old or cannot do what the options say.
     """
 
     shares_weights = False
@@ -139,6 +145,7 @@ class VLLMRollout:
         ends: list[int],
         batch_size: int,
         gpu_memory: float,
+        sleep: bool,
         options: dict[str, Any],
         expected: Expected | None = None,
     ):
@@ -147,7 +154,7 @@ class VLLMRollout:
         import vllm
         from vllm.platforms import current_platform
 
-        _check_version(vllm.__version__)
+        check_version(vllm.__version__)
         if current_platform.is_cpu():
             # On a CPU:
             # - compiling the model gains no speed, so enforce_eager is on;
@@ -157,6 +164,7 @@ class VLLMRollout:
             options = {"enforce_eager": True, "enable_chunked_prefill": False} | options
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self._dtype, self._ends, self._expected = dtype, ends, expected
+        self._sleep, self._asleep = sleep, set[str]()  # _asleep: the tags of the memory that is freed now
         self._synced = False
         self._lock = threading.RLock()
         self._vllm = vllm
@@ -170,6 +178,7 @@ class VLLMRollout:
             logprobs_mode="raw_logprobs",
             max_num_seqs=batch_size,
             gpu_memory_utilization=gpu_memory,
+            enable_sleep_mode=sleep,
             worker_extension_cls="reval.rollout.vllm_worker.SyncExtension",
         )
         self._context = self._llm.model_config.max_model_len
@@ -195,7 +204,10 @@ class VLLMRollout:
             for i in range(len(prompts))
             for j in range(responses)
         ]
-        flat = [self._response(o) for o in self._run([p for p in prompts for _ in range(responses)], params)]
+        with self._lock:
+            outputs = self._run([p for p in prompts for _ in range(responses)], params)
+            self._fall_asleep()
+        flat = [self._response(o) for o in outputs]
         return [flat[i * responses : (i + 1) * responses] for i in range(len(prompts))]
 
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
@@ -236,13 +248,29 @@ class VLLMRollout:
 
     def _take(self, method: str, *args: Any) -> None:
         self._synced = False  # after an error, the engine holds a mixture of old and new weights
+        self._wake_up("weights")
         try:
             self._llm.collective_rpc(method, args=args)
         except RuntimeError as error:
             raise RolloutError(f"vLLM could not take the weights: {error}") from error
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM did not reset its prefix cache, which now holds keys and values of old weights")
+        self._wake_up("kv_cache")
         self._synced = True
+
+    def _fall_asleep(self) -> None:
+        """Free the GPU's memory. Level 1 keeps the weights in main memory, since the next call may be a `generate`
+        without a sync. Level 2 would discard them."""
+        if self._sleep and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake_up(self, *tags: str) -> None:
+        """Take back the memory with these tags, if it is freed."""
+        for tag in tags:
+            if tag in self._asleep:
+                self._llm.wake_up(tags=[tag])
+                self._asleep.remove(tag)
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         if not self._synced:
@@ -250,6 +278,7 @@ class VLLMRollout:
         if not prompts:
             return []
         with self._lock:
+            self._wake_up("weights", "kv_cache")
             return self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
     def _response(self, output: Any) -> Response:
@@ -264,19 +293,3 @@ def request_seed(seed: int, prompt: int, response: int) -> int:
     """The seed of one response: 63 bits of a hash, so that the seeds of neighbouring responses are unrelated."""
     digest = hashlib.blake2b(f"{seed} {prompt} {response}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _check_version(found: str) -> None:
-    """Refuse a vLLM that is too old for vllm_worker.py, and warn about a newer vLLM than the tried one.
-
-    A newer version may work; the probe (rollout/mismatch_max) shows whether it does.
-    """
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if (major, minor) < TRIED:
-        raise ValueError(f"rollout.engine=vllm needs vllm {TRIED[0]}.{TRIED[1]} or newer; installed is {found}")
-    if (major, minor) > TRIED:
-        warnings.warn(
-            f"vllm {found} is newer than the version whose weight sync was tried ({TRIED[0]}.{TRIED[1]}): watch "
-            "rollout/mismatch_max, docs/rollouts.md says what is normal",
-            stacklevel=2,
-        )

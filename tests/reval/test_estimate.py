@@ -160,6 +160,10 @@ def test_the_rollout_s_own_weights_and_cache():
     assert "vLLM takes 50% of each GPU (rollout.vllm_gpu_memory), including 28.4 GiB of weights" in report(config, 8)
     config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.dtype=bfloat16", "rollout.vllm_devices=4,5"])
     assert "vLLM has other GPUs (rollout.vllm_devices); each engine divides 14.2 GiB of weights" in report(config, 4)
+    config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.vllm_sleep=true"])
+    assert "vLLM takes 40% of each GPU (rollout.vllm_gpu_memory) and gives it back while the policy" in report(
+        config, 8
+    )
 
 
 def test_tokens_of_the_run():

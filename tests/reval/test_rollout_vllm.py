@@ -193,6 +193,24 @@ def test_a_weight_that_vllm_leaves_out_is_an_error_and_nothing_generates_until_i
     assert distance(engine, model, sequences, starts) < EXACT
 
 
+def test_an_engine_that_slept_has_the_weights_of_the_next_sync(engine, policy, monkeypatch):
+    """On a CPU, vLLM pauses and forgets its prefix cache, as on a GPU, but the memory stays."""
+    model, tokenizer = policy
+    if not hasattr(engine, "_llm"):
+        pytest.skip("only an engine in this process says whether it sleeps")
+    monkeypatch.setattr(engine, "_sleep", True)
+    sleeping = engine._llm.llm_engine.is_sleeping
+    groups, sequences, starts = generated(engine, tokenizer)
+    assert sleeping()
+    assert generated(engine, tokenizer)[0] == groups and sleeping()  # it wakes up without a sync
+    change(model)
+    engine.sync(model.named_parameters())
+    assert not sleeping()
+    assert distance(engine, model, sequences, starts) < EXACT
+    assert generated(engine, tokenizer)[0] != groups and sleeping()
+    assert distance(engine, model, sequences, starts) < EXACT and not sleeping()
+
+
 # ---- Responses ----
 
 
