@@ -84,8 +84,8 @@ def compute(expression: str) -> str:
 
 
 def _value(node: ast.AST) -> Decimal:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value):
-        return Decimal(str(node.value))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and math.isfinite(node.value):
+        return Decimal(str(node.value))  # True and False are no numbers for Decimal
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:

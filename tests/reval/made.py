@@ -5,14 +5,18 @@ from typing import Any
 import numpy as np
 
 from reval.components import Components
+from reval.config import Config
 from reval.distributed import World
 from reval.replay import Trajectory
+from reval.rollout.actor import Actor
 from reval.rollout.none import NoRollout
 
 
 def offline_components(model: Any, tokenizer: Any, pool: Any = None, held_out: Any = ()) -> Components:
     """The components of a run that generates nothing. `held_out` are prompts as token ids."""
-    return Components(model, tokenizer, [], [], {}, frozenset(held_out), NoRollout(), pool, World())
+    engine = NoRollout()
+    actor = Actor(engine, Config(), tokenizer)
+    return Components(model, tokenizer, [], [], {}, frozenset(held_out), engine, actor, pool, World())
 
 
 def random_trajectories(count: int, seed: int = 0, turns: int = 1, vocabulary: int = 102) -> list[Trajectory]:
