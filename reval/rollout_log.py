@@ -129,6 +129,8 @@ def _score(rows: list[_Logged], components: Components, path: str) -> tuple[list
     bare = [row for row in rows if not row.scored]
     if not bare:
         return rows, []
+    if components.reward_pool is None:
+        raise ValueError(f"{path}: every row needs a reward, because environment.name scores no logged response")
     responses = [
         Response(row.trajectory.token_ids[len(row.problem.token_ids) :].tolist(), row.trajectory.finished)
         for row in bare
