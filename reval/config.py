@@ -410,11 +410,12 @@ class OptimConfig(_Section):
     warmup: int = 0
     """Number of updates over which the learning rate rises from 0."""
     micro_batch_tokens: int = 16384
-    """Number of tokens, padding included, per forward and backward pass. A larger number needs more memory and is
-    faster. The result of an update does not depend on it."""
-    packing: bool = False
-    """Join the trajectories of a micro-batch into one sequence without padding. This saves time on a GPU with
-    model.attn_implementation=flash_attention_2. A prompt is then computed once for each of its responses."""
+    """Number of tokens that a forward and backward pass computes, padding included. A larger number needs more memory
+    and is faster. The result of an update does not depend on it."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """Layout of a micro-batch. packed: one sequence without padding, in which a beginning that several trajectories
+    share, such as a prompt, is computed once. padded: one row per trajectory, for every model. auto: packed where the
+    model can, else padded (docs/scale.md says which models). The result of an update does not depend on it."""
 
     def _check(self) -> None:
         self._positive("lr", "eps")

@@ -5,6 +5,7 @@ An update runs forward and backward passes over micro-batches, clips the gradien
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,15 +14,21 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .batching import MicroBatch, plan
+from .batching import MicroBatch
 from .config import Config
 from .distributed import World
+from .model.attention import attention_for
 from .model.forward import token_values, with_hidden
+from .model.packing import plan_for
 from .model.sharding import layers_of
 from .objectives import FROM_VALUES, FUSED
 from .reference_policy import reference_of
 from .replay import Trajectory
 from .waiting import Progress
+
+
+TERMS = ("residual", "v_policy", "v_reference", "log_ratio")
+"""The residual of a trajectory, and the terms that it is the sum of with the reward."""
 
 
 class NonFiniteError(RuntimeError):
@@ -77,28 +84,29 @@ class Learner:
             # transformers checkpoints activations only in layers in training mode. Their children stay in evaluation
             # mode, so there is no dropout. Generation ends training mode, so the mode is set before every update.
             layer.training = self._config.model.gradient_checkpointing
-        own_losses: list[float] = []
-        own_terms: list[dict[str, Tensor]] = []
-        signal = False
-        micros = plan(trajectories, self._world, self.model.device, self._config)
+        micros = plan_for(self.model, trajectories, self._world, self._config)
+        computed = []
         for done, micro in enumerate(micros, 1):
-            loss, terms = self._backward(micro, len(trajectories))
+            computed.append(self._backward(micro, len(trajectories)))
             if progress is not None:
                 progress(done, len(micros))
-            if micro.indices:
-                own_losses.append(loss)
-                own_terms.append(terms)
-                signal = signal or self._has_signal(micro.trajectories, terms["residual"])
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._config.optim.max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # FSDP: each process knows the norm of its slices
-        reports = self._world.gather((own_losses, own_terms, signal))
-        loss = sum(x for losses, *_ in reports for x in losses)
-        signal = any(own for *_, own in reports)
-        grad_norm = norm.item()
-        if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        # The only wait for the device in an update: all numbers come in one transfer, before the weights move.
+        losses, terms = torch.stack([x for x, _ in computed]), torch.cat([x for _, x in computed], 1)
+        numbers = torch.cat([norm.float()[None], losses, terms.flatten()]).cpu()
+        own = [micro for micro in micros if micro.indices]  # the padding micro-batches come last
+        members = [t for micro in own for t in micro.trajectories]
+        grad_norm, own_loss = numbers[0].item(), numbers[1 : len(own) + 1].double().sum().item()
+        own_terms = numbers[len(micros) + 1 :].view(len(TERMS), -1)[:, : len(members)]
+        reports = self._world.gather((own_loss, own_terms, self._has_signal(members, own_terms[0])))
+        loss, signal = sum(x for x, *_ in reports), any(x for *_, x in reports)
+        if not (isfinite(loss) and isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"the loss is {loss} and the gradient norm {grad_norm}", trajectories)
+        if grad_norm > self._config.optim.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self._config.optim.max_grad_norm, norm)
         lr = self._config.optim.lr * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -109,37 +117,32 @@ class Learner:
                 t.uses += 1
         # Free the gradients now instead of just before the next backward pass, because generation needs the memory.
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = [piece for _, terms, _ in reports for piece in terms]
-        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        joined = dict(zip(TERMS, torch.cat([x for _, x, _ in reports], 1), strict=True))
         return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": float(not signal), "residual_terms": joined}
 
-    def _backward(self, micro: MicroBatch, count: int) -> tuple[float, dict[str, Tensor]]:
+    def _backward(self, micro: MicroBatch, count: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of one micro-batch to the gradient of the batch, which has `count` trajectories.
 
-        Returns the loss of the micro-batch and its residual terms, on the CPU.
+        Returns the loss of the micro-batch and its TERMS [4, B], float32 on the device: nothing waits for them here.
         """
         objective, batch = self._config.objective, micro.batch
         reference = reference_of(micro.trajectories, batch)
-        if objective.name in FUSED:
-            fused = FUSED[objective.name]
-            out = with_hidden(
-                self.model,
-                batch,
-                self._config.model,
-                lambda hidden, head: fused(hidden, head, batch, reference, objective, count),
-            )
-        else:
-            values = token_values(self.model, batch, self._config.model)
-            out = FROM_VALUES[objective.name](values, batch, reference, objective, count)
-        # A padding micro-batch must take part in the backward pass, in which FSDP communicates, but adds no gradient.
-        (out.loss if micro.indices else 0 * out.loss).backward()
-        terms = {
-            "residual": out.residual,
-            "v_policy": out.v,
-            "v_reference": reference.v,
-            "log_ratio": out.log_ratio,
-        }
-        return out.loss.item(), {name: x.float().cpu() for name, x in terms.items()}
+        with attention_for(self.model, batch.tree):
+            if objective.name in FUSED:
+                fused = FUSED[objective.name]
+                out = with_hidden(
+                    self.model,
+                    batch,
+                    self._config.model,
+                    lambda hidden, head: fused(hidden, head, batch, reference, objective, count),
+                )
+            else:
+                values = token_values(self.model, batch, self._config.model)
+                out = FROM_VALUES[objective.name](values, batch, reference, objective, count)
+            # A padding micro-batch takes part in the backward pass, in which FSDP communicates, but adds no gradient.
+            (out.loss if micro.indices else 0 * out.loss).backward()
+        terms = (out.residual, out.v, reference.v, out.log_ratio)
+        return out.loss.detach().float(), torch.stack([x.float() for x in terms])
 
     def _has_signal(self, trajectories: list[Trajectory], residuals: Tensor) -> bool:
         """Whether a trajectory has a reward other than 0, or a residual that is larger than rounding makes it.

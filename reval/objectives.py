@@ -1,6 +1,6 @@
 """ReVal and its family of losses. Each objective is a function from one micro-batch to a loss.
 
-Letters: B trajectories, T actions of each. D = sum_h (log pi - log pi_ref)(a_h|s_h), over the actions of a trajectory.
+Letters: B trajectories, M actions in all, H of the longest trajectory. D = sum_h (log pi - log pi_ref)(a_h|s_h), over the actions of a trajectory.
 r is the shaped reward and beta its temperature. Values are in units of reward / beta.
 
 Every objective sums over its trajectories and divides by `normalizer`, the number of trajectories in the whole batch on
@@ -32,7 +32,7 @@ class Reference(NamedTuple):
     returns: Tensor
     """float32 [B], R_ref: the sum of `v` and `log_prob`, rounded once."""
     values: TokenValues | None = None
-    """float32 [B, T]; only for objective.level=token and subtrajectory, which need the values of single tokens."""
+    """float32 [M]; only for objective.level=token and subtrajectory, which need the values of single tokens."""
 
 
 class ObjectiveOutput(NamedTuple):
@@ -64,7 +64,7 @@ def reval(
         actions=batch.actions,
         reference=known,
         rewards=batch.rewards,
-        mask=batch.mask,
+        cu_seqlens=batch.cu_seqlens,
         beta=config.beta,
         level=config.level,
         semi_gradient=config.semi_gradient,
@@ -84,7 +84,7 @@ def tbrm(
         actions=batch.actions,
         reference=reference.log_prob,
         rewards=batch.rewards,
-        mask=batch.mask,
+        cu_seqlens=batch.cu_seqlens,
         beta=config.beta,
         normalizer=normalizer,
         **head._asdict(),
@@ -96,7 +96,8 @@ def tbrm(
 @torch.no_grad()
 def _first_v(hidden: Tensor, head: OutputHead, batch: Batch) -> Tensor:
     """V(s_1) [B]. The fused loss returns no token values, and one state per trajectory costs little."""
-    return linear_token_values(hidden[:, 0], actions=batch.actions[:, 0], **head._asdict()).v
+    first = batch.cu_seqlens[:-1]
+    return linear_token_values(hidden[first], actions=batch.actions[first], **head._asdict()).v
 
 
 def regression(

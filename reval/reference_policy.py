@@ -27,13 +27,14 @@ from transformers import PreTrainedModel
 
 from reval_kernels import TokenValues
 
-from .batching import Batch, MicroBatch, plan
+from .batching import Batch, on_device
 from .config import Config
 from .distributed import World
 from .model.dtypes import compute_dtype
-from .model.forward import token_values
+from .model.forward import action_values
 from .model.loading import load_model
 from .model.lora import reference_adapters, reset_reference_adapters
+from .model.packing import plan_for
 from .model.sharding import copy_weights, empty, shard
 from .objectives import Reference
 from .replay import Trajectory
@@ -91,14 +92,20 @@ class ReferencePolicy:
         stale = [t for t in trajectories if not self._has_values(t)]
         if not stale:
             return 0
-        found: dict[int, dict[str, Any]] = {}
         with self._ready() as model:
-            micros = plan(stale, self._world, self._policy.device, self._config)
+            micros = plan_for(self._policy, stale, self._world, self._config)
+            computed = []
             for done, micro in enumerate(micros, 1):
-                # not strict: a padding micro-batch has values but no indices
-                found.update(zip(micro.indices, self._values(model, micro), strict=False))
+                computed.append(self._values(model, micro.batch))
                 if progress is not None:
                     progress(done, len(micros))
+        numbers = torch.cat(computed).cpu().numpy()  # one transfer for all micro-batches: each waits for the device
+        found: dict[int, dict[str, Any]] = {}
+        for micro in micros:
+            for i, t in zip(micro.indices or [None], micro.trajectories, strict=True):
+                own, numbers = np.split(numbers, [int(t.action_mask.sum())])
+                if i is not None:  # a padding micro-batch has values but no indices
+                    found[i] = self._stored(own)
         for report in self._world.gather(found):
             for i, values in report.items():
                 stale[i].reference = values
@@ -125,32 +132,24 @@ class ReferencePolicy:
             yield self.model
 
     @torch.no_grad()
-    def _values(self, model: PreTrainedModel, micro: MicroBatch) -> list[dict[str, Any]]:
-        """The dictionary that each trajectory of the micro-batch stores."""
-        batch = micro.batch
-        out = token_values(model, batch, self._config.model)
-        returns = out.v[:, 0].cpu().double() + out.log_prob.cpu().double().sum(1)
-        numbers = zip(out.v[:, 0].tolist(), out.log_prob.sum(1).tolist(), returns.tolist(), strict=True)
-        rows = [{"version": self.version, "v": v, "log_prob": log, "returns": r} for v, log, r in numbers]
-        if self._config.objective.level != "trajectory":
-            per_token, mask = torch.stack(out[:3], -1).cpu().numpy(), batch.mask.cpu().numpy()
-            for i, row in enumerate(rows):
-                row["values"] = per_token[i][mask[i]]  # [H, 3]: q, v, log_prob
-        return rows
+    def _values(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """q, v and log_prob of every action: float32 [M, 3]."""
+        return torch.stack(action_values(model, batch, self._config.model)[:3], -1)
+
+    def _stored(self, values: np.ndarray) -> dict[str, Any]:
+        """The dictionary that a trajectory stores, from q, v and log_prob of its actions [H, 3]."""
+        v, log_prob = float(values[0, 1]), float(values[:, 2].sum(dtype=np.float64))
+        stored = {"version": self.version, "v": v, "log_prob": log_prob, "returns": v + log_prob}
+        return stored if self._config.objective.level == "trajectory" else stored | {"values": values.copy()}
 
 
 def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
     """The stored reference values of annotated trajectories, as tensors for `batch`, which has the same trajectories in
     the same order."""
-    device = batch.mask.device
-    v, log_prob, returns = (
-        torch.tensor([t.reference[key] for t in trajectories], dtype=torch.float32, device=device)
-        for key in ("v", "log_prob", "returns")
-    )
+    device = batch.rewards.device
+    numbers = torch.tensor([[t.reference[key] for t in trajectories] for key in ("v", "log_prob", "returns")])
     values = None
     if "values" in trajectories[0].reference:
-        padded = torch.zeros(*batch.mask.shape, 3, device=device)
-        stored = np.concatenate([t.reference["values"] for t in trajectories])
-        padded[batch.mask] = torch.from_numpy(stored).to(device)
-        values = TokenValues(*padded.unbind(-1))
-    return Reference(v, log_prob, returns, values)
+        stored = torch.from_numpy(np.concatenate([t.reference["values"] for t in trajectories]))
+        values = TokenValues(*on_device(stored, device).unbind(-1))
+    return Reference(*on_device(numbers, device), values)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..batching import plan
 from ..config import Config
 from ..distributed import World
 from ..model.forward import token_values
+from ..model.packing import plan_for
 from ..replay import Trajectory
 
 Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
@@ -36,7 +36,7 @@ def endogenous_scorer(model: PreTrainedModel, config: Config, world: World | Non
     def scores(pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         trajectories = [_trajectory(*pair) for pair in pairs]
         found: dict[int, float] = {}
-        for micro in plan(trajectories, world, model.device, config) if trajectories else ():
+        for micro in plan_for(model, trajectories, world, config) if trajectories else ():
             values = token_values(model, micro.batch, config.model)
             sums = (values.v[:, 0] + values.log_prob.sum(1)).tolist()
             found.update(zip(micro.indices, sums, strict=False))  # a padding micro-batch has no indices

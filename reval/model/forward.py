@@ -1,6 +1,6 @@
 """The forward pass: from a batch of trajectories to hidden states and token values.
 
-Letters in shapes: B trajectories, T states of each, D the width of the hidden states, S tokens of a prompt prefix.
+Letters in shapes: B trajectories, M actions in all, H of the longest trajectory, D the width of the hidden states.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from reval_kernels import TokenValues, linear_token_values
 
 from ..batching import Batch
 from ..config import ModelConfig
+from .attention import attention_for, layout_of
 from .dtypes import head_precision
 from .head import OutputHead, head_of
 
@@ -25,10 +26,15 @@ Result = TypeVar("Result")
 
 
 def token_values(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> TokenValues:
-    """q, v and log_prob of every action of the batch: float32 [B, T], 0 where batch.mask is false, differentiable."""
+    """q, v and log_prob of every action of the batch: float32 [B, H], 0 where batch.mask is false, differentiable."""
+    return TokenValues(*(batch.pad(x) for x in action_values(model, batch, config)[:3]))
+
+
+def action_values(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> TokenValues:
+    """q, v and log_prob of every action of the batch: float32 [M], in the order of batch.actions, differentiable."""
 
     def values(hidden: Tensor, head: OutputHead) -> TokenValues:
-        return linear_token_values(hidden, actions=batch.actions, mask=batch.mask, **head._asdict())
+        return linear_token_values(hidden, actions=batch.actions, **head._asdict())
 
     return with_hidden(model, batch, config, values)
 
@@ -36,7 +42,7 @@ def token_values(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> T
 def with_hidden(
     model: PreTrainedModel, batch: Batch, config: ModelConfig, function: Callable[[Tensor, OutputHead], Result]
 ) -> Result:
-    """Run the forward pass and return function(hidden states [B, T, D], head).
+    """Run the forward pass and return function(hidden states [M, D], head).
 
     With several processes, FSDP shards the model: `head.weight` is then whole only while `function` runs. For token
     values alone, call `token_values`.
@@ -55,11 +61,7 @@ def with_hidden(
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
-    """The last hidden states [B, T, D] of the batch, in the type that the transformer computes in.
-
-    If batch.share is set, a prompt that several trajectories share is computed once. Its keys and values are repeated
-    for each trajectory, and gradients flow back through them.
-    """
+    """The last hidden states [M, D] of the states of all actions, in the type that the transformer computes in."""
     if config.compute_dtype == "auto":
         raise ValueError(
             "model.compute_dtype must be float32 or bfloat16 by now; got auto, which reval.model.dtypes.with_dtypes "
@@ -67,40 +69,17 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
         )
     bf16 = config.compute_dtype == "bfloat16" and config.dtype == "float32"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    body: Any = model.base_model
-    prefixes, prefix_mask, of = batch.prefixes, batch.prefix_mask, batch.prefix_of
-    whole = torch.cat([prefixes[of], batch.states], 1)
-    attention = torch.cat([prefix_mask[of], batch.state_mask], 1)
     with cast:
-        if batch.packed:
-            return _packed_hidden(body, whole, attention.bool())[:, prefixes.shape[1] :]
-        # Position 0 is the first token that is not padding. Padding on the left would have position -1.
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
-        if batch.share:
-            cache = body(
-                input_ids=prefixes,
-                attention_mask=prefix_mask,
-                use_cache=True,
-                position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
-            ).past_key_values
-            if type(cache) is DynamicCache:  # other kinds of cache cannot be repeated
-                cache.batch_select_indices(of)
-                return body(
-                    input_ids=batch.states,
-                    attention_mask=attention,
-                    position_ids=positions[:, prefixes.shape[1] :],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
-        out = body(input_ids=whole, attention_mask=attention, position_ids=positions, use_cache=False)
-    return out.last_hidden_state[:, prefixes.shape[1] :]
+        return body_states(model, batch)
 
 
-def _packed_hidden(body: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, S + T, D], computed from one sequence of all tokens without padding; 0 at padding.
-
-    transformers finds the start of each trajectory in the packed sequence by its position 0.
-    """
-    positions = (mask.cumsum(1) - 1)[mask]
-    packed = body(input_ids=ids[mask][None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
-    return packed.new_zeros(*mask.shape, packed.shape[-1]).masked_scatter(mask[..., None], packed)
+def body_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`hidden_states` without autocast."""
+    body: Any = model.base_model
+    inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
+    if batch.tree is not None:
+        inputs["layout"] = layout_of(batch.tree, model.device)
+    if batch.token_mask is not None:
+        inputs["attention_mask"] = batch.token_mask
+    with attention_for(model, batch.tree):
+        return body(**inputs).last_hidden_state.flatten(0, 1)[batch.states]

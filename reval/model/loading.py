@@ -15,6 +15,7 @@ from .builtin import SMOLLM2, smollm2_checkpoint, tiny_model
 from .dtypes import compute_dtype, device_of
 from .head import check_head
 from .lora import add_adapters, load_adapters
+from .packing import note_packing, packing_of
 from .sharding import empty, shard
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
@@ -78,6 +79,7 @@ def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, P
         except SafetensorError as error:
             raise ValueError(f"the weights of the model {str(path)!r} cannot be read: {error}") from error
     check_head(model)
+    packing_of(model)  # while the model is whole and on the CPU
     if model.config._attn_implementation != config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
     return model, tokenizer
@@ -124,8 +126,9 @@ def _main_first(
             model, tokenizer = load()
         except (ValueError, OSError, ImportError) as caught:  # ImportError: the attention's package is missing
             error = str(caught)
-    kind = None if model is None else (type(model), model.config, model.generation_config)
+    kind = None if model is None else (packing_of(model), type(model), model.config, model.generation_config)
     error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
     if kind is None or tokenizer is None:
         raise ValueError(error)
-    return model or empty(*kind), tokenizer
+    packing, *parts = kind
+    return model or note_packing(empty(*parts), packing), tokenizer

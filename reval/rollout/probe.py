@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..batching import collate
+from ..batching import Form, collate
 from ..config import ModelConfig
 from ..model.forward import token_values
 from ..replay import Trajectory
@@ -52,7 +52,7 @@ def log_probs(
         Trajectory(token_ids=np.array(ids), action_mask=mask, reward=0.0, score=0.0, iteration=0)
         for ids, mask in zip(sequences, masks, strict=True)
     ]
-    batch = collate(known, model.device, share=False)
+    batch = collate(known, model.device, Form.PADDED)
     found = token_values(model, batch, config).log_prob
     return [row[mask].tolist() for row, mask in zip(found.cpu(), batch.mask.cpu(), strict=True)]
 
