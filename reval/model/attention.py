@@ -112,9 +112,12 @@ def sees(ends: Tensor) -> Any:
 def check_plain(layout: Layout, options: dict[str, Any]) -> None:
     """Raise NotImplementedError if a model asks its attention for more than plain causal attention."""
     for name, value in options.items():
-        short = name == "sliding_window" and value and layout.depth <= value
-        if not (short or value is None or value is False or name in MEANINGLESS or (name, value) == ("is_causal", True)):
-            raise NotImplementedError(f"its attention has {name}={value if np.isscalar(value) else type(value).__name__}")
+        wide = name == "sliding_window" and value and layout.depth <= value
+        absent = value is None or (value is False and name != "is_causal") or (value is True and name == "is_causal")
+        if not (absent or wide or name in MEANINGLESS):
+            raise NotImplementedError(
+                f"its attention has {name}={value if np.isscalar(value) else type(value).__name__}"
+            )
 
 
 @torch.compiler.disable
@@ -142,7 +145,9 @@ def tree_attention(
     out = []
     for path, own, mask, lead in layout.blocks:
         runs = (*path, *own)
-        queries, keys, values = (_join([x[i] for i in of]) for x, of in ((q, runs if lead else own), (k, runs), (v, runs)))
+        queries, keys, values = (
+            _join([x[i] for i in of]) for x, of in ((q, runs if lead else own), (k, runs), (v, runs))
+        )
         part = scaled_dot_product_attention(
             queries, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=key.shape[1] < query.shape[1]
         )

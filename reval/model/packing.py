@@ -59,8 +59,10 @@ def form_for(model: PreTrainedModel, longest: int, config: Config) -> Form:
         return Form.JOINED
     if config.optim.packing == "auto":
         return Form.PADDED
-    limit = f"it packs trajectories of at most {packing.longest} tokens, and one has {longest}" * (packing.longest > 0)
-    reason = packing.reason or limit or f"model.attn_implementation is {attention}"
+    if attention not in TREE_ATTENTIONS:
+        reason = f"model.attn_implementation is {attention}"
+    else:
+        reason = packing.reason or f"it packs at most {packing.longest} tokens of a trajectory, and one has {longest}"
     raise ConfigError(f"optim.packing=packed is not possible with {type(model).__name__}: {reason}. Set auto or padded")
 
 

@@ -1,22 +1,18 @@
-"""Trajectories to padded tensors and back. Each distinct prompt is stored once and passes the transformer once."""
+"""Trajectories to batches and micro-batches. Equal beginnings are in a prefix tree once."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from made import random_trajectories
 
-from reval.batching import collate, micro_batches, plan
-from reval.config import ModelConfig, OptimConfig
+from reval.batching import Batch, Form, collate, micro_batches, plan
 from reval.distributed import World
-from reval.model.forward import hidden_states
-from reval.model.loading import load_model
 from reval.replay import Trajectory
 
 CPU = torch.device("cpu")
+FORMS = list(Form)
 
 
 def groups(prompts: int, responses: int, seed: int = 0) -> list[Trajectory]:
@@ -32,114 +28,102 @@ def groups(prompts: int, responses: int, seed: int = 0) -> list[Trajectory]:
     return [out[i] for i in rng.permutation(len(out))]
 
 
-def test_each_state_is_followed_by_its_action(trajectories):
-    for members in (trajectories(6, turns=2), groups(3, 4)):
-        batch = collate(members, CPU)
-        assert batch.mask[:, 0].all()
-        for row, t in enumerate(members):
-            prefix = batch.prefixes[batch.prefix_of[row]][batch.prefix_mask[batch.prefix_of[row]].bool()]
-            states = batch.states[row][batch.state_mask[row].bool()]
-            assert prefix.tolist() + states.tolist() == t.token_ids[:-1].tolist()
-            assert batch.actions[row][batch.mask[row]].tolist() == t.token_ids[t.action_mask].tolist()
+def path(batch: Batch, place: int) -> list[int]:
+    """The tokens that the token at `place` sees, itself included."""
+    if batch.tree is not None:
+        seen = [k for k in range(place + 1) if place < batch.tree.ends[k]]
+    else:
+        seen = list(range(place - int(batch.positions.flatten()[place]), place + 1))
+    assert batch.positions.flatten()[seen].tolist() == list(range(len(seen)))
+    return batch.tokens.flatten()[seen].tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_sees_exactly_the_tokens_before_its_action(form):
+    for members in (random_trajectories(6, turns=2), groups(3, 4)):
+        batch = collate(members, CPU, form)
         assert batch.rewards.tolist() == pytest.approx([t.reward for t in members])
-    assert len(batch.prefixes) == 3
+        assert batch.mask.sum(1).tolist() == batch.cu_seqlens.diff().tolist()
+        for row, t in enumerate(members):
+            own = slice(*batch.cu_seqlens[row : row + 2].tolist())
+            assert batch.actions[own].tolist() == t.token_ids[t.action_mask].tolist()
+            assert batch.pad(batch.actions)[row][batch.mask[row]].tolist() == batch.actions[own].tolist()
+            for place, end in zip(batch.states[own].tolist(), np.flatnonzero(t.action_mask), strict=True):
+                assert path(batch, place) == t.token_ids[:end].tolist()
 
 
+def made(*sequences: tuple[int, ...]) -> list[Trajectory]:
+    return [
+        Trajectory(token_ids=[*ids, 9], action_mask=[*[False] * len(ids), True], reward=0.0, score=0.0, iteration=1)
+        for ids in sequences
+    ]
+
+
+def test_the_tree_of_the_docstring():
+    batch = collate(made((5, 8), (5, 6, 7)), CPU)
+    assert batch.tokens.tolist() == [[5, 6, 7, 8]] and batch.positions.tolist() == [[0, 1, 2, 1]]
+    assert batch.tree.ends.tolist() == [4, 3, 3, 4] and batch.tree.runs.tolist() == [0, 1, 3] and batch.tree.depth == 3
+    assert batch.states.tolist() == [3, 2]
+
+
+def test_equal_sequences_and_beginnings_of_others_add_no_token():
+    batch = collate(made((5, 6, 7), (5, 6), (5, 6, 7), (4,)), CPU)
+    assert batch.tokens.tolist() == [[4, 5, 6, 7]] and batch.states.tolist() == [3, 2, 3, 0]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("budget", [1, 17, 40, 10_000])
-def test_micro_batches_cover_all_once_and_keep_the_budget(budget):
+def test_micro_batches_cover_all_once_and_keep_the_budget(budget, form):
     members = groups(5, 4)
-    batches = list(micro_batches(members, OptimConfig(micro_batch_tokens=budget)))
+    batches = list(micro_batches(members, form, budget))
     assert sorted(i for chosen in batches for i in chosen) == list(range(20))
     for chosen in batches:
-        batch = collate([members[i] for i in chosen], CPU)
-        assert len(chosen) == 1 or batch.prefixes.numel() + batch.states.numel() <= budget
+        assert len(chosen) == 1 or collate([members[i] for i in chosen], CPU, form).tokens.numel() <= budget
+    if budget == 10_000 and form is not Form.PADDED:
+        assert len(batches) == 1
 
 
-def test_micro_batches_keep_the_responses_to_a_prompt_together():
+def test_micro_batches_of_trees_keep_the_responses_to_a_prompt_together():
     members = groups(5, 4)
-    batches = micro_batches(members, OptimConfig(micro_batch_tokens=60))
-    split = [{members[i].prefix.tobytes() for i in chosen} for chosen in batches]
+    split = [{members[i].prefix.tobytes() for i in chosen} for chosen in micro_batches(members, Form.TREE, 60)]
     assert len(split) > 1 and sum(map(len, split)) < 5 + len(split)
 
 
-def test_a_shared_prompt_is_computed_once_and_changes_nothing(tiny):
-    """Hidden states and gradients equal those of each trajectory alone. The hook counts the tokens that pass the
-    transformer."""
-    model, _ = tiny
-    members = [t for t in groups(4, 5) if len(t.prefix)]
-    counted = []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: counted.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    batch = collate(members, CPU)
-    weights = torch.randn(*batch.mask.shape, 64)
-    together = hidden_states(model, batch, ModelConfig())
-    hook.remove()
-    assert counted == [batch.prefixes.numel(), batch.states.numel()] and len(batch.prefixes) == 3
-    (together * weights * batch.mask[..., None]).sum().backward()
-    shared = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    for row, t in enumerate(members):
-        alone = hidden_states(model, collate([t], CPU), ModelConfig())[0]
-        n = alone.shape[0]
-        torch.testing.assert_close(together[row, :n], alone, rtol=1e-4, atol=1e-5)
-        (alone * weights[row, :n] * batch.mask[row, :n, None]).sum().backward()
-    for name, p in model.named_parameters():
-        assert (shared[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+def test_padded_micro_batches_have_similar_lengths():
+    """Two lengths only: more micro-batches could not save padding. With all lengths equal, one is enough."""
+    members = made(*[(5,) * n for n in (90, 10, 90, 10, 10, 90)])
+    assert sorted(map(sorted, micro_batches(members, Form.PADDED, 10_000))) == [[0, 2, 5], [1, 3, 4]]
+    assert len(list(micro_batches(made(*[(5,) * 90] * 6), Form.PADDED, 10_000))) == 1
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_packed_batch_computes_the_same_as_a_padded_one(tiny_config, attention):
-    """The same hidden states and gradients. The hook counts the tokens that pass the transformer: a packed batch has no
-    padding tokens."""
-    model, _ = load_model(tiny_config.model, seed=0)
-    model.set_attn_implementation(attention)
-    members = [*groups(3, 2), *random_trajectories(4, turns=2)]
-    padded, packed = collate(members, CPU, share=False), collate(members, CPU, packed=True)
-    assert not padded.share and not packed.share
-    weights = torch.randn(*padded.mask.shape, 64) * padded.state_mask[..., None]
-    counted, gradients, hidden = [], [], []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: counted.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    for batch in (padded, packed):
-        model.zero_grad()
-        out = hidden_states(model, batch, ModelConfig())
-        (out * weights).sum().backward()
-        hidden.append(out.detach() * padded.state_mask[..., None])
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    hook.remove()
-    assert counted[1] == sum(len(t) - 1 for t in members) < counted[0]
-    torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-5)
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-
-
-def test_packed_micro_batches_count_tokens_without_padding():
-    members = groups(5, 4)
-    parts = list(micro_batches(members, OptimConfig(micro_batch_tokens=60, packing=True)))
-    assert sorted(i for part in parts for i in part) == list(range(20))
-    assert all(sum(len(members[i]) for i in part) <= 60 for part in parts)
-
-
-def test_processes_share_a_batch_and_keep_in_step(tiny_config):
+@pytest.mark.parametrize("form", FORMS)
+def test_processes_share_a_batch_and_keep_in_step(form):
     """Each trajectory goes to exactly one process, and all processes get about the same number of tokens. A process
-    with fewer micro-batches gets padding ones."""
-    members, counts = groups(7, 3), []
-    config = replace(tiny_config, optim=OptimConfig(micro_batch_tokens=40))
+    with fewer micro-batches gets padding ones, which have the shortest trajectory."""
+    members, counts = groups(9, 8), []
 
     class One(World):
         def gather(self, item):
             counts.append(item)
-            return [*counts, 9]  # another process has 9 micro-batches
+            return [*counts, 20]  # another process has 20 micro-batches
 
-    plans = [plan(members, One(rank, 3), CPU, config) for rank in range(3)]
-    assert all(len(p) == 9 for p in plans)
-    assert sorted(i for p in plans for micro in p for i in micro.indices) == list(range(21))
-    tokens = [sum(len(members[i]) for micro in p for i in micro.indices) for p in plans]
+    plans = [plan(members, One(rank, 3), CPU, form, budget=40) for rank in range(3)]
+    assert all(len(p) == 20 for p in plans)
+    assert sorted(i for p in plans for micro in p for i in micro.indices) == list(range(72))
+    real = [[micro for micro in p if micro.indices] for p in plans]
+    tokens = [sum(micro.batch.tokens.numel() for micro in p) for p in real]
     assert max(tokens) < 1.2 * min(tokens)
-    for micro in (micro for p in plans for micro in p if len(micro.indices) > 1):
-        assert micro.batch.prefixes[micro.batch.prefix_of].numel() + micro.batch.states.numel() <= 40
     padding = [micro for p in plans for micro in p if not micro.indices]
-    assert padding and all(len(micro.trajectories) == len(micro.batch.mask) == 1 for micro in padding)
-    assert not any(micro.batch.share for p in plans for micro in p), "FSDP computes each prompt with each response"
+    assert padding and all(len(micro.batch.rewards) == 1 for micro in padding)
+    assert all(len(micro.trajectories[0]) == min(map(len, members)) for micro in padding)
+
+
+def test_the_shares_of_the_processes_split_few_groups():
+    members = groups(9, 8)
+    plans = [plan(members, Two(rank, 2), CPU, Form.TREE, budget=10_000) for rank in range(2)]
+    assert sum(micro.batch.tokens.numel() for p in plans for micro in p) < 1.2 * collate(members, CPU).tokens.numel()
+
+
+class Two(World):
+    def gather(self, item):
+        return [item, item]

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
-from reval.batching import plan
 from reval.config import Config, load_config
 from reval.distributed import World, world
 from reval.learner import Learner
 from reval.model.loading import load_model
+from reval.model.packing import plan_for
 from reval.model.saving import whole_weights
 from reval.model.sharding import layers_of, whole
 from reval.reference_policy import ReferencePolicy
@@ -29,7 +29,7 @@ ADAM = ["optim.eps=1e-5"]
 CASES = {
     "plain": [],
     "many micro-batches": ["optim.micro_batch_tokens=20"],
-    "packed": ["optim.packing=true", "optim.micro_batch_tokens=30"],
+    "padded": ["optim.packing=padded", "optim.micro_batch_tokens=30"],
     "adapters": ["lora.rank=4"],
     "checkpointed activations": ["model.gradient_checkpointing=true"],
     "offloaded reference": ["reference.offload=true"],
@@ -81,7 +81,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
     ids = trajectories[0].token_ids.tolist()
     return {
         "updates": done,
-        "passes": passes / len(plan(trajectories, processes, model.device, config)),
+        "passes": passes / len(plan_for(model, trajectories, processes, config)),
         "gradients": gradients,
         "weights": {name: w.clone() for name, w in whole_weights(model)},
         "dtypes": {p.dtype for p in model.parameters()},

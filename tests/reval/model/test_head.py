@@ -12,7 +12,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from reval.batching import collate
+from reval.batching import Form, collate
 from reval.config import ModelConfig
 from reval.model.forward import hidden_states
 from reval.model.head import OutputHead, check_head, head_of
@@ -47,15 +47,15 @@ def test_values_from_the_head_equal_values_from_the_models_logits(name, trajecto
     model = make(MODELS[name])
     check_head(model)
     members = trajectories(5, vocabulary=50)
-    head, batch = head_of(model), collate(members, model.device)
+    head, batch = head_of(model), collate(members, model.device, Form.PADDED)
     with torch.no_grad():
-        logits = torch.zeros(*batch.mask.shape, 50)
-        for row, t in enumerate(members):  # one trajectory at a time, so that there is no padding
+        rows = []
+        for t in members:  # one trajectory at a time, so that there is no padding
             ids = torch.from_numpy(t.token_ids).long()[None]
-            logits[row, : len(t) - 1 - len(t.prefix)] = model(input_ids=ids).logits[0, len(t.prefix) : -1]
-        expected = token_values(logits, batch.actions, mask=batch.mask)
+            rows.append(model(input_ids=ids).logits[0, :-1][torch.from_numpy(t.action_mask[1:])])
+        expected = token_values(torch.cat(rows), batch.actions)
         hidden = hidden_states(model, batch, ModelConfig())
-        got = linear_token_values(hidden, actions=batch.actions, mask=batch.mask, **head._asdict())
+        got = linear_token_values(hidden, actions=batch.actions, **head._asdict())
     for a, b in zip(got[:3], expected[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     if name != "plain":
