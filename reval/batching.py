@@ -127,7 +127,7 @@ def micro_batches(trajectories: list[Trajectory], form: Form, budget: int) -> It
 class _Item(NamedTuple):
     """A trajectory in the order in which a batch is cut."""
 
-    index: int
+    number: int
     length: int
     """The tokens that the transformer computes for this trajectory alone."""
     shared: int
@@ -153,12 +153,12 @@ def _shares(trajectories: list[Trajectory], count: int, form: Form) -> list[list
     """
     items = _ordered(trajectories, form)
     if count == 1:
-        return [[item.index for item in items]]
+        return [[item.number for item in items]]
     size = sum(item.length - item.shared for item in items) // (8 * count)
-    by_index = {item.index: item for item in items}
+    by_number = {item.number: item for item in items}
     pieces = []
     for piece in _cut(items, size):
-        first, *rest = (by_index[i] for i in piece)
+        first, *rest = (by_number[i] for i in piece)
         pieces.append((first.length + sum(item.length - item.shared for item in rest), piece))
     out: list[list[int]] = [[] for _ in range(count)]
     load = [0] * count
@@ -173,12 +173,12 @@ def _cut(items: list[_Item], budget: int) -> Iterator[list[int]]:
     """Indices of neighbours with at most `budget` tokens together, or of one longer trajectory."""
     held: list[int] = []
     tokens = 0
-    for index, length, shared in items:
+    for number, length, shared in items:
         if held and tokens + length - shared > budget:
             yield held
             held, tokens = [], 0
         tokens += length - shared if held else length
-        held.append(index)
+        held.append(number)
     if held:
         yield held
 
@@ -200,7 +200,7 @@ def _cut_padded(items: list[_Item], budget: int) -> Iterator[list[int]]:
     while bounds[-1]:
         bounds.append(int(start[bounds[-1]]))
     for a, b in zip(bounds[:0:-1], bounds[-2::-1], strict=True):
-        yield [item.index for item in items[a:b]]
+        yield [item.number for item in items[a:b]]
 
 
 def collate(trajectories: list[Trajectory], device: torch.device, form: Form = Form.TREE) -> Batch:
@@ -227,9 +227,9 @@ def collate(trajectories: list[Trajectory], device: torch.device, form: Form = F
     actions = np.concatenate([t.token_ids[t.action_mask] for t in trajectories])
     integers = (np.atleast_2d(tokens), np.atleast_2d(positions), states, actions, np.cumsum([0, *counts]))
     rest = (mask, np.flatnonzero(mask), np.array([t.reward for t in trajectories], np.float32))
-    arrays = (*(x.astype(np.int64) for x in integers), *rest)
-    padding = None if token_mask is None else on_device(torch.from_numpy(token_mask), device)
-    return Batch(*(on_device(torch.from_numpy(x), device) for x in arrays), padding, tree)
+    padding = [] if token_mask is None else [token_mask]
+    arrays = (*(x.astype(np.int64) for x in integers), *rest, *padding)
+    return Batch._make([*(on_device(torch.from_numpy(x), device) for x in arrays), *[None] * (not padding), tree])
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -241,7 +241,8 @@ def _prefix_tree(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, l
     """The tokens [N] of the tree, their positions [N], each sequence's places among them, and the tree."""
     places = [np.empty(0, np.int64)] * len(sequences)
     ends = np.empty(sum(map(len, sequences)), np.int64)
-    tokens, positions, runs = [], [], set()
+    tokens, positions = [], []
+    runs: set[int] = set()
     count, before, path = 0, np.empty(0, np.int32), np.empty(0, np.int64)
     for i in _alphabetical(sequences):
         sequence = sequences[i]

@@ -26,7 +26,6 @@ from .reference_policy import reference_of
 from .replay import Trajectory
 from .waiting import Progress
 
-
 TERMS = ("residual", "v_policy", "v_reference", "log_ratio")
 """The residual of a trajectory, and the terms that it is the sum of with the reward."""
 

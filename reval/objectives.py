@@ -1,7 +1,7 @@
 """ReVal and its family of losses. Each objective is a function from one micro-batch to a loss.
 
-Letters: B trajectories, M actions in all, H of the longest trajectory. D = sum_h (log pi - log pi_ref)(a_h|s_h), over the actions of a trajectory.
-r is the shaped reward and beta its temperature. Values are in units of reward / beta.
+Letters: B trajectories, M actions in all, H of the longest trajectory. D = sum_h (log pi - log pi_ref)(a_h|s_h), over
+the actions of a trajectory. r is the shaped reward and beta its temperature. Values are in units of reward / beta.
 
 Every objective sums over its trajectories and divides by `normalizer`, the number of trajectories in the whole batch on
 all processes. The losses of the micro-batches then add up to the loss of the batch.

@@ -102,10 +102,9 @@ class ReferencePolicy:
         numbers = torch.cat(computed).cpu().numpy()  # one transfer for all micro-batches: each waits for the device
         found: dict[int, dict[str, Any]] = {}
         for micro in micros:
-            for i, t in zip(micro.indices or [None], micro.trajectories, strict=True):
+            for i, t in zip(micro.indices, micro.trajectories, strict=False):  # a padding micro-batch has no indices
                 own, numbers = np.split(numbers, [int(t.action_mask.sum())])
-                if i is not None:  # a padding micro-batch has values but no indices
-                    found[i] = self._stored(own)
+                found[i] = self._stored(own)
         for report in self._world.gather(found):
             for i, values in report.items():
                 stale[i].reference = values
@@ -152,4 +151,4 @@ def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
     if "values" in trajectories[0].reference:
         stored = torch.from_numpy(np.concatenate([t.reference["values"] for t in trajectories]))
         values = TokenValues(*on_device(stored, device).unbind(-1))
-    return Reference(*on_device(numbers, device), values)
+    return Reference._make([*on_device(numbers, device), values])

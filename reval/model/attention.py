@@ -69,7 +69,8 @@ def layout_of(tree: PrefixTree, device: torch.device) -> Layout:
 def _blocks(tree: PrefixTree, sizes: np.ndarray, device: torch.device) -> Iterator[Block]:
     starts, ends = tree.runs.tolist(), tree.ends
     stack: list[int] = []  # the runs on the path to the current run
-    first, path, tokens = 0, (), 0
+    first, tokens = 0, 0
+    path: tuple[int, ...] = ()
     for run, start in enumerate(starts):
         while stack and ends[starts[stack[-1]]] <= start:
             stack.pop()
@@ -116,7 +117,7 @@ def check_plain(layout: Layout, options: dict[str, Any]) -> None:
         absent = value is None or (value is False and name != "is_causal") or (value is True and name == "is_causal")
         if not (absent or wide or name in MEANINGLESS):
             raise NotImplementedError(
-                f"its attention has {name}={value if np.isscalar(value) else type(value).__name__}"
+                f"its attention has {name}={type(value).__name__ if isinstance(value, Tensor) else value}"
             )
 
 

@@ -126,9 +126,9 @@ def _main_first(
             model, tokenizer = load()
         except (ValueError, OSError, ImportError) as caught:  # ImportError: the attention's package is missing
             error = str(caught)
-    kind = None if model is None else (packing_of(model), type(model), model.config, model.generation_config)
-    error, kind, tokenizer = world.broadcast((error, kind, tokenizer))
-    if kind is None or tokenizer is None:
+    kind = None if model is None else (type(model), model.config, model.generation_config)
+    packing = None if model is None else packing_of(model)
+    error, kind, packing, tokenizer = world.broadcast((error, kind, packing, tokenizer))
+    if kind is None or packing is None or tokenizer is None:
         raise ValueError(error)
-    packing, *parts = kind
-    return model or note_packing(empty(*parts), packing), tokenizer
+    return model or note_packing(empty(*kind), packing), tokenizer

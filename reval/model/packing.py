@@ -83,8 +83,8 @@ def note_packing(model: PreTrainedModel, packing: Packing) -> PreTrainedModel:
 @torch.no_grad()
 def _look(model: PreTrainedModel) -> Packing:
     few = [(1, 2, 3, 4, 5), (1, 2, 3, 6), (1, 7, 8), (9, 2, 3, 4)]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    members = [_trajectory(np.array(ids) % vocabulary) for ids in few]
+    embedding: Any = model.get_input_embeddings()
+    members = [_trajectory(np.array(ids) % embedding.weight.shape[0]) for ids in few]
     padded = _hidden(model, members, Form.PADDED)
     joined = _near(_hidden(model, members, Form.JOINED), padded)
     try:
