@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from ..batching import PrefixTree
+from ..batching import PrefixTree, on_device
 
 NAME = "reval_tree"
 """The name of `tree_attention` in transformers. No mask has this name, so the models make none."""
 BLOCK = 128
 """Runs of the tree are joined to blocks of about this many tokens. Larger blocks compute more pairs of tokens that do
 not see each other, smaller ones need more calls."""
+FLEX = 128
+"""The width of FlexAttention's blocks: its default."""
 MEANINGLESS = {"position_ids", "use_cache", "cache_position", "past_key_values", "layout"}
 """Arguments of attention functions that change nothing here."""
 
@@ -61,7 +63,7 @@ class Layout:
 def layout_of(tree: PrefixTree, device: torch.device) -> Layout:
     """What `tree_attention` needs to compute with tokens of this tree on this device."""
     if device.type == "cuda":
-        return Layout(tree.depth, block_mask=_block_mask(tree.ends, device))
+        return Layout(tree.depth, block_mask=block_mask_of(tree.ends, device))
     sizes = np.diff([*tree.runs, len(tree.ends)])
     return Layout(tree.depth, sizes.tolist(), list(_blocks(tree, sizes, device)))
 
@@ -94,11 +96,26 @@ def _block(tree: PrefixTree, sizes: np.ndarray, path: tuple[int, ...], own: rang
     return Block(path, own, torch.from_numpy((keys <= q) & (q < tree.ends[keys])).to(device), lead=False)
 
 
-def _block_mask(ends: np.ndarray, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask_of(ends: np.ndarray, device: torch.device) -> Any:
+    """The BlockMask of FlexAttention, which says which squares of FLEX x FLEX pairs of tokens it must compute.
+
+    torch's `create_block_mask` looks at all N x N pairs. This needs only the largest and the smallest end of each block
+    of keys, and the device is not waited for.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     count = len(ends)
-    return create_block_mask(sees(torch.from_numpy(ends).to(device)), None, None, count, count, device=str(device))
+    rows = np.arange(-(-count // FLEX))[:, None]  # blocks of queries; the blocks of keys are the columns
+    padded = np.pad(ends, (0, -count % FLEX))
+    largest, smallest = padded.reshape(-1, FLEX).max(1), padded.reshape(-1, FLEX).min(1)
+    whole = (rows > rows.T) & (smallest >= (rows + 1) * FLEX)  # no pair needs the mask
+    partial = (rows >= rows.T) & (largest > rows * FLEX) & ~whole
+    parts = []
+    for blocks in (partial, whole):
+        order = np.argsort(~blocks, axis=1, kind="stable")  # the blocks to compute come first
+        parts += [x.astype(np.int32)[None, None] for x in (blocks.sum(1), order)]
+    tensors = [on_device(torch.from_numpy(x), device) for x in (*parts, ends)]
+    return BlockMask.from_kv_blocks(*tensors[:4], BLOCK_SIZE=FLEX, mask_mod=sees(tensors[4]), seq_lengths=(count, count))
 
 
 def sees(ends: Tensor) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from reval.batching import collate
-from reval.model.attention import BLOCK, layout_of, sees, tree_attention
+from reval.model.attention import BLOCK, Layout, block_mask_of, layout_of, sees, tree_attention
 from reval.replay import Trajectory
 
 CPU = torch.device("cpu")
@@ -74,13 +74,33 @@ def test_every_token_sees_its_path(name):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_the_mask_for_flex_attention_is_the_same(name):
-    """In eager mode, as a GPU would compile it."""
+def test_the_blocks_for_flex_attention_are_those_that_torch_finds(name):
     tree = tree_of(TREES[name])
-    count, tensors = len(tree.ends), [x.detach() for x in inputs(len(tree.ends))]
-    mask = create_block_mask(sees(torch.from_numpy(tree.ends)), None, None, count, count, device="cpu")
-    got = flex_attention(*tensors, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(got, dense(*tensors, tree, 0.3), check_dtype=False)
+    count = len(tree.ends)
+    ours = block_mask_of(tree.ends, CPU)
+    theirs = create_block_mask(sees(torch.from_numpy(tree.ends)), None, None, count, count, device="cpu")
+    for part in ("kv", "full_kv", "q", "full_q"):
+        counts = [getattr(mask, f"{part}_num_blocks").flatten().tolist() for mask in (ours, theirs)]
+        assert counts[0] == counts[1], part
+        found = [getattr(mask, f"{part}_indices").flatten(0, 2).tolist() for mask in (ours, theirs)]
+        for size, row, expected in zip(counts[0], *found, strict=True):
+            assert row[:size] == expected[:size], part
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TREES)
+def test_flex_attention_sees_the_same(name, compiled):
+    """The path of a GPU, on the CPU: there FlexAttention is compiled for the forward pass only."""
+    tree = tree_of(TREES[name])
+    tensors = [x.detach().float() for x in inputs(len(tree.ends))]
+    mask = block_mask_of(tree.ends, CPU)
+    with torch.no_grad():
+        if compiled:
+            layout = Layout(tree.depth, block_mask=mask)
+            got, _ = tree_attention(torch.nn.Module(), *tensors, None, layout=layout, scaling=0.3)
+        else:
+            got = flex_attention(*tensors, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(got, dense(*tensors, tree, 0.3))
 
 
 @pytest.mark.parametrize(
