@@ -526,7 +526,8 @@ class RunConfig(_Section):
     overwrite: bool = False
     """Replace a run folder that already has results."""
     display: Literal["auto", "rich", "plain"] = "auto"
-    """rich: a live table. plain: one line per iteration. auto: rich on a terminal, else plain."""
+    """rich: a live table. plain: one line per iteration, and what the run waits for when nothing was printed for 30
+    seconds. auto: rich on a terminal, else plain."""
     threads: int = 0
     """Number of CPU threads. 0: torch chooses the number."""
     table: int = 8

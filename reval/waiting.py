@@ -22,8 +22,10 @@ class Waiting:
         self._done: tuple[int, int] | None = None
         """Micro-batches: done, all."""
         self._asks_engine = False
-        self._generated: tuple[float | None, int] | None = None
-        """The engine's last report in this wait: tokens per second, if two reports give a rate, and sequences left."""
+        self._first: tuple[float, int] | None = None
+        """The engine's first report of its request: the time, and the tokens so far."""
+        self._generated: tuple[float, int] | None = None
+        """The engine's last report: tokens per second since its first report, or 0, and sequences left."""
 
     @contextmanager
     def __call__(self, what: str, asks_engine: bool = False) -> Iterator[Progress]:
@@ -34,7 +36,9 @@ class Waiting:
                 also reports while the run waits for other things.
         """
         self._what, self._started, self._asks_engine = what, time.perf_counter(), asks_engine
-        self._done = self._generated = None
+        self._done = None
+        if asks_engine:
+            self._first = self._generated = None
 
         def progress(done: int, total: int) -> None:
             self._done = done, total
@@ -46,17 +50,14 @@ class Waiting:
 
     def engine_progress(self) -> Progress:
         """A function for the engine's attribute `progress`: it takes the tokens so far and the sequences left."""
-        since, base, rate = 0.0, 0, None
 
         def progress(tokens: int, left: int) -> None:
-            nonlocal since, base, rate
             now = time.perf_counter()
-            if tokens < base or not since:  # the first report of a request
-                since, base, rate = now, tokens, None
-            elif now - since >= 1.0:
-                rate = (tokens - base) / (now - since)
+            since, base = self._first or (now, tokens)
+            if tokens < base:  # the engine has a new request, while the run waits for something else
                 since, base = now, tokens
-            self._generated = rate, left
+            self._first = since, base
+            self._generated = (tokens - base) / max(now - since, 1e-9), left
 
         return progress
 
@@ -70,8 +71,7 @@ class Waiting:
             parts.append(f"{done[0]} of {done[1]} micro-batches")
         if generated is not None and self._asks_engine:
             rate, left = generated
-            parts += [] if rate is None else [f"{rate:.0f} tokens/s"]
-            parts.append(f"{left} sequences left")
+            parts += [f"{rate:.0f} tokens/s"] * (rate > 0) + [f"{left} sequences left"]
         return f"{what} for {duration(time.perf_counter() - self._started)}" + ": " * bool(parts) + ", ".join(parts)
 
 

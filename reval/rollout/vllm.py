@@ -14,8 +14,9 @@ import importlib.util
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -166,6 +167,8 @@ class VLLMRollout:
         self._dtype, self._ends, self._expected = dtype, ends, expected
         self._sleep, self._asleep = sleep, set[str]()  # _asleep: the tags of the memory that is freed now
         self._synced = False
+        self.progress: Callable[[int, int], None] | None = None
+        """See RolloutEngine. It counts the tokens of finished responses only, because vLLM tells no others."""
         self._lock = threading.RLock()
         self._vllm = vllm
         self._llm = vllm.LLM(
@@ -277,7 +280,7 @@ class VLLMRollout:
             raise RolloutError("the vllm engine has no weights: it takes them from sync(), which must come first")
         if not prompts:
             return []
-        with self._lock:
+        with self._lock, _reporting(self._llm.llm_engine, self.progress, len(prompts)):
             self._wake_up("weights", "kv_cache")
             return self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
@@ -287,6 +290,34 @@ class VLLMRollout:
         if reason not in ("stop", "length") or not ids:
             raise RolloutError(f"vLLM ended a response of {len(ids)} tokens with finish_reason={reason!r}")
         return Response(ids, finished=reason == "stop")
+
+
+@contextmanager
+def _reporting(engine: Any, progress: Callable[[int, int], None] | None, left: int) -> Iterator[None]:
+    """Within the block, `progress` gets about once a second the tokens of the finished requests, and how many are left.
+
+    vLLM has only a progress bar for that. So each step of its engine is counted.
+    """
+    if progress is None:
+        yield
+        return
+    step, tokens, reported = engine.step, 0, time.monotonic()
+
+    def counted() -> Any:
+        nonlocal tokens, left, reported
+        outputs = step()
+        done = [output for output in outputs if output.finished]
+        tokens, left = tokens + sum(len(output.outputs[0].token_ids) for output in done), left - len(done)
+        if time.monotonic() - reported >= 1.0:
+            reported = time.monotonic()
+            progress(tokens, left)
+        return outputs
+
+    engine.step = counted
+    try:
+        yield
+    finally:
+        engine.step = step
 
 
 def request_seed(seed: int, prompt: int, response: int) -> int:

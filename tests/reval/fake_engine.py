@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 
 from reval.rollout import Response
 from reval.rollout.weights import Index, read_weights
 
-ECHO, SLEEP, EXIT, KILL, WRONG, BROKEN, CHILD = range(7)
+ECHO, SLEEP, EXIT, KILL, WRONG, BROKEN, CHILD, REPORT, REPORT_FOR_EVER = range(9)
 
 
 class Fake:
@@ -20,6 +21,7 @@ class Fake:
     def __init__(self, dtype: str, fail: str = ""):
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._sum = 0.0
+        self.progress: Callable[[int, int], None] | None = None
         if fail == "usage":
             raise ValueError("dtype must be something else")
         if fail == "crash":
@@ -46,7 +48,17 @@ class Fake:
                 if os.fork() == 0:
                     time.sleep(1000)
                 os.kill(os.getpid(), signal.SIGKILL)
+            case 7:
+                self._report(10, 2)
+                self._report(20, 1)
+            case 8:
+                while True:
+                    self._report(0, 1)
         return [[Response([*p, seed, r], r % 2 == 0) for r in range(responses)] for p in prompts]
+
+    def _report(self, tokens: int, left: int) -> None:
+        assert self.progress is not None
+        self.progress(tokens, left)
 
     def log_probs(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
         return [[self._sum] * (len(ids) - start) for ids, start in zip(sequences, starts, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from reval import display
 from reval.config import Config, RunConfig
 from reval.display import Display
 from reval.evaluation.answers import Answered, Evaluation
+from reval.waiting import Waiting
 
 
 @pytest.fixture
@@ -80,6 +82,88 @@ def test_the_rich_display_counts_from_the_resumed_iteration(capsys):
         shown.iteration(7, METRICS)
         assert shown._progress.tasks[0].completed == 7 and shown._progress.tasks[0].total == 10
     assert "held-out accuracy 0.25" in capsys.readouterr().out
+
+
+def test_the_plain_display_says_what_it_waits_for_after_a_while(clock, capsys):
+    with Display(settings()) as shown:
+        engine = shown.waiting.engine_progress()
+        capsys.readouterr()
+        with shown.waiting("generating", asks_engine=True):
+            engine(100, 8)
+            clock.append(129.0)
+            shown._tick()
+            assert capsys.readouterr().out == "", "short work prints nothing"
+            engine(1070, 5)
+            clock.append(130.0)
+            shown._tick()
+            shown._tick()
+            assert capsys.readouterr().out == "  generating for 30 s: 33 tokens/s, 5 sequences left\n"
+        with shown.waiting("updating") as progress:
+            progress(1, 12)
+            clock.append(155.0)
+            engine(2000, 3)  # with rollout.ahead
+            shown._tick()
+            progress(2, 12)
+            clock.append(160.0)
+            shown._tick()
+            assert capsys.readouterr().out == "  updating for 30 s: 2 of 12 micro-batches\n"
+        clock.append(300.0)
+        shown._tick()
+        assert capsys.readouterr().out == "", "it waits for nothing"
+        with shown.busy("answering"):
+            clock.append(331.0)
+            shown._tick()
+    assert capsys.readouterr().out == "answering\n  answering for 31 s\n  done in 31 s\n"
+
+
+def test_the_plain_display_watches_by_itself(clock, capsys, monkeypatch):
+    """Code that takes long calls nothing. A thread prints, which ends with the display."""
+    monkeypatch.setattr(display, "TICK", 0.01)
+    with Display(settings()) as shown, shown.waiting("scoring"):
+        clock.append(140.0)
+        until = time.monotonic() + 20
+        while "scoring" not in (out := capsys.readouterr().out) and time.monotonic() < until:
+            time.sleep(0.01)
+    assert out == "  scoring for 40 s\n" and not shown._thread.is_alive()
+
+
+def test_the_rich_display_shows_the_wait_beside_the_bar(clock, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    with Display(settings(display="rich")) as shown:
+        with shown.waiting("updating") as progress:
+            progress(3, 4)
+            clock.append(107.0)
+            shown._console.print(shown._progress.make_tasks_table(shown._progress.tasks))
+            assert "updating for 7 s: 3 of 4 micro-batches" in capsys.readouterr().out
+        shown._console.print(shown._progress.make_tasks_table(shown._progress.tasks))
+        assert "updating" not in capsys.readouterr().out and shown._thread is None
+
+
+def test_a_wait_that_fails_is_over(clock):
+    waiting = Waiting()
+    with pytest.raises(KeyError), waiting("updating"):
+        assert waiting.text() == "updating for 0 s"
+        raise KeyError
+    assert waiting.text() == ""
+
+
+def test_the_speed_is_that_of_the_current_request(clock):
+    """With rollout.ahead the engine's request began before the run waits for it."""
+    waiting = Waiting()
+    engine = waiting.engine_progress()
+    engine(5000, 9)
+    with waiting("generating", asks_engine=True):
+        assert waiting.text() == "generating for 0 s"
+        engine(6000, 8)
+        assert waiting.text() == "generating for 0 s: 8 sequences left"
+        clock.append(110.0)
+        engine(6500, 7)
+        assert waiting.text() == "generating for 10 s: 50 tokens/s, 7 sequences left"
+        clock.append(120.0)
+        engine(100, 20)
+        clock.append(122.0)
+        engine(300, 19)
+        assert waiting.text() == "generating for 22 s: 100 tokens/s, 19 sequences left"
 
 
 def answered(prompt, text: str, score: float, benchmark: str | None = None) -> Answered:

@@ -10,11 +10,12 @@ import copy
 import importlib.util
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from reval.rollout import end_tokens, make_rollout
+from reval.rollout import end_tokens, make_rollout, vllm
 from reval.rollout.hf import HFRollout
 from reval.rollout.probe import choose, mismatch, worst
 from reval.rollout.vllm import engine_devices, request_seed
@@ -318,3 +319,22 @@ def test_training_mode_is_left_as_it_was(tiny):
 def test_the_worst_mismatch_of_all_processes_keeps_a_nan():
     assert worst([{"a": 1.0}, {"a": 3.0}]) == {"a": 3.0}
     assert math.isnan(worst([{"a": 1.0}, {"a": float("nan")}, {"a": 2.0}])["a"])
+
+
+def test_vllm_s_steps_are_counted_for_the_progress(monkeypatch):
+    """The fake engine finishes one request of 3 tokens in every second step; a step takes 0.6 seconds."""
+    now, steps, seen = [0.0], [0], []
+
+    def step():
+        now[0] += 0.6
+        steps[0] += 1
+        return [SimpleNamespace(finished=steps[0] % 2 == 0, outputs=[SimpleNamespace(token_ids=[1, 2, 3])])]
+
+    monkeypatch.setattr(vllm.time, "monotonic", lambda: now[0])
+    engine = SimpleNamespace(step=step)
+    with vllm._reporting(engine, lambda *report: seen.append(report), 3):
+        while steps[0] < 6:
+            assert engine.step()
+    assert seen == [(3, 2), (6, 1), (9, 0)] and engine.step is step
+    with vllm._reporting(engine, None, 3):
+        assert engine.step is step, "nobody listens"

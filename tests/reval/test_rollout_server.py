@@ -179,6 +179,20 @@ def test_a_stopped_process_that_reads_nothing_meets_the_deadline_too():
     engine.close()
 
 
+def test_the_engine_s_progress_arrives_before_the_reply(engine):
+    assert len(ask(engine, fake_engine.REPORT)) == 2, "nobody listens"
+    seen = []
+    engine.progress = lambda tokens, left: seen.append((tokens, left))
+    assert len(ask(engine, fake_engine.REPORT)) == 2
+    assert seen == [(10, 2), (20, 1)]
+
+
+def test_an_engine_that_only_reports_reaches_the_deadline(engine):
+    engine._timeout = 0.5
+    with pytest.raises(RolloutError, match="within rollout.timeout=0.5 seconds"):
+        ask(engine, fake_engine.REPORT_FOR_EVER)
+
+
 def test_close_ends_the_process_and_may_come_twice(engine):
     engine.close()
     assert gone(engine.pid, 1)
