@@ -1,6 +1,6 @@
 """Progress of a run on the terminal: a live table and a progress bar, or one plain line per iteration.
 
-What the run waits for stands beside the progress bar. The plain display prints it when nothing else was printed for
+What the run waits for stands below the progress bar. The plain display prints it when nothing else was printed for
 QUIET seconds, from a thread of its own, because the code that takes long does not return meanwhile.
 
 Printing never raises (output.py), so it cannot end a run.
@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -76,7 +76,8 @@ class Display:
         self._thread = None if rich or quiet else threading.Thread(target=self._watch, daemon=True)
         self._progress = None
         if rich:
-            self._progress = Progress(
+            self._progress = _Bar(
+                self.waiting,
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -84,7 +85,6 @@ class Display:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                _WaitingColumn(self.waiting),
                 console=self._console,
                 speed_estimate_period=math.inf,  # rich's default of 30 s may be shorter than one iteration
             )
@@ -194,15 +194,18 @@ class Display:
                 self.note(f"{name}: {first[key]:.3f} -> {then[key]:.3f}")
 
 
-class _WaitingColumn(ProgressColumn):
-    """What the run waits for, beside the progress bar."""
+class _Bar(Progress):
+    """The progress bar, and below it what the run waits for."""
 
-    def __init__(self, waiting: Waiting):
-        super().__init__()
+    def __init__(self, waiting: Waiting, *columns: ProgressColumn, **options: Any):
         self._waiting = waiting
+        super().__init__(*columns, **options)
 
-    def render(self, task: Task) -> Text:
-        return Text(self._waiting.text())
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """See Progress.get_renderables."""
+        yield self.make_tasks_table(self.tasks)
+        if text := self._waiting.text():
+            yield Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _answers(before: Evaluation, after: Evaluation, count: int) -> Table:

@@ -127,15 +127,14 @@ def test_the_plain_display_watches_by_itself(clock, capsys, monkeypatch):
     assert out == "  scoring for 40 s\n" and not shown._thread.is_alive()
 
 
-def test_the_rich_display_shows_the_wait_beside_the_bar(clock, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "150")
+def test_the_rich_display_shows_the_wait_below_the_bar(clock, capsys):
     with Display(settings(display="rich")) as shown:
         with shown.waiting("updating") as progress:
             progress(3, 4)
             clock.append(107.0)
-            shown._console.print(shown._progress.make_tasks_table(shown._progress.tasks))
-            assert "updating for 7 s: 3 of 4 micro-batches" in capsys.readouterr().out
-        shown._console.print(shown._progress.make_tasks_table(shown._progress.tasks))
+            shown._console.print(shown._progress.get_renderable())
+            assert capsys.readouterr().out.endswith("\nupdating for 7 s: 3 of 4 micro-batches\n")
+        shown._console.print(shown._progress.get_renderable())
         assert "updating" not in capsys.readouterr().out and shown._thread is None
 
 
