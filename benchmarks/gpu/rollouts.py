@@ -1,9 +1,9 @@
 """vLLM with the trainer's own code on the machine's device: start, syncs, the probe, speed, and memory while it sleeps.
 
-    python -m benchmarks.gpu.rollouts MODE SLEEP DEVICE RESULT    # for example: server true cuda vllm.json
+    python -m benchmarks.gpu.rollouts MODE SLEEP DEVICE RESULT
 
-MODE and SLEEP are values of rollout.vllm_mode and rollout.vllm_sleep. The policy is SmolLM2 in float32, the engine is
-bfloat16. RESULT is a JSON file.
+MODE and SLEEP are values of rollout.vllm_mode and rollout.vllm_sleep, for example `server true`; DEVICE is cuda or cpu.
+The policy is SmolLM2 in float32, the engine is bfloat16. RESULT is a JSON file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,8 @@ def measure(mode: str, sleep: str, device: str) -> dict[str, Any]:
         found["sync"] = [seconds(lambda: engine.sync(model.state_dict().items()))[0]]
         found["speed"], found["probe"] = [], []
         for seed in range(2):
-            took, groups = seconds(
-                lambda seed=seed: engine.generate(  # type: ignore[misc]  # mypy has no type for a lambda with defaults
-                    prompts, responses=4, max_new_tokens=8 if small else 256, temperature=1.0, seed=seed
-                )
-            )
+            asked = partial(engine.generate, prompts, responses=4, max_new_tokens=8 if small else 256, temperature=1.0)
+            took, groups = seconds(partial(asked, seed=seed))
             found["speed"].append(round(sum(len(r.token_ids) for group in groups for r in group) / took))
             found["memory"][f"after generating {seed + 1}"] = used(device)
             change(model)
