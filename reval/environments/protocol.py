@@ -14,6 +14,7 @@ Message = dict[str, Any]
 BUILT_IN = {
     "calculator": "reval.environments.calculator:Calculator",
     "guessing": "reval.environments.guessing:Guessing",
+    "gymnasium": "reval.environments.gymnasium:Gymnasium",
 }
 """Environments of this package, by the name that environment.name may have."""
 
