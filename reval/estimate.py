@@ -19,128 +19,16 @@ The numbers of tokens are upper bounds: each response counts as rollout.max_new_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from reval.config import Config
 from reval.evaluation.benchmarks import BENCHMARKS, CHAMP_SIZE
+from reval.model.shapes import SHAPES, Shape, shape_of
 
 GIB = 1 << 30
 PROMPT = 512  # assumed number of tokens of a prompt, for the size of the rollout's cache
 CHUNK = GIB  # bytes per chunk of the gradient: twice LINEAR_CHUNK in reval_kernels/backends/gpu/__init__.py
 BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Sizes that determine the number of parameters of a Llama or Qwen model.
-
-    In the formulas: d = hidden, i = intermediate, q = heads * head_dim, kv = kv_heads * head_dim.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-    @property
-    def linears(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the matrices of one layer: q, k, v, o, gate, up, down."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        d, i = self.hidden, self.intermediate
-        return [(d, q), (d, kv), (d, kv), (q, d), (d, i), (d, i), (i, d)]
-
-    @property
-    def layer(self) -> int:
-        """Number of parameters of one layer."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        small = 2 * self.hidden + (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        return sum(a * b for a, b in self.linears) + small
-
-    @property
-    def outside(self) -> int:
-        """Number of parameters outside the layers: embedding, head and the last norm."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer + self.outside
-
-    def activations(self, compute: int, autocast: bool) -> int:
-        """Bytes per token that one layer keeps for its backward pass.
-
-        The layer keeps: both norms with the residual stream; q, k, v and the output of the attention; and four tensors
-        of the MLP's width. `compute` is the number of bytes of the compute dtype. tests/reval/test_estimate.py measures
-        these numbers.
-        """
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        norms = (24 if autocast else 14 if compute == 2 else 16) * self.hidden
-        return norms + compute * (3 * q + 2 * kv + 4 * self.intermediate)
-
-
-def _qwen2(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
-) -> Shape:
-    return Shape(
-        hidden=hidden,
-        intermediate=intermediate,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=hidden // heads,
-        vocabulary=vocabulary,
-        tied=tied,
-        qkv_bias=True,
-    )
-
-
-SHAPES = {
-    "tiny": Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=102, tied=True),
-    "smollm2-135m-instruct": Shape(
-        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocabulary=49152, tied=True
-    ),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151936, tied=False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
-    "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, 14, 2, 151936, tied=True),
-    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151936, tied=True),
-    "Qwen/Qwen2.5-Math-1.5B": _qwen2(1536, 8960, 28, 12, 2, 151936, tied=True),
-    "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
-    "Qwen/Qwen2.5-Math-7B": _qwen2(3584, 18944, 28, 28, 4, 152064, tied=False),
-}
-
-
-def shape_of(name: str) -> Shape | None:
-    """The shape of a model in SHAPES or of a local folder with a config.json. None if `name` is neither."""
-    path = Path(name) / "config.json"
-    if name in SHAPES or not path.is_file():
-        return SHAPES.get(name) or SHAPES.get(name.removesuffix("-Instruct"))
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings = settings.get("text_config") or settings
-    kind = settings.get("model_type", "")
-    try:
-        heads = settings["num_attention_heads"]
-        return Shape(
-            hidden=settings["hidden_size"],
-            intermediate=settings["intermediate_size"],
-            layers=settings["num_hidden_layers"],
-            heads=heads,
-            kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
-            vocabulary=settings["vocab_size"],
-            tied=bool(settings.get("tie_word_embeddings", False)),
-            qkv_bias=bool(settings.get("attention_bias", kind == "qwen2")),
-            qk_norm=kind.startswith("qwen3"),
-        )
-    except KeyError:  # the model is not a Llama or a Qwen
-        return None
 
 
 def memory(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float]]:
@@ -170,11 +58,22 @@ def memory(config: Config, shape: Shape, gpus: int) -> Iterator[tuple[str, float
     yield from _rollout(config, shape, gpus)
 
 
+def activations(shape: Shape, compute: int, autocast: bool) -> int:
+    """Bytes per token that one layer keeps for its backward pass.
+
+    The layer keeps: both norms with the residual stream; q, k, v and the output of the attention; and four tensors of
+    the MLP's width. `compute` is the number of bytes of the compute dtype. tests/reval/test_estimate.py measures these
+    numbers.
+    """
+    norms = (24 if autocast else 14 if compute == 2 else 16) * shape.hidden
+    return norms + compute * (3 * shape.queries + 2 * shape.keys + 4 * shape.intermediate)
+
+
 def _activations(config: Config, shape: Shape, compute: int, autocast: bool) -> Iterator[tuple[str, float]]:
     longest = config.rollout.max_new_tokens + PROMPT
     batch = max(config.trajectories_per_iteration, config.replay_batch_size) * longest
     tokens = min(max(config.optim.micro_batch_tokens, longest), batch)
-    layer = tokens * shape.activations(compute, autocast)
+    layer = tokens * activations(shape, compute, autocast)
     if config.model.gradient_checkpointing:
         kept = tokens * shape.layers * shape.hidden * (4 if autocast else compute)
         yield f"activations of {tokens} tokens, checkpointed, and one layer's", kept + layer

@@ -26,6 +26,7 @@ from typing import Any
 
 from .config import Config, ConfigError
 from .environments import resolve as resolve_environment
+from .model.shapes import check_random
 
 Row = dict[str, Any]
 
@@ -52,6 +53,10 @@ def check_files(config: Config, training: bool = False) -> None:
                 _existing(path)
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from None
+    try:
+        check_random(config.model.name)
+    except ValueError as error:
+        raise ConfigError(f"model.name: {error}") from None
     if config.model.name.startswith(("/", ".")) and not Path(config.model.name).exists():
         raise ConfigError(f"model.name: there is no folder {config.model.name!r}")
     for name, spec in rewards.items():

