@@ -675,6 +675,11 @@ class Config:
         return self.rollout.prompts * self.rollout.responses if self.generates else 0
 
     @property
+    def longest_response(self) -> int:
+        """Maximum number of tokens after a prompt, those of an environment included."""
+        return self.rollout.max_new_tokens if self.environment.name is None else self.environment.max_tokens
+
+    @property
     def updates(self) -> int:
         """Number of updates in the whole run."""
         return self.run.iterations * self.replay.updates_per_iteration

@@ -1,4 +1,4 @@
-"""Job and measure a GPU machine in 8 minutes: tests, racecheck, limits, benchmarks, two iterations of the trainer.
+"""Job and measure a GPU machine in 8 minutes: tests, racecheck, limits, benchmarks, the trainer.
 
     python tools/gpu_check.py [--minutes 8] [--parts rows,linear] [--output FOLDER]
     python tools/gpu_check.py --rehearse    # on a CPU: tiny shapes, in Triton's interpreter
@@ -37,11 +37,12 @@ SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts aft
     "tests": 130,
     "race": 30,
     "limits": 20,
-    "rows": 90,
-    "linear": 115,
+    "rows": 80,
+    "linear": 100,
     "bellman": 15,
-    "precision": 30,
-    "trainer": 50,
+    "precision": 25,
+    "trainer": 45,
+    "sizes": 35,
     "vllm": 240,
 }
 PARTS = [part for part in SHARES if part != "vllm"]
@@ -79,7 +80,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def functions() -> dict[str, Callable[[Job, Record], None]]:
     from benchmarks.cases import GPU_PARTS
-    from benchmarks.gpu import checks, measure
+    from benchmarks.gpu import checks, measure, sizes
 
     programs: dict[str, Callable[[Job, Record], None]] = {
         "tests": checks.tests,
@@ -87,6 +88,7 @@ def functions() -> dict[str, Callable[[Job, Record], None]]:
         "trainer": checks.trainer,
         "vllm": checks.vllm,
         "limits": measure.limits,
+        "sizes": sizes.sizes,
     }
     return programs | {part: partial(measure.measured, part) for part in GPU_PARTS}
 

@@ -95,6 +95,16 @@ def _programs(part: Part) -> Iterator[str]:
             yield from _output(run)
     if found := part.get("vllm"):
         yield from _vllm(found)
+    if found := part.get("sizes"):
+        yield "\n## Memory of a learner\n\nPeaks in GiB, times in seconds.\n"
+        yield "| case | phase | measured | estimated | off by | time | making the model |\n|---|---|--:|--:|--:|--:|--:|"
+        for row in found:
+            if why := row.get("skipped"):
+                yield f"| {row['name']} | not run: {why} | | | | | |"
+                continue
+            peaks = f"{row['measured'] / 2**30:.2f} | {row['estimated'] / 2**30:.2f} | {row['error']:+.1%}"
+            times = f"{row['seconds']:.2f} | {row['model_seconds']:.1f}"
+            yield f"| {row['name']} | {row['phase']} | {peaks} | {times} |"
     if text := part.get("traceback"):
         yield f"\n## Error in {part['part']}\n\n```\n{text.rstrip()}\n```"
 

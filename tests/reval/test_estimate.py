@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from reval.config import Config, load_config
-from reval.estimate import activations, memory, report, tokens
+from reval.estimate import activations, memory, peak, report, tokens
 from reval.model.builtin import config_of
 from reval.model.shapes import SHAPES, Shape, shape_of
 
@@ -101,15 +101,25 @@ def test_a_layer_keeps_about_what_the_formula_says(autocast, hidden, heads, kv_h
     assert per_token == pytest.approx(activations(shape, 2, autocast), rel=0.1)
 
 
-def sizes(*overrides: str, gpus: int = 1) -> dict[str, float]:
+def moments(*overrides: str, gpus: int = 1) -> dict[str, dict[str, float]]:
     config = load_config([], [*GPU_RUN, *overrides])
     shape = shape_of(config.model.name)
     assert shape is not None
-    return dict(memory(config, shape, gpus))
+    return {name: dict(items) for name, items in memory(config, shape, gpus).items()}
+
+
+def update(*overrides: str, gpus: int = 1) -> dict[str, float]:
+    """The items of all moments of an update."""
+    found = moments(*overrides, gpus=gpus)
+    return found["the forward pass"] | found["the loss"] | found["the backward pass"]
+
+
+def largest(*overrides: str, gpus: int = 1) -> float:
+    return max(sum(items.values()) for items in moments(*overrides, gpus=gpus).values())
 
 
 def test_what_sharding_divides_and_what_it_does_not():
-    p, one, eight = SHAPES["Qwen/Qwen2.5-7B"].parameters, sizes(), sizes(gpus=8)
+    p, one, eight = SHAPES["Qwen/Qwen2.5-7B"].parameters, update(), update(gpus=8)
     assert one["parameters (float32)"] == one["gradients"] == one["reference (float32)"] == 4 * p
     assert one["Adam's two means"] == 8 * p
     for name in ("parameters (float32, 1/8 each)", "gradients, 1/8 each", "reference (float32, 1/8 each)"):
@@ -119,32 +129,56 @@ def test_what_sharding_divides_and_what_it_does_not():
 
 
 def test_settings_that_save_memory_save_it():
-    whole = sizes()
+    whole = update()
     name = "activations of 4096 tokens"
-    checkpointed = sizes("model.gradient_checkpointing=true")[f"{name}, checkpointed, and one layer's"]
-    assert checkpointed < whole[name] / 10
-    assert sizes("reference.offload=true")["reference: in the CPU's memory"] == 0
-    lora = sizes("lora.rank=16", "model.dtype=bfloat16")
+    checkpointed = update("model.gradient_checkpointing=true")
+    assert checkpointed[f"{name}, checkpointed"] < whole[name] / 10
+    assert checkpointed["one layer's activations, recomputed"] == whole[name] / 28
+    offloaded = moments("reference.offload=true")
+    assert offloaded["the loss"]["reference: in the CPU's memory"] == 0
+    p = SHAPES["Qwen/Qwen2.5-7B"].parameters
+    assert offloaded["the reference's values"]["reference, moved to the GPU"] == 4 * p
+    lora = update("lora.rank=16", "model.dtype=bfloat16")
     assert lora["reference: the base without adapters"] == 0
     shape = SHAPES["Qwen/Qwen2.5-7B"]
     adapters = shape.layers * sum(16 * (a + b) for a, b in shape.linears)
     assert lora["gradients of the adapters (rank 16)"] == 2 * adapters
-    assert sum(sizes("model.dtype=bfloat16").values()) < 0.6 * sum(whole.values())
+    assert "gradient of the head in fp32" in whole and "gradient of the head in fp32" not in lora
+    assert largest("model.dtype=bfloat16") < 0.6 * largest()
+
+
+def test_the_gradients_of_a_single_micro_batch_take_the_memory_of_freed_activations():
+    several, one = (update("optim.micro_batch_tokens=" + n) for n in ("1512", str(10**9)))
+    assert several["gradients"] > one["gradients"] == 0
+    small = ["rollout.prompts=1", "rollout.responses=1", "replay.batch_size=1", "rollout.max_new_tokens=8"]
+    short = update(*small)
+    assert several["gradients"] == short["gradients"] + short["activations of 520 tokens"]
+
+
+def test_a_cpu_has_neither_chunks_nor_copies_of_the_head():
+    gpu, cpu = (update("model.compute_dtype=auto", f"model.device={d}") for d in ("auto", "cpu"))
+    for name in ("a chunk of tokens and words", "head and hidden states in bf16 (bf16x3)"):
+        assert name in gpu and name not in cpu
+    assert "weights cast to bfloat16 by autocast" in gpu and not any("cast" in name for name in cpu)
 
 
 def test_auto_is_bf16_on_a_gpu():
-    auto = sizes("model.compute_dtype=auto", "rollout.dtype=auto")
-    assert auto == sizes("model.compute_dtype=bfloat16", "rollout.dtype=bfloat16") != sizes()
+    auto = moments("model.compute_dtype=auto", "rollout.dtype=auto")
+    assert auto == moments("model.compute_dtype=bfloat16", "rollout.dtype=bfloat16") != moments()
 
 
 def test_the_rollout_s_own_weights_and_cache():
-    shared = sizes("rollout.batch_size=8")
+    found = moments("rollout.batch_size=8")
+    shared = found["generation"]
     assert shared["rollout: the policy's own weights"] == 0
     cache = 2 * 28 * 4 * 128 * 4  # (keys and values) * layers * kv_heads * head_dim * (bytes of fp32)
     assert shared["rollout: cache of 8 x 1512 tokens"] == 8 * 1512 * cache
+    assert not any("cache" in name for name in found["the loss"])
+    assert any("cache" in name for name in moments("rollout.ahead=1")["the loss"]), "it generates during the update"
     for override, gpus in (("rollout.dtype=bfloat16", 1), ("rollout.ahead=1", 1), ("rollout.batch_size=256", 2)):
-        assert any(name.startswith("rollout: a copy") for name in sizes(override, gpus=gpus))
-    assert not any(name.startswith("rollout") for name in sizes("rollout.engine=vllm"))
+        copies = [items for items in moments(override, gpus=gpus).values() if "rollout: a copy" in str(items)]
+        assert len(copies) == 5, "the copy stays in memory"
+    assert "rollout: " not in str(moments("rollout.engine=vllm"))
     config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.vllm_gpu_memory=0.5"])
     assert "vLLM takes 50% of each GPU (rollout.vllm_gpu_memory), including 28.4 GiB of weights" in report(config, 8)
     config = load_config([], [*GPU_RUN, "rollout.engine=vllm", "rollout.dtype=bfloat16", "rollout.vllm_devices=4,5"])
@@ -153,6 +187,15 @@ def test_the_rollout_s_own_weights_and_cache():
     assert "vLLM takes 40% of each GPU (rollout.vllm_gpu_memory) and gives it back while the policy" in report(
         config, 8
     )
+
+
+def test_the_report_shows_the_peak_and_the_other_moments():
+    text = report(load_config([], [*GPU_RUN, "rollout.engine=vllm"]), 1)
+    config = load_config([], [*GPU_RUN, "rollout.engine=vllm"])
+    moment, items = peak(config, shape_of("Qwen/Qwen2.5-7B"), 1)
+    assert f"7.62 G parameters, at the peak, in {moment}:" in text
+    assert f"{sum(size for _, size in items) / 2**30:8.2f}  total" in text
+    assert "# Peaks at other moments: " in text and text.count(f" in {moment}") == 1
 
 
 def test_tokens_of_the_run():
