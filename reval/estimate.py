@@ -19,7 +19,8 @@ tools/gpu_check.py on a GPU. Assumptions:
   memory of the head's gradient.
 - CUDA, NCCL and a fragmented allocator take 1 to 3 GiB more. The sum does not contain this memory.
 
-The numbers of tokens are upper bounds: each response counts as rollout.max_new_tokens tokens.
+The numbers of tokens are upper bounds: each response counts as its maximum, rollout.max_new_tokens or
+environment.max_tokens.
 """
 
 from __future__ import annotations
@@ -174,13 +175,13 @@ def _stream(config: Config, gpus: int) -> int:
 
 
 def _batch_tokens(config: Config) -> int:
-    longest = config.rollout.max_new_tokens + PROMPT
+    longest = config.longest_response + PROMPT
     return max(config.trajectories_per_iteration, config.replay_batch_size) * longest
 
 
 def _tokens(config: Config) -> int:
     """Tokens of a micro-batch."""
-    longest = config.rollout.max_new_tokens + PROMPT
+    longest = config.longest_response + PROMPT
     return min(max(config.optim.micro_batch_tokens, longest), _batch_tokens(config))
 
 
@@ -258,7 +259,7 @@ def _no_engine(config: Config) -> bool:
 
 def tokens(config: Config) -> Iterator[str]:
     """Lines of text with the maximum number of tokens that the run generates."""
-    longest, run = config.rollout.max_new_tokens, config.run
+    longest, run = config.longest_response, config.run
     training = run.iterations * config.trajectories_per_iteration
     if config.generates:
         yield (

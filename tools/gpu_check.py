@@ -47,7 +47,8 @@ SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts aft
 }
 PARTS = [part for part in SHARES if part != "vllm"]
 """Without --parts. vLLM needs packages that few machines have, and a minute to start each engine."""
-TESTS, FEW_TESTS = "tests/reval_kernels", "tests/reval_kernels/test_backends.py"
+TESTS = "tests/reval_kernels tests/reval/test_fsdp_alone.py"
+FEW_TESTS = "tests/reval_kernels/test_backends.py"
 GRACE = 20.0
 """Seconds after the end of a part's time until its process is killed."""
 RUINED = 3

@@ -92,7 +92,9 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._profile = None if device.type == "cuda" else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile = (
+            None if device.type == "cuda" else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        )
         self._times: dict[str, tuple[int, int]] = {}
         self._peaks: dict[str, int] = {}
 
@@ -184,7 +186,9 @@ def sizes(job: Job, record: Record) -> None:
             if job.device == "cuda":
                 torch.cuda.empty_cache()
         record.write(sizes=found)
-    far = [f"{row['name']}, {row['phase']}: {row['error']:+.0%}" for row in found if abs(row.get("error", 0)) > TOLERANCE]
+    far = [
+        f"{row['name']}, {row['phase']}: {row['error']:+.0%}" for row in found if abs(row.get("error", 0)) > TOLERANCE
+    ]
     if far and not job.rehearse:
         raise AssertionError(f"the estimate is further than {TOLERANCE:.0%} from the peak: {'; '.join(far)}")
     if all("skipped" in row for row in found):

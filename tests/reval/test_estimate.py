@@ -150,7 +150,13 @@ def test_settings_that_save_memory_save_it():
 def test_the_gradients_of_a_single_micro_batch_take_the_memory_of_freed_activations():
     several, one = (update("optim.micro_batch_tokens=" + n) for n in ("1512", str(10**9)))
     assert several["gradients"] > one["gradients"] == 0
-    small = ["rollout.prompts=1", "rollout.responses=1", "replay.batch_size=1", "rollout.max_new_tokens=8"]
+    small = [
+        "reward.shaping=plain",
+        "rollout.prompts=1",
+        "rollout.responses=1",
+        "replay.batch_size=1",
+        "rollout.max_new_tokens=8",
+    ]
     short = update(*small)
     assert several["gradients"] == short["gradients"] + short["activations of 520 tokens"]
 

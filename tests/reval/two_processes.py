@@ -35,6 +35,7 @@ CASES = {
     "offloaded reference": ["reference.offload=true"],
     "token level": ["objective.level=token"],
     "one trajectory": [],
+    "random weights": ["model.name=random:tests/reval/shape"],
     "bf16 compute": ["model.compute_dtype=bfloat16"],
 }
 
