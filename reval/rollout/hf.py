@@ -1,24 +1,22 @@
-"""Rollouts by transformers' `generate` in this process. Each prompt has one prefill for all of its responses."""
+"""Rollouts in this process, by a model of transformers."""
 
 from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .decoding import PAD, decode, why_unsupported
 from .protocol import Response, end_tokens
 from .weights import checked, expected_weights
-
-PAD = 0
-"""The token that fills a row before the prompt and after the end of the response. Any token of the model's vocabulary
-serves: it is masked before the prompt, and cut off after the end. The tokenizer may have no padding token at all."""
-
 
 class HFRollout:
     """Generates with `model` itself or with a copy.
@@ -50,6 +48,7 @@ class HFRollout:
         self._batch_size = batch_size
         self._lock = threading.Lock()
         self._ends = end_tokens(model, tokenizer)
+        self._decodes: bool | None = None  # known once there are weights
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -84,27 +83,74 @@ class HFRollout:
         """See RolloutEngine.generate."""
         group = min(responses, self._batch_size)
         together = max(1, self._batch_size // group)
+        # The noise of a response does not depend on the batch that it is in. numpy's generator takes the whole seed;
+        # torch's takes 32 bits on a CPU, which lack run.seed and the number of the process.
+        noise = np.random.default_rng(seed)
         out: list[list[Response]] = [[] for _ in prompts]
-        with self._lock, self._sampling(max_new_tokens, temperature, seed):
+        with self._lock, self._evaluating():
+            decode = self._decode if self._can_decode() else self._generate
             for start in range(0, len(prompts), together):
                 chunk = prompts[start : start + together]
                 for done in range(0, responses, group):
-                    for i, rows in enumerate(self._decode(chunk, min(group, responses - done))):
-                        out[start + i] += rows
+                    count = min(group, responses - done)
+                    rows = decode(chunk, count, max_new_tokens, temperature, noise)
+                    for i in range(len(chunk)):
+                        out[start + i] += [self._response(row) for row in rows[i * count : (i + 1) * count]]
         return out
 
     @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within the block the model is in evaluation mode."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train(training)
+
+    def _can_decode(self) -> bool:
+        """Whether decoding.py works with the model. A warning says why if it does not."""
+        if self._decodes is None:
+            reason = why_unsupported(self._model)
+            self._decodes = reason is None
+            if reason:
+                name = type(self._model).__name__
+                warnings.warn(f"{name} generates slowly, by transformers' generate: {reason}", stacklevel=3)
+        return self._decodes
+
+    def _decode(
+        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float, noise: np.random.Generator
+    ) -> list[list[int]]:
+        """`count` responses to each prompt, in one batch, by decoding.py."""
+        drawn = torch.from_numpy(noise.random((len(prompts) * count, max_new_tokens)))
+        return decode(self._model, prompts, count, ends=self._ends, temperature=temperature, noise=drawn)
+
+    def _generate(
+        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float, noise: np.random.Generator
+    ) -> list[list[int]]:
+        """`count` responses to each prompt, in one batch, by transformers' `generate`. After its end, a row has
+        padding."""
+        empty = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+        padded = [[PAD] * n + prompt for n, prompt in zip(empty, prompts, strict=True)]
+        masks = [[0] * n + [1] * len(prompt) for n, prompt in zip(empty, prompts, strict=True)]
+        ids, attention = (torch.tensor(rows, device=self._model.device) for rows in (padded, masks))
+        with self._sampling(max_new_tokens, temperature, int(noise.integers(1 << 62))):
+            generated = self._model.generate(
+                input_ids=ids.repeat_interleave(count, 0), attention_mask=attention.repeat_interleave(count, 0)
+            )
+        return generated[:, ids.shape[1] :].tolist()
+
+    @contextmanager
     def _sampling(self, max_new_tokens: int, temperature: float, seed: int) -> Iterator[None]:
-        """Within the block the model samples without top_k, top_p and penalties, from the given seed. Afterwards the
-        model and torch's global generator are as before.
+        """Within the block `generate` samples without top_k, top_p and penalties, from the given seed. Afterwards the
+        model's settings and torch's global generator are as before.
 
         The block replaces the model's generation_config as a whole, because `generate` merges it into all other
         settings and it may contain top_k, top_p or penalties.
         """
-        model: Any = self._model
-        training, config = model.training, model.generation_config
+        model = self._model
+        config = model.generation_config
         devices = [model.device] if model.device.type == "cuda" else []
-        model.eval()
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
@@ -121,43 +167,9 @@ class HFRollout:
                 yield
         finally:
             model.generation_config = config
-            model.train(training)
-
-    def _decode(self, prompts: list[list[int]], count: int) -> list[list[Response]]:
-        """`count` responses to each prompt, in one batch."""
-        empty = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-        padded = [[PAD] * n + prompt for n, prompt in zip(empty, prompts, strict=True)]
-        masks = [[0] * n + [1] * len(prompt) for n, prompt in zip(empty, prompts, strict=True)]
-        ids, attention = (torch.tensor(rows, device=self._model.device) for rows in (padded, masks))
-        policy: Any = self._model
-        generated = policy.generate(
-            input_ids=ids.repeat_interleave(count, 0),
-            attention_mask=attention.repeat_interleave(count, 0),
-            past_key_values=self._prefill(ids, attention, count),
-        )
-        rows = [self._response(row) for row in generated[:, ids.shape[1] :].tolist()]
-        return [rows[i * count : (i + 1) * count] for i in range(len(prompts))]
-
-    def _prefill(self, ids: Tensor, attention: Tensor, count: int) -> DynamicCache | None:
-        """Keys and values of all prompt tokens except the last: computed once per prompt, repeated for its responses.
-
-        None if there is nothing to save (one response, or prompts of one token) or if the model has a kind of cache
-        that cannot be repeated.
-        """
-        if count == 1 or ids.shape[1] < 2:
-            return None
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        body: Any = self._model.base_model
-        cache = body(
-            input_ids=ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=True
-        ).past_key_values
-        if type(cache) is not DynamicCache:
-            return None
-        cache.batch_repeat_interleave(count)
-        return cache
 
     def _response(self, row: list[int]) -> Response:
-        """The generated row up to and including its first end-of-sequence token. The rest of the row is padding."""
+        """The row up to and including its first end-of-sequence token. The rest of the row is padding."""
         for i, token in enumerate(row):
             if token in self._ends:
                 return Response(row[: i + 1], finished=True)
