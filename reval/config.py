@@ -215,10 +215,10 @@ class DataConfig(_Section):
 class RolloutConfig(_Section):
     """generating responses"""
 
-    engine: Literal["hf", "vllm", "none"] = "hf"
-    """Rollout engine. hf: transformers generates in this process. vllm: vLLM generates, with its own copy of the
-    weights (docs/rollouts.md). none: training generates nothing and uses the rollouts of replay.preload alone; hf
-    answers the evaluation problems, if there are any."""
+    engine: Literal["auto", "hf", "vllm", "none"] = "auto"
+    """Rollout engine. hf: transformers' model generates in this process. vllm: vLLM generates, with its own copy of the
+    weights (docs/rollouts.md). auto: vllm where a version that fits is installed, else hf. none: training generates
+    nothing and uses the rollouts of replay.preload alone; hf answers the evaluation problems, if there are any."""
     prompts: int = 128
     """Number of prompts per iteration."""
     responses: int = 8
@@ -266,7 +266,8 @@ class RolloutConfig(_Section):
         self._need(ok, "vllm_devices", "null, or numbers with commas between them")
         ok = not (self.vllm_sleep and self.ahead)
         self._need(ok, "vllm_sleep", f"null or false with rollout.ahead={self.ahead}, which generates during training")
-        self._need(self.engine == "vllm" or not self.vllm_options, "vllm_options", "{} unless rollout.engine is 'vllm'")
+        allowed = "{} unless rollout.engine is 'auto' or 'vllm'"
+        self._need(self.engine in ("auto", "vllm") or not self.vllm_options, "vllm_options", allowed)
         for name in sorted(self.vllm_options.keys() & VLLM_OURS):
             raise ConfigError(f"rollout.vllm_options must leave out {name!r}: it follows from other settings")
 

@@ -25,6 +25,7 @@ environment.max_tokens.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from reval.config import Config
@@ -230,6 +231,13 @@ def _rollout_dtype(config: Config) -> str:
     return known.get(config.rollout.dtype, config.rollout.dtype)
 
 
+def _engine(config: Config) -> str:
+    """The rollout engine. For `auto`: vllm if it is installed, of whichever version."""
+    if config.rollout.engine != "auto":
+        return config.rollout.engine
+    return "vllm" if importlib.util.find_spec("vllm") else "hf"
+
+
 def _rollout_weights(config: Config, shape: Shape, gpus: int) -> Items:
     rollout, dtype = config.rollout, _rollout_dtype(config)
     if _no_engine(config):
@@ -254,7 +262,7 @@ def _no_engine(config: Config) -> bool:
     """Whether nothing of the engine is in this sum: vLLM takes a fraction of the GPU (`_vllm`), and a run that
     generates nothing and has nothing to answer has no engine."""
     answers = config.data.held_out or config.data.held_out_path or config.evaluation.benchmarks
-    return config.rollout.engine == "vllm" or not (config.generates or answers)
+    return _engine(config) == "vllm" or not (config.generates or answers)
 
 
 def tokens(config: Config) -> Iterator[str]:
@@ -319,7 +327,7 @@ def report(config: Config, gpus: int) -> str:
         lines.append(f"{largest:8.2f}  total")
         others = {name: total(items) / GIB for name, items in memory(config, shape, gpus).items() if name != moment}
         lines.append("Peaks at other moments: " + ", ".join(f"{size:.2f} in {name}" for name, size in others.items()))
-        if config.rollout.engine == "vllm":
+        if _engine(config) == "vllm":
             lines.append(f"          {_vllm(config, shape, largest)}")
     return "".join(f"# {line}\n" for line in (*lines, *tokens(config)))
 

