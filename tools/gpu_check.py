@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # for `python tools/gpu_check.py` in a copy that 
 from benchmarks.gpu.record import DONE, FAILED, NOT_RUN, RUNNING, Job, NotRun, Record, read  # noqa: E402
 
 SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts after it.
-    "tests": 130,
+    "tests": 105,
     "race": 30,
     "limits": 20,
     "rows": 80,
@@ -43,6 +43,7 @@ SHARES = {  # of 8 minutes, in seconds. What a part leaves goes to the parts aft
     "precision": 25,
     "trainer": 45,
     "sizes": 35,
+    "generation": 25,
     "vllm": 240,
 }
 PARTS = [part for part in SHARES if part != "vllm"]
@@ -81,7 +82,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def functions() -> dict[str, Callable[[Job, Record], None]]:
     from benchmarks.cases import GPU_PARTS
-    from benchmarks.gpu import checks, measure, sizes
+    from benchmarks.gpu import checks, generation, measure, sizes
 
     programs: dict[str, Callable[[Job, Record], None]] = {
         "tests": checks.tests,
@@ -90,6 +91,7 @@ def functions() -> dict[str, Callable[[Job, Record], None]]:
         "vllm": checks.vllm,
         "limits": measure.limits,
         "sizes": sizes.sizes,
+        "generation": generation.generation,
     }
     return programs | {part: partial(measure.measured, part) for part in GPU_PARTS}
 

@@ -105,6 +105,14 @@ def _programs(part: Part) -> Iterator[str]:
             peaks = f"{row['measured'] / 2**30:.2f} | {row['estimated'] / 2**30:.2f} | {row['error']:+.1%}"
             times = f"{row['seconds']:.2f} | {row['model_seconds']:.1f}"
             yield f"| {row['name']} | {row['phase']} | {peaks} | {times} |"
+    if found := part.get("generation"):
+        yield "\n## Generation\n"
+        yield "| call | responses | longest | tokens | seconds | tokens/s |\n|---|--:|--:|--:|--:|--:|"
+        for row in found["rows"]:
+            speed = f"{row['tokens']} | {row['seconds']:.2f} | {row['tokens_per_second']:.0f}"
+            yield f"| {row['name']} | {row['responses']} | {row['longest']} | {speed} |"
+        yield f"\nThe second call: at least {found['at_least']} tokens/s: {'met' if found['met'] else 'missed'}."
+        yield from (f"- warning: {text}" for text in found["warnings"])
     if text := part.get("traceback"):
         yield f"\n## Error in {part['part']}\n\n```\n{text.rstrip()}\n```"
 

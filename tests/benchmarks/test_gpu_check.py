@@ -137,6 +137,13 @@ def test_the_trainer_made_two_iterations(rehearsal):
     assert demo == {"config": "demo", "skipped": "a rehearsal"} and "| tiny | 2 |" in text
 
 
+def test_generation_goes_through_our_own_decoding(rehearsal):
+    _, data, text = rehearsal
+    found = next(part for part in data["parts"] if part["part"] == "generation")["generation"]
+    assert not found["warnings"] and found["at_least"] == 4900
+    assert [row["responses"] for row in found["rows"]] == [16, 16] and "| second call | 16 | 16 |" in text
+
+
 # --- the bars, from rows made by hand --------------------------------------------------------------------------------
 
 
