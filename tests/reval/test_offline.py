@@ -17,8 +17,10 @@ from reval.config import Config, ConfigError, load_config
 from reval.curves import curves
 from reval.loop import train
 from reval.metric_names import GENERATED, TRAINING
+from reval.model.loading import load_model
 from reval.rollout.hf import HFRollout
 from reval.rollout.none import NoRollout
+from reval.rollout.probe import log_probs
 from reval.rollout_log import load_rollouts
 
 ALONE = ["data.held_out=0", "data.name=no_such_set"]  # reading the data source would fail
@@ -76,6 +78,25 @@ def test_without_problems_there_is_no_engine_no_data_and_no_rollout(tmp_path, co
     out = capsys.readouterr().out
     assert "3 iterations of 3 updates on 8 logged rollouts" in out and "1/3 | residual " in out
     assert "fewer than" not in out and "left out" not in out
+
+
+def test_a_policy_learns_from_a_log_alone(tmp_path, configured, log):
+    """Two answers to one prompt, which the reward function scores 1 and 0."""
+    row = {"prompt": "7?", "answer": "7"}
+    log.write_text("".join(json.dumps(row | {"response": text}) + "\n" for text in "73" * 4))
+    config = configured("run", *ALONE, "run.iterations=5", "replay.updates_per_iteration=4")
+    train(config)
+
+    def right(name: str) -> float:
+        """The log-probability of the right answer, less that of the wrong one."""
+        model, tokenizer = load_model(replace(config.model, name=name), seed=0)
+        texts = [f"<|user|>7?<|end|><|assistant|>{answer}<|end|>" for answer in "73"]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        seven, three = (x[0] for x in log_probs(model, ids, [len(x) - 2 for x in ids], config.model))
+        return seven - three
+
+    before, after = right("tiny"), right(f"{tmp_path}/run/checkpoint")
+    assert after > before + 1
 
 
 def test_an_evaluation_is_answered_by_hf_and_its_rollouts_are_left_out(tmp_path, configured, capsys):
