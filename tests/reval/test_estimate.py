@@ -223,3 +223,21 @@ def test_nothing_to_answer_is_said():
 def test_the_report_is_all_comments():
     lines = report(Config(), 4).splitlines()
     assert lines[0].startswith("# An estimate for 4 GPUs") and all(line.startswith("# ") for line in lines)
+
+
+def test_a_run_that_generates_nothing():
+    """Only an evaluation needs an engine, whose batch is then not limited by the responses of an iteration."""
+    offline = ["rollout.engine=none", "replay.preload=x.jsonl", "replay.batch_size=8", "rollout.batch_size=64"]
+    config = load_config([], offline)
+    shape = SHAPES["tiny"]
+    assert [text for text, _ in memory(config, shape, 1)][-2:] == [
+        "rollout: the policy's own weights",
+        "rollout: cache of 64 x 1536 tokens",
+    ]
+    alone = load_config([], [*offline, "data.held_out=0"])
+    assert not any("rollout" in text for text, _ in memory(alone, shape, 1))
+    assert list(tokens(alone)) == [
+        "training: no tokens are generated; it uses the rollouts of replay.preload",
+        "evaluation: nothing to answer",
+        "updates: 1300 (2 an iteration)",
+    ]
