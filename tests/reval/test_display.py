@@ -9,10 +9,14 @@ from dataclasses import replace
 
 import pytest
 
+import reval.components
 from reval import display
-from reval.config import Config, RunConfig
+from reval.config import Config, RunConfig, load_config
 from reval.display import Display
 from reval.evaluation.answers import Answered, Evaluation
+from reval.loop import train
+from reval.rollout import RolloutError
+from reval.rollout.none import NoRollout
 from reval.waiting import Waiting
 
 
@@ -163,6 +167,25 @@ def test_the_speed_is_that_of_the_current_request(clock):
         clock.append(122.0)
         engine(300, 19)
         assert waiting.text() == "generating for 22 s: 100 tokens/s, 19 sequences left"
+
+
+def test_the_engine_of_a_run_reports_to_its_display(monkeypatch, tmp_path):
+    seen = []
+
+    class Reporting(NoRollout):
+        """Reports, and fails, so that the run ends there."""
+
+        progress = None
+
+        def generate(self, prompts, **options):
+            self.progress(7, 1)
+            raise RolloutError("enough")
+
+    monkeypatch.setattr(Waiting, "engine_progress", lambda self: lambda *report: seen.append((self.text(), *report)))
+    monkeypatch.setattr(reval.components, "make_rollout", lambda *arguments: Reporting())
+    with pytest.raises(RolloutError, match="enough"):
+        train(load_config(["configs/tiny.yaml"], [f"run.dir={tmp_path}/run", "data.held_out=0", "reward.workers=1"]))
+    assert seen == [("generating for 0 s", 7, 1)]
 
 
 def answered(prompt, text: str, score: float, benchmark: str | None = None) -> Answered:

@@ -182,3 +182,12 @@ def test_a_resumed_optimizer_takes_the_settings_of_the_new_config(tiny_config, t
     [group] = other.optimizer.param_groups
     assert (group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.3, (0.5, 0.6), 1e-5)
     assert other.updates == 1 and other.optimizer.state[next(other.model.parameters())]["step"] == 1
+
+
+def test_each_micro_batch_is_reported(tiny_config, trajectories):
+    config, members, seen = configured(tiny_config, micro_batch_tokens=1), trajectories(3), []
+    model, _ = load_model(config.model, seed=0)
+    ReferencePolicy(model, config).annotate(members, lambda *report: seen.append(report))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    Learner(model, config).update(members, lambda *report: seen.append(report))
+    assert seen[3:] == [(1, 3), (2, 3), (3, 3)]
