@@ -17,7 +17,7 @@ from reval.config_io import ConfigError, show
 __all__ = ["Config", "ConfigError", "load_config"]
 
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
-BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium")
+BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium", "trl")
 MOST_TURNS = 255  # a turn's number has 8 bits of the seed of its sampling
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
 # Arguments of vllm.LLM that decide which policy generates, and how. The trainer sets them from other settings, so
@@ -302,7 +302,7 @@ class EnvironmentConfig(_Section):
     """tasks of several turns: a program that answers the model (docs/environments.md)"""
 
     name: str | None = None
-    """calculator, guessing, an adapter (gymnasium), or your own class as module:Class or file.py:Class. It gives the
+    """calculator, guessing, an adapter (gymnasium, trl), or your own class as module:Class or file.py:Class. It gives the
     rewards in place of reward.function. null: a response is one turn."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment's constructor. Example: environment.options.guesses=5."""
