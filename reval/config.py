@@ -302,8 +302,8 @@ class EnvironmentConfig(_Section):
     """tasks of several turns: a program that answers the model (docs/environments.md)"""
 
     name: str | None = None
-    """calculator, guessing, an adapter (gymnasium, trl), or your own class as module:Class or file.py:Class. It gives the
-    rewards in place of reward.function. null: a response is one turn."""
+    """calculator, guessing, an adapter for another package (gymnasium, trl), or your own class as module:Class or
+    file.py:Class. It gives the rewards in place of reward.function. null: a response is one turn."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment's constructor. Example: environment.options.guesses=5."""
     max_turns: int = 8

@@ -82,7 +82,7 @@ class Trl:
             )
         names = sorted(name for name in methods - {"reset", "get_reward"} if not name.startswith("_"))
         self._tools = {name: getattr(self._environment, name) for name in names}
-        self._schemas = [_schema(tool) for tool in self._tools.values()]
+        self._schemas: list[Any] = [_schema(tool) for tool in self._tools.values()]
         self._describe_tools, self._format = describe_tools, response_template or _CALLS
         self._runner = asyncio.Runner()
         self._score = 0.0

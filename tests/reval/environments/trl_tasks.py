@@ -1,4 +1,4 @@
-"""Environments in the form that TRL's GRPOTrainer(environment_factory=...) takes. Workers load this file by its path."""
+"""Environments as TRL's GRPOTrainer(environment_factory=...) takes them. Workers load this file by its path."""
 
 
 class Counter:
