@@ -1,8 +1,10 @@
-"""examples/one_file.py: the size and the imports that the example promises, and a run that learns."""
+"""The examples: the size and the imports that one_file.py promises, a run that learns; a run with environment.py."""
 
 import ast
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "one_file.py"
+ENVIRONMENT = ROOT / "examples" / "environment.py"
 ALLOWED = {"torch", "transformers", "reval_kernels"} | sys.stdlib_module_names
 # The trainer package `reval` must stay out of the process, also as an import of an import.
 RUN = f"""
@@ -60,3 +63,31 @@ def test_the_policy_learns():
     before, after = map(float, found.groups())
     assert before < 0.1
     assert after > 0.7
+
+
+def test_an_environment_of_ones_own(tmp_path):
+    """The command that the example prints works, for two iterations."""
+    source = ENVIRONMENT.read_text()
+    assert len(source.splitlines()) <= 50 and not re.search(r"^(from|import) reval", source, re.MULTILINE)
+    command = re.search(r"\n    reval (train (?:.*\\\\\n)*.*)\n", source)
+    assert command
+    words = shlex.split(command[1].replace("\\\\\n", " "))
+    words += ["run.iterations=2", f"run.dir={tmp_path}", "data.size=20", "data.held_out=4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "reval.cli", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2/2 | reward " in done.stdout + done.stderr
+    assert not (tmp_path / "reward_errors.txt").exists()
+
+
+def test_the_environment_of_ones_own_answers():
+    task = runpy.run_path(str(ENVIRONMENT))["Backwards"](tries=2)
+    [row] = task.problems(1, 0, letters="ab", length=3)
+    assert set(row["word"]) <= set("ab") and len(row["word"]) == 3
+    assert task.reset({"word": "abc"}) == [{"role": "user", "content": "Write abc backwards."}]
+    assert task.step("cab?") == ([{"role": "user", "content": "c??"}], 0.0, False)
+    assert task.step("c") == ([{"role": "user", "content": "c??"}], 1 - 2 / 3, True)
+    task.reset({"word": "abc"})
+    assert task.step(" cba\n") == ([], 1.0, True)
