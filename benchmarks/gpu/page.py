@@ -97,7 +97,7 @@ def _programs(part: Part) -> Iterator[str]:
         yield from _vllm(found)
     if found := part.get("sizes"):
         yield "\n## Memory of a learner\n\nPeaks in GiB, times in seconds.\n"
-        yield "| case | phase | measured | estimated | off by | time | making the model |\n|---|---|--:|--:|--:|--:|--:|"
+        yield "| case | phase | measured | estimated | off by | time | model made in |\n|---|---|--:|--:|--:|--:|--:|"
         for row in found:
             if why := row.get("skipped"):
                 yield f"| {row['name']} | not run: {why} | | | | | |"

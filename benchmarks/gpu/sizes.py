@@ -104,11 +104,13 @@ class Meter:
         if self._profile is None:
             yield
             return
+        gc.collect()  # what is freed later would count as negative
         with self._profile:
             yield
-        held = list(self._held())
+        held = sorted(self._held())
+        before = held[0][1] - held[0][2]  # an earlier profile of this process left it there
         for name, (start, end) in self._times.items():
-            self._peaks[name] = max(size for at, size in held if start <= at <= end)
+            self._peaks[name] = max(size for at, size, _ in held if start <= at <= end) - before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -126,15 +128,15 @@ class Meter:
         """Bytes and seconds of each phase."""
         return self._peaks, {name: (end - start) / 1e9 for name, (start, end) in self._times.items()}
 
-    def _held(self) -> Iterator[tuple[int, int]]:
-        """(time in ns, allocated bytes from then on)"""
+    def _held(self) -> Iterator[tuple[int, int, int]]:
+        """Every allocation: its time in ns, the sum of allocated bytes after it, its own bytes (negative: freed)."""
         recorded: Any = self._profile
         waiting = list(recorded.profiler.kineto_results.experimental_event_tree())
         while waiting:
             event = waiting.pop()
             waiting += event.children
             if event.name == "[memory]":
-                yield event.start_time_ns, event.typed[1].total_allocated
+                yield event.start_time_ns, event.typed[1].total_allocated, event.typed[1].alloc_size
 
 
 def measure(config: Config) -> tuple[dict[str, int], dict[str, float]]:

@@ -38,9 +38,8 @@ def test_the_estimate_is_within_15_percent_of_the_peak(name, tmp_path):
     found = {row["phase"]: row for row in compared(case, "cpu")}
     assert found.keys() == {REFERENCE, UPDATE} and TOLERANCE == 0.15
     for phase, row in found.items():
-        print(
-            f"{name}, {phase}: {row['estimated'] / 2**20:.1f} of {row['measured'] / 2**20:.1f} MiB ({row['error']:+.1%})"
-        )
+        sizes = f"{row['estimated'] / 2**20:.1f} of {row['measured'] / 2**20:.1f} MiB"
+        print(f"{name}, {phase}: {sizes} ({row['error']:+.1%})")
     assert all(abs(row["error"]) < TOLERANCE for row in found.values())
 
 
