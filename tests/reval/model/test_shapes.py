@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from pathlib import Path
 from subprocess import run
 
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+from reval.cli import main
 from reval.config import ConfigError, ModelConfig, load_config
 from reval.model.builtin import SPECIAL, _fill, config_of
 from reval.model.loading import load_model
 from reval.model.shapes import SHAPES, check_random, named_shape, shape_of
 from reval.sources import check_files
 
+ROOT = Path(__file__).parents[3]
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 300}
 
@@ -114,8 +119,9 @@ def test_weights_are_those_of_the_seed_in_every_dtype(tmp_path):
         assert q.dtype == torch.bfloat16 and torch.equal(p.bfloat16(), q)
 
 
-def test_the_tokenizer_has_the_size_of_the_vocabulary(tmp_path):
-    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_the_tokenizer_has_the_size_of_the_vocabulary(kind, tmp_path):
+    kind(**SMALL).save_pretrained(tmp_path)
     model, tokenizer = load_model(ModelConfig(name=f"random:{tmp_path}"))
     assert len(tokenizer) == 300
     for text in ("What is 3 + 4?\n\t<b>~", "π ≤ 4, 五"):
@@ -129,7 +135,10 @@ def test_the_tokenizer_has_the_size_of_the_vocabulary(tmp_path):
         part.save_pretrained(tmp_path / "saved")
     again, other = load_model(ModelConfig(name=str(tmp_path / "saved")))
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-    assert other("a<b")["input_ids"] == tokenizer("a<b")["input_ids"]
+    assert len(other) == 300 and other.eos_token_id == tokenizer.eos_token_id
+    for text in ("a<b  c\n\nd's 12", "π ≤ 4"):
+        assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert other.decode([5, 299]) == tokenizer.decode([5, 299])
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path):
@@ -143,3 +152,21 @@ def test_every_named_shape_is_that_of_its_class():
         config = config_of(shape)
         assert config.max_position_embeddings == shape.context > 0
         assert (config.head_dim, config.vocab_size) == (shape.head_dim, shape.vocabulary)
+
+
+@pytest.mark.slow
+def test_the_paper_s_run_trains_resumes_and_evaluates_offline(tmp_path):
+    """The settings are those of docs/scale.md, and a small shape, short responses and few prompts."""
+    text = (ROOT / "docs/scale.md").read_text()
+    [line] = re.findall(r"^reval (train configs/paper_1.5b.yaml model.name=random:(?:.*\\\n)*.*)", text, re.MULTILINE)
+    words = line.replace("\\\n", " ").replace("Qwen2.5-1.5B", str(ROOT / "tests/reval/shape")).split()
+    small = ["rollout.prompts=2", "rollout.responses=2", "rollout.max_new_tokens=8", "reward.workers=1"]
+    small += [f"run.dir={tmp_path / 'run'}", "model.device=cpu", "run.save_every=1", "rollout.dtype=float32"]
+    small += ["model.compute_dtype=float32"]
+    for iterations in (1, 2):  # the second run resumes the first: run.resume=auto
+        assert main([*words, *small, f"run.iterations={iterations}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "loss" in row] == [1, 2]
+    _, tokenizer = load_model(ModelConfig(name=str(tmp_path / "run/checkpoint")))
+    assert len(tokenizer) == 300
+    assert main(["evaluate", str(tmp_path / "run"), "data.held_out=1", "evaluation.samples=1", "evaluation.k=[1]"]) == 0
