@@ -26,6 +26,8 @@ CASES = {
     "bf16": ("model.dtype=bfloat16",),
     "offloaded": ("reference.offload=true", CHECKPOINTED),
     "LoRA": ("lora.rank=8",),
+    "LoRA, bf16": ("lora.rank=8", "model.dtype=bfloat16"),
+    "LoRA, bf16, checkpointed": ("lora.rank=8", "model.dtype=bfloat16", CHECKPOINTED),
     "LoRA, autocast, checkpointed": ("lora.rank=8", BF16, CHECKPOINTED),
 }
 
