@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..model.head import OutputHead, head_of
 from .cache import GROUPED, Slots, is_plain
+from .few_rows import FewRows
 from .protocol import RolloutError
 from .sampling import sample
 
@@ -64,7 +65,7 @@ def decode(
 
     Raises RolloutError if the logits are not finite, and Unsupported.
     """
-    with attention_for_decoding(model):
+    with attention_for_decoding(model), FewRows():
         return _decode(model, prompts, count, frozenset(ends), temperature, noise.T.to(model.device), progress)
 
 
