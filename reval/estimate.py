@@ -45,8 +45,8 @@ Items = list[tuple[str, float]]
 def memory(config: Config, shape: Shape, gpus: int) -> dict[str, Items]:
     """Everything that takes memory on each GPU, for each moment of an iteration that may have the peak."""
     always, cache = _always(config, shape, gpus), _cache(config, shape, gpus)
-    offloaded = config.reference.offload and not config.lora.rank
-    moved = [("reference, moved to the GPU", _weights(config, shape, gpus))] if offloaded and gpus == 1 else []
+    moves = _offloaded(config) and gpus == 1
+    moved = [("reference, moved to the GPU", _weights(config, shape, gpus))] if moves else []
     tokens = _tokens(config)
     one = tokens * (4 * shape.intermediate * BYTES[_compute_dtype(config)] + 3 * shape.hidden * _stream(config, gpus))
     passing = [*_gathered(config, shape, gpus, training=False), (f"one layer's tensors of {tokens} tokens", 1.0 * one)]
@@ -90,7 +90,7 @@ def _always(config: Config, shape: Shape, gpus: int) -> Items:
     items += [(f"Adam's two means{spread}", 2 * trained * width / gpus)]
     if lora:
         items += [("reference: the base without adapters", 0.0)]
-    elif config.reference.offload:
+    elif _offloaded(config):
         items += [("reference: in the CPU's memory", 0.0)]
     else:
         items += [(f"reference ({model.dtype}{spread})", weights)]
@@ -203,6 +203,10 @@ def _chunk(config: Config, shape: Shape) -> Items:
     every = _tokens(config) * shape.vocabulary * (2 if bf16 else 4)
     spared = 4 * shape.vocabulary * shape.hidden * (bf16 and not config.lora.rank)
     return [("a chunk of tokens and words", 17 / 16 * (every if every <= CHUNK + spared else CHUNK))]
+
+
+def _offloaded(config: Config) -> bool:
+    return config.reference.offload and not config.lora.rank and not _on_cpu(config)
 
 
 def _on_cpu(config: Config) -> bool:

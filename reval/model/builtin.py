@@ -174,8 +174,8 @@ def _byte_tokenizer(size: int) -> PreTrainedTokenizerBase:
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    # No text is unknown. But AutoTokenizer loads a saved tokenizer as the class of the model's family, which would add a
-    # token for unknown text.
+    # No text is unknown. But AutoTokenizer loads a saved tokenizer as the class of the model's family, which would add
+    # a token for unknown text.
     return _with_special(core, unk_token=SPECIAL[0])
 
 

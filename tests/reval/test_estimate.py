@@ -138,6 +138,8 @@ def test_settings_that_save_memory_save_it():
     assert offloaded["the loss"]["reference: in the CPU's memory"] == 0
     p = SHAPES["Qwen/Qwen2.5-7B"].parameters
     assert offloaded["the reference's values"]["reference, moved to the GPU"] == 4 * p
+    cpu = moments("reference.offload=true", "model.device=cpu")
+    assert cpu["the loss"]["reference (float32)"] == 4 * p, "the CPU's memory is the device's"
     lora = update("lora.rank=16", "model.dtype=bfloat16")
     assert lora["reference: the base without adapters"] == 0
     shape = SHAPES["Qwen/Qwen2.5-7B"]
