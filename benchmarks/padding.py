@@ -70,7 +70,9 @@ def report(trajectories: list[Trajectory]) -> list[str]:
 
 def main() -> None:
     for name, case in CASES.items():
-        print(f"{name}\nform     micro-batches    tokens tokens/true padding, whole 8 processes / true largest/mean share")
+        print(
+            f"{name}\nform     micro-batches    tokens tokens/true padding, whole 8 processes / true largest/mean share"
+        )
         print(*report(batch(*case)), sep="\n")
 
 

@@ -115,7 +115,9 @@ def block_mask_of(ends: np.ndarray, device: torch.device) -> Any:
         order = np.argsort(~blocks, axis=1, kind="stable")  # the blocks to compute come first
         parts += [x.astype(np.int32)[None, None] for x in (blocks.sum(1), order)]
     tensors = [on_device(torch.from_numpy(x), device) for x in (*parts, ends)]
-    return BlockMask.from_kv_blocks(*tensors[:4], BLOCK_SIZE=FLEX, mask_mod=sees(tensors[4]), seq_lengths=(count, count))
+    return BlockMask.from_kv_blocks(
+        *tensors[:4], BLOCK_SIZE=FLEX, mask_mod=sees(tensors[4]), seq_lengths=(count, count)
+    )
 
 
 def sees(ends: Tensor) -> Any:
@@ -127,7 +129,7 @@ def sees(ends: Tensor) -> Any:
     return mask
 
 
-def check_plain(layout: Layout, options: dict[str, Any]) -> None:
+def _check_plain(layout: Layout, options: dict[str, Any]) -> None:
     """Raise NotImplementedError if a model asks its attention for more than plain causal attention."""
     for name, value in options.items():
         wide = name == "sliding_window" and value and layout.depth <= value
@@ -155,7 +157,7 @@ def tree_attention(
 
     `torch.compile` would compile it again for every tree.
     """
-    check_plain(layout, options | {"dropout": dropout or None, "attention_mask": attention_mask})
+    _check_plain(layout, options | {"dropout": dropout or None, "attention_mask": attention_mask})
     layout.calls += 1
     if layout.block_mask is not None:
         return _flex(query, key, value, layout.block_mask, scaling).transpose(1, 2), None

@@ -69,17 +69,11 @@ def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> 
         )
     bf16 = config.compute_dtype == "bfloat16" and config.dtype == "float32"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    with cast:
-        return body_states(model, batch)
-
-
-def body_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """`hidden_states` without autocast."""
     body: Any = model.base_model
     inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
     if batch.tree is not None:
         inputs["layout"] = layout_of(batch.tree, model.device)
     if batch.token_mask is not None:
         inputs["attention_mask"] = batch.token_mask
-    with attention_for(model, batch.tree):
+    with cast, attention_for(model, batch.tree):
         return body(**inputs).last_hidden_state.flatten(0, 1)[batch.states]

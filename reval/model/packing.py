@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AttentionMaskInterface, PreTrainedModel
 
 from ..batching import Form, MicroBatch, collate, plan
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, ModelConfig
 from ..distributed import World
 from ..replay import Trajectory
 from .attention import NAME
-from .forward import body_states
+from .forward import hidden_states
 
 TREE_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 """Values of model.attn_implementation that `tree_attention` may stand for: all compute plain attention."""
@@ -101,7 +101,7 @@ def _trajectory(ids: np.ndarray) -> Trajectory:
 
 
 def _hidden(model: PreTrainedModel, members: list[Trajectory], form: Form) -> Tensor:
-    return body_states(model, collate(members, model.device, form))
+    return hidden_states(model, collate(members, model.device, form), ModelConfig())
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
