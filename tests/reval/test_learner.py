@@ -101,7 +101,7 @@ def test_a_non_finite_update_leaves_the_weights_alone(tiny_config, trajectories,
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations for which the CPU would wait for a GPU: reading a number, and shapes that depend on data."""
+    """Counts operations for which the CPU would wait for a GPU: reading a number, and shapes that depend on data."""
 
     names = ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter", "_unique2")
 
