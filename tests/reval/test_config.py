@@ -189,7 +189,7 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("optim.lr=1" + 400 * "0", "optim.lr must be a number; got 1" + 400 * "0"),
         ("optim.eps=0", "optim.eps must be greater than 0 and finite; got 0.0"),
         ("optim.weight_decay=-1", "optim.weight_decay must be at least 0 and finite; got -1.0"),
-        ("optim.packing=true", "optim.packing must be auto, packed or padded; got true"),
+        ("optim.packing=true", "optim.packing must be one of auto, packed, padded; got true"),
         ("optim.max_grad_norm=0", "optim.max_grad_norm must be greater than 0; got 0.0"),
         ("optim.warmup=-1", "optim.warmup must be at least 0; got -1"),
         ("optim.micro_batch_tokens=0", "optim.micro_batch_tokens must be at least 1; got 0"),
