@@ -273,8 +273,9 @@ class RolloutConfig(_Section):
 
     @property
     def sleeps(self) -> bool:
-        """Whether a vLLM on a GPU sleeps while the policy trains."""
-        return self.vllm_mode == "colocated" and not self.ahead if self.vllm_sleep is None else self.vllm_sleep
+        """Whether the engine, if it is on a GPU, sleeps while the policy trains."""
+        chosen = self.vllm_mode == "colocated" and not self.ahead if self.vllm_sleep is None else self.vllm_sleep
+        return self.engine == "vllm" and chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

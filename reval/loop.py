@@ -211,6 +211,8 @@ def _update(run: TrainingRun, scored: ScoredRollouts, clock: Clock) -> None:
             update = run.learner.update(batch, progress)
         # Separate metrics: older policies generated the replayed batches, so the residuals of these differ.
         run.tracker.update("reval/replay" if replayed else "reval", update)
+    if run.config.rollout.sleeps:  # vLLM takes its memory back past torch's allocator, which keeps what it once had
+        torch.cuda.empty_cache()
 
 
 def _check_scores(run: TrainingRun, scored: ScoredRollouts, iteration: int) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from reval import loop
 from reval.rollout import RolloutError
 from reval.rollout.vllm import VLLMRollout, make_vllm
 from reval.rollout.vllm_worker import check_version
@@ -166,6 +167,16 @@ def test_a_colocated_engine_on_a_gpu_sleeps_unless_it_works_ahead(
     config = replace(tiny_config, rollout=chosen)
     engine = make_vllm(config, *tiny, torch.float32, torch.device(device))
     assert engine._llm.arguments["enable_sleep_mode"] == sleeps
+
+
+@pytest.mark.parametrize(("engine", "emptied"), [("vllm", [True]), ("hf", [])])
+def test_training_hands_its_unused_memory_back_before_the_engine_wakes(monkeypatch, tiny_config, engine, emptied):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(True))
+    config = replace(tiny_config, rollout=replace(tiny_config.rollout, engine=engine, vllm_sleep=True))
+    run = SimpleNamespace(config=config, buffer=SimpleNamespace(sample=lambda *_: []), rng=None)
+    loop._update(run, [], loop.Clock())
+    assert calls == emptied
 
 
 def test_sleep_without_a_gpu_is_refused(on_a_gpu, tiny, tiny_config):
