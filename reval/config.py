@@ -17,7 +17,7 @@ from reval.config_io import ConfigError, show
 __all__ = ["Config", "ConfigError", "load_config"]
 
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
-BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium", "trl")
+BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium", "openenv", "trl")
 MOST_TURNS = 255  # a turn's number has 8 bits of the seed of its sampling
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
 # Arguments of vllm.LLM that decide which policy generates, and how. The trainer sets them from other settings, so
@@ -303,8 +303,8 @@ class EnvironmentConfig(_Section):
     """tasks of several turns: a program that answers the model (docs/environments.md)"""
 
     name: str | None = None
-    """calculator, guessing, an adapter for another package (gymnasium, trl), or your own class as module:Class or
-    file.py:Class. It gives the rewards in place of reward.function. null: a response is one turn."""
+    """calculator, guessing, an adapter (gymnasium, openenv, trl: docs/environments.md), or your own class as
+    module:Class or file.py:Class. It gives the rewards in place of reward.function. null: a response is one turn."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment's constructor. Example: environment.options.guesses=5."""
     max_turns: int = 8

@@ -15,6 +15,7 @@ BUILT_IN = {
     "calculator": "reval.environments.calculator:Calculator",
     "guessing": "reval.environments.guessing:Guessing",
     "gymnasium": "reval.environments.gymnasium:Gymnasium",
+    "openenv": "reval.environments.openenv:OpenEnv",
     "trl": "reval.environments.trl:Trl",
 }
 """Environments of this package, by the name that environment.name may have."""
