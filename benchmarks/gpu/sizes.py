@@ -82,7 +82,7 @@ def trajectories(config: Config, vocabulary: int) -> list[Trajectory]:
     mask = np.arange(length) >= PROMPT
     return [
         Trajectory(token_ids=rng.integers(5, vocabulary, length), action_mask=mask, reward=r, score=r, iteration=1)
-        for r in np.arange(config.trajectories_per_iteration) % 2
+        for r in [float(i % 2) for i in range(config.trajectories_per_iteration)]
     ]
 
 
@@ -189,7 +189,9 @@ def sizes(job: Job, record: Record) -> None:
                 torch.cuda.empty_cache()
         record.write(sizes=found)
     far = [
-        f"{row['name']}, {row['phase']}: {row['error']:+.0%}" for row in found if abs(row.get("error", 0)) > TOLERANCE
+        f"{row['name']}, {row['phase']}: {row['error']:+.0%}"
+        for row in found
+        if "error" in row and abs(float(row["error"])) > TOLERANCE
     ]
     if far and not job.rehearse:
         raise AssertionError(f"the estimate is further than {TOLERANCE:.0%} from the peak: {'; '.join(far)}")
