@@ -41,12 +41,13 @@ def generation(job: Job, record: Record) -> None:
     prompts, longest = (2, 16) if job.rehearse else (32, 512)
     torch.manual_seed(0)
     sizes: dict[str, Any] = (TINY if job.rehearse else SMOLLM2) | {"tie_word_embeddings": True}
-    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).to(job.device, torch.bfloat16).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = model.to(job.device, torch.bfloat16).eval()
     words = range(sizes["vocab_size"])
     model.generation_config.eos_token_id = list(words[:: round(MEAN)])
     engine = HFRollout(model, _NoEnd(), batch_size=256)  # type: ignore[arg-type]
     ids = torch.randint(sizes["vocab_size"], (prompts, PROMPT)).tolist()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name, tokens in (("first call", 16), ("second call", longest)):

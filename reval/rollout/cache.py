@@ -87,12 +87,13 @@ class Slots:
         self.positions = valid.sum(-1, keepdim=True).repeat_interleave(count, 0)
         """[B, 1]: the position of the next token in its sequence."""
         self._used = used
-        layers = []
-        for layer in cache.layers:
-            keys, values = (_repeated(x, count, size) for x in (layer.keys, layer.values))  # type: ignore[arg-type]
+        layers: list[Any] = []
+        plain: list[Any] = cache.layers  # see `is_plain`
+        for layer in plain:
+            keys, values = _repeated(layer.keys, count, size), _repeated(layer.values, count, size)
             layer.keys = layer.values = None  # the memory of one layer at a time is needed twice
             layers.append(_Layer(keys, values, self.slot))
-        self.cache = Cache(layers=layers)
+        self._layers, self.cache = layers, Cache(layers=layers)
 
     @property
     def shape(self) -> torch.Size:
@@ -111,15 +112,15 @@ class Slots:
             return False
         more = self._size(self._used) - self.shape[1]
         self.valid = F.pad(self.valid, (0, more))
-        for layer in self.cache.layers:
+        for layer in self._layers:
             layer.keys, layer.values = (F.pad(x, (0, 0, 0, more)) for x in (layer.keys, layer.values))
         return True
 
     def keep(self, rows: Tensor) -> None:
         """Keep these sequences only. `rows`: their indices, int64 [kept]."""
         self.valid, self.positions = self.valid[rows], self.positions[rows]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]  # type: ignore[index]
+        for layer in self._layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def _size(self, used: int) -> int:
         """A number of slots that leaves room to grow: copies are rare, and at most half of the slots are empty."""

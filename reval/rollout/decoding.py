@@ -117,7 +117,7 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]]) -> Prompts:
     Raises Unsupported if the cache does not simply hold all keys and values.
     """
     body: Any = model.base_model
-    device, cache, valid = model.device, None, []
+    device, cache = model.device, None
     shared = len(os.path.commonprefix(prompts))
     shared = min(shared, *(len(prompt) - 1 for prompt in prompts)) if len(prompts) > 1 else 0
     if shared < LEAST_SHARED:
@@ -246,7 +246,7 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     for row, (prompt, more) in enumerate(zip(prompts, chosen.tolist(), strict=True)):
         ids = torch.tensor([prompt + more], device=model.device)
         own = policy(input_ids=ids, use_cache=False).logits[0, -3:].float()
-        error = (torch.stack([logits[:, row] for logits in found]) - own).abs().max() / own.abs().max()
-        if not error < (1e-3 if model.dtype == torch.float32 else 1e-1):
-            return f"its logits differ by {float(error):.1%} when they are computed one token at a time"
+        off = float((torch.stack([logits[:, row] for logits in found]) - own).abs().max() / own.abs().max())
+        if not off < (1e-3 if model.dtype == torch.float32 else 1e-1):
+            return f"its logits differ by {off:.1%} when they are computed one token at a time"
     return None
