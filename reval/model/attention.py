@@ -114,9 +114,11 @@ def block_mask_of(ends: np.ndarray, device: torch.device) -> Any:
     for blocks in (partial, whole):
         order = np.argsort(~blocks, axis=1, kind="stable")  # the blocks to compute come first
         parts += [x.astype(np.int32)[None, None] for x in (blocks.sum(1), order)]
-    tensors = [on_device(torch.from_numpy(x), device) for x in (*parts, ends)]
+    counts, indices, whole_counts, whole_indices, last = (
+        on_device(torch.from_numpy(x), device) for x in (*parts, ends)
+    )
     return BlockMask.from_kv_blocks(
-        *tensors[:4], BLOCK_SIZE=FLEX, mask_mod=sees(tensors[4]), seq_lengths=(count, count)
+        counts, indices, whole_counts, whole_indices, FLEX, mask_mod=sees(last), seq_lengths=(count, count)
     )
 
 
