@@ -19,7 +19,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..model.head import OutputHead, head_of
 from .cache import GROUPED, Slots, is_plain
-from .few_rows import FewRows
 from .protocol import RolloutError
 from .sampling import sample
 
@@ -65,7 +64,7 @@ def decode(
 
     Raises RolloutError if the logits are not finite, and Unsupported.
     """
-    with attention_for_decoding(model), FewRows():
+    with attention_for_decoding(model):
         return _decode(model, prompts, count, frozenset(ends), temperature, noise.T.to(model.device), progress)
 
 

@@ -13,14 +13,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedModel
 
 from reval.rollout import decoding
 from reval.rollout.cache import GROUPED, Slots
 from reval.rollout.decoding import Steps, decode, logits_of, prefill, why_unsupported
-from reval.rollout.few_rows import FewRows
 from reval.rollout.hf import HFRollout
 from reval.rollout.protocol import RolloutError
 from reval.rollout.sampling import sample
@@ -276,23 +274,6 @@ def test_progress_counts_tokens_and_sequences_of_all_batches(tiny, monkeypatch):
     assert seen[0] == (6, 9) and seen[-1] == (total, 0)
     assert all(a[0] <= b[0] and a[1] >= b[1] for a, b in zip(seen, seen[1:], strict=False))
     assert (sum(len(r.token_ids) for r in flat[:6]), 3) in seen
-
-
-# ---- Linear layers of few rows ----
-
-
-@pytest.mark.parametrize("rows", [1, 15, 16, 64, 192, 193])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_layers_are_the_same_with_any_number_of_rows(rows, dtype):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(rows, 1, 24), torch.randn(40, 24), torch.randn(40)
-    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    for more in ((), (None,), (bias,)):
-        expected = F.linear(x, weight, *more)
-        with FewRows():
-            got = F.linear(x, weight, *more)
-        assert got.shape == expected.shape and got.is_contiguous()
-        torch.testing.assert_close(got, expected)
 
 
 # ---- Sampling ----
