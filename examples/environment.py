@@ -3,7 +3,8 @@
 Train the tiny random model on it, from the root of the repository:
 
     reval train configs/guessing.yaml environment.name=examples/environment.py:Backwards environment.max_turns=3 \\
-        rollout.max_new_tokens=3 data.options.letters=ab run.iterations=100 run.dir=runs/backwards
+        rollout.max_new_tokens=2 data.options.letters=ab data.options.length=2 replay.updates_per_iteration=4 \\
+        run.iterations=100 run.dir=runs/backwards
 
 The protocol is in reval/environments/protocol.py. The class needs no import from reval.
 """
