@@ -64,7 +64,8 @@ class ScoredRollouts:
 
     def unscored(self) -> str:
         """What to say when no response has a score."""
-        return nothing_scored(len(self.responses), self.errors, self.timeouts, self.exceptions)
+        in_turns = any(r.turns is not None for r in self.responses)
+        return nothing_scored(len(self.responses), self.errors, self.timeouts, self.exceptions, in_turns)
 
     def samples(self) -> list[tuple[Prompt, str, float | None]]:
         """(prompt, text, score) of each response."""
@@ -211,11 +212,13 @@ def _trajectories(
     return out
 
 
-def nothing_scored(responses: int, errors: int, timeouts: int, exceptions: list[str]) -> str:
-    """An error message: why none of the responses has a score. The arguments are as in ScoredRollouts."""
+def nothing_scored(responses: int, errors: int, timeouts: int, exceptions: list[str], in_turns: bool = False) -> str:
+    """An error message: why none of the responses has a score. The arguments are as in ScoredRollouts; `in_turns`: an
+    environment gives the scores."""
     reasons = {
-        "the reward function raised or its process died": errors,
-        "scoring took longer than reward.timeout": timeouts,
+        f"the {'environment' if in_turns else 'reward function'} raised or its process died": errors,
+        f"{'an answer' if in_turns else 'scoring'} took longer than "
+        f"{'environment' if in_turns else 'reward'}.timeout": timeouts,
         "the reward function returned None, so it may not accept the row's answer": responses - errors - timeouts,
     }
     text = "; ".join(f"for {count}, {reason}" for reason, count in reasons.items() if count)

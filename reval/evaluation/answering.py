@@ -89,7 +89,8 @@ def evaluate(
         for i, p in enumerate(own)
     ]
     joined = world.join(answers)
-    _check_scores(joined, [error for of_process in world.gather(errors) for error in of_process])
+    failures = [error for of_process in world.gather(errors) for error in of_process]
+    _check_scores(joined, failures, config.environment.name)
     if settings.best_of_n:
         assert scorer is not None, "evaluation.best_of_n needs a scorer"
         together = max(1, config.trajectories_per_iteration // (settings.samples * world.size))
@@ -160,15 +161,18 @@ def _scored(
     return [texts[a:b] for a, b in pairwise(ends)], [rewards[a:b] for a, b in pairwise(ends)]
 
 
-def _check_scores(answers: list[Answered], failures: list[str]) -> None:
+def _check_scores(answers: list[Answered], failures: list[str], environment: str | None) -> None:
     """See `evaluate`."""
     for name in dict.fromkeys(a.benchmark for a in answers):
         if all(s is None for a in answers if a.benchmark == name for s in (*a.scores, a.greedy_score)):
             which = "the held-out problems" if name is None else f"the benchmark {name}"
-            raise RunError(
-                f"no answer to {which} has a score: the reward function returned None, raised or took longer than "
-                "reward.timeout; does it accept the answers of these rows?" + "".join(f"\n{f}" for f in failures[:1])
+            why = (
+                "the reward function returned None, raised or took longer than reward.timeout; does it accept the "
+                "answers of these rows?"
             )
+            if name is None and environment is not None:
+                why = f"the environment {environment!r} failed or took longer than environment.timeout every time"
+            raise RunError(f"no answer to {which} has a score: {why}" + "".join(f"\n{f}" for f in failures[:1]))
 
 
 def _endogenous(

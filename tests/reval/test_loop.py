@@ -321,7 +321,7 @@ def test_a_task_of_several_turns_trains_replays_resumes_and_preloads(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Broken", "no answer to the held-out problems has a score.*I am broken"),
+        ("Broken", "no answer to the held-out problems has a score: the environment .* failed.*I am broken"),
         ("Silent", r"needs an environment with problems\(count, seed\)"),
         ("Missing", "did you mean|its functions and classes are"),
     ],
