@@ -237,6 +237,8 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
             computed, head = prefill(model, prompts), head_of(model)
             steps = Steps(model, head, Slots(computed.cache, computed.valid, 1, computed.valid.shape[1] + 2))
             found = [logits_of(head, computed.hidden), steps(chosen[:, 0]).clone(), steps(chosen[:, 1])]
+            noise = torch.zeros(2, dtype=torch.float64).to(model.device)  # not every device has float64
+            sample(found[0].clone(), 1.0, noise)
     except Unsupported as error:
         return f"its cache or attention is {error}"
     except Exception as error:  # any model can come here, and `generate` may still work with it

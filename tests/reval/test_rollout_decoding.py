@@ -229,6 +229,14 @@ def test_a_model_whose_steps_have_other_logits_is_found(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_device_without_float64_is_found(monkeypatch):
+    def fails(logits, temperature, noise):
+        raise TypeError("the MPS framework doesn't support float64")
+
+    monkeypatch.setattr(decoding, "sample", fails)
+    assert why_unsupported(made("Llama")) == "TypeError: the MPS framework doesn't support float64"
+
+
 def test_logits_that_are_not_finite_end_the_run_with_a_message():
     model = made("Llama")
     with torch.no_grad():
