@@ -55,7 +55,7 @@ def memory(config: Config, shape: Shape, gpus: int) -> dict[str, Items]:
         "the reference's values": [*always, *moved, *passing, *_operands(config, shape)],
     }
     moments |= {name: [*always, *items] for name, items in _update(config, shape, gpus).items()}
-    if config.rollout.engine == "hf" and config.rollout.ahead:  # generates during an update
+    if _engine(config) == "hf" and config.rollout.ahead:  # generates during an update
         return {name: items if name == "generation" else [*items, *cache] for name, items in moments.items()}
     return moments
 
@@ -236,9 +236,10 @@ def _rollout_dtype(config: Config) -> str:
 
 
 def _engine(config: Config) -> str:
-    """The rollout engine. For `auto`: vllm if it is installed, of whichever version."""
+    """The rollout engine. For `auto`: vllm if it is installed, of whichever version. For `none`: hf, which answers the
+    evaluation problems."""
     if config.rollout.engine != "auto":
-        return config.rollout.engine
+        return "vllm" if config.rollout.engine == "vllm" else "hf"
     return "vllm" if importlib.util.find_spec("vllm") else "hf"
 
 

@@ -107,7 +107,7 @@ def test_the_reward_in_extending_scores(tmp_path):
 
 
 def test_the_environment_in_environments_counts_down(tmp_path):
-    [code] = blocks("docs/environments.md")
+    code = blocks("docs/environments.md")[0]
     (tmp_path / "game.py").write_text(code)
     with EnvironmentPool(f"{tmp_path}/game.py:Countdown", {"penalty": 0.1}, workers=1, timeout=60) as pool:
         talks = [Conversation({"prompt": "?", "start": 2}) for _ in range(2)]

@@ -232,12 +232,10 @@ def test_a_run_that_generates_nothing():
     offline = ["rollout.engine=none", "replay.preload=x.jsonl", "replay.batch_size=8", "rollout.batch_size=64"]
     config = load_config([], offline)
     shape = SHAPES["tiny"]
-    assert [text for text, _ in memory(config, shape, 1)][-2:] == [
-        "rollout: the policy's own weights",
-        "rollout: cache of 64 x 1536 tokens",
-    ]
+    items = dict(memory(config, shape, 1)["generation"])
+    assert {"rollout: the policy's own weights", "rollout: cache of 64 x 1536 tokens"} <= items.keys()
     alone = load_config([], [*offline, "data.held_out=0"])
-    assert not any("rollout" in text for text, _ in memory(alone, shape, 1))
+    assert "rollout" not in str(memory(alone, shape, 1))
     assert list(tokens(alone)) == [
         "training: no tokens are generated; it uses the rollouts of replay.preload",
         "evaluation: nothing to answer",

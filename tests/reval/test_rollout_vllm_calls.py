@@ -16,6 +16,8 @@ from reval.rollout import RolloutError
 from reval.rollout.vllm import VLLMRollout, make_vllm
 from reval.rollout.vllm_worker import check_version
 from reval.rollout.weights import expected_weights
+from reval.scoring import NOTHING
+from reval.waiting import Waiting
 
 BOTH = {"weights", "kv_cache"}
 
@@ -23,7 +25,7 @@ BOTH = {"weights", "kv_cache"}
 class FakeLLM:
     def __init__(self, **arguments):
         self.arguments, self.calls, self.asleep = arguments, [], set()
-        self.model_config = SimpleNamespace(max_model_len=64)
+        self.model_config, self.llm_engine = SimpleNamespace(max_model_len=64), SimpleNamespace()
         self.fail = False
 
     def sleep(self, level):
@@ -175,7 +177,7 @@ def test_training_hands_its_unused_memory_back_before_the_engine_wakes(monkeypat
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(True))
     config = replace(tiny_config, rollout=replace(tiny_config.rollout, engine=engine, vllm_sleep=True))
     run = SimpleNamespace(config=config, buffer=SimpleNamespace(sample=lambda *_: []), rng=None)
-    loop._update(run, [], loop.Clock())
+    loop._update(run, NOTHING, loop.Clock(Waiting()))
     assert calls == emptied
 
 
