@@ -74,7 +74,7 @@ def build(config: Config, checkpoint: Path | None = None) -> Iterator[Components
             environments, rewards = _scorers(config, stack)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
-        actor = Actor(engine, config, tokenizer, environments, _context(model))
+        actor = Actor(engine, config, tokenizer, environments, _engine_context(model, config))
         yield Components(model, tokenizer, *problems, engine, actor, rewards, processes)
 
 
@@ -118,6 +118,12 @@ def _problems(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
 def _context(model: PreTrainedModel) -> int:
     """Maximum number of tokens of the model's context."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def _engine_context(model: PreTrainedModel, config: Config) -> int:
+    """Maximum number of tokens that the engine reads: vLLM may be started for fewer than the model can."""
+    own = config.rollout.vllm_options.get("max_model_len") if config.rollout.engine == "vllm" else None
+    return min(_context(model), own or 1 << 30)
 
 
 def _reward_function(problem: Problem, config: Config) -> str:

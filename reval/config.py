@@ -217,14 +217,16 @@ class RolloutConfig(_Section):
 
     engine: Literal["auto", "hf", "vllm", "none"] = "auto"
     """Rollout engine. hf: transformers' model generates in this process. vllm: vLLM generates, with its own copy of the
-    weights (docs/rollouts.md). auto: vllm where a version that fits is installed, else hf. none: training generates
+    weights (docs/rollouts.md). auto: vllm where a version that fits is installed, else hf. On the GPU of the
+    trainer, vllm takes rollout.vllm_gpu_memory of it, see rollout.vllm_sleep. none: training generates
     nothing and uses the rollouts of replay.preload alone; hf answers the evaluation problems, if there are any."""
     prompts: int = 128
     """Number of prompts per iteration."""
     responses: int = 8
     """Number of responses per prompt."""
     max_new_tokens: int = 1024
-    """Maximum number of tokens per response. A response that reaches the maximum ends there and is scored as it is."""
+    """Maximum number of tokens per response; with environment.name, per turn of the model. A response that reaches the
+    maximum ends there and is scored as it is; a turn is passed to the environment as it is."""
     temperature: float = 1.0
     """Sampling temperature. 1 samples from the policy itself."""
     batch_size: int = 256
@@ -283,7 +285,8 @@ class RewardConfig(_Section):
     """scoring responses"""
 
     function: str = "math"
-    """Reward function: number, math, reasoning_gym, or your own function as module:function or file.py:function."""
+    """Reward function: number, math, reasoning_gym, or your own function as module:function or file.py:function. Not
+    used with environment.name."""
     shaping: Literal["plain", "centered", "normalized", "plus_minus_one"] = "centered"
     """plain: the reward r as scored. centered: r minus the mean over the responses to the same prompt. normalized: the
     centered reward divided by the standard deviation over these responses. plus_minus_one: 2r - 1, for 0/1 rewards."""
@@ -416,9 +419,11 @@ class OptimConfig(_Section):
     """Number of tokens that a forward and backward pass computes, padding included. A larger number needs more memory
     and is faster. The result of an update does not depend on it."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """Layout of a micro-batch. packed: one sequence without padding, in which a beginning that several trajectories
-    share, such as a prompt, is computed once. padded: one row per trajectory, for every model. auto: packed where the
-    model can, else padded (docs/scale.md says which models). The result of an update does not depend on it."""
+    """Layout of a micro-batch. packed: one sequence without padding. With model.attn_implementation=sdpa, eager or
+    flex_attention a beginning that several trajectories share, such as a prompt, is computed once; with
+    flash_attention_2 each response has its own prompt. padded: one row per trajectory, for every model. auto: packed
+    where the model can, else padded (docs/scale.md says which models). The result of an update does not depend on it,
+    apart from rounding."""
 
     def _check(self) -> None:
         self._positive("lr", "eps")
@@ -474,7 +479,7 @@ class EvaluationConfig(_Section):
     """Values of k for pass@k, maj@k and best@k, each at most evaluation.samples. []: only evaluation.samples."""
     best_of_n: bool = False
     """Also report best@k: of k answers, the score of the answer with the largest endogenous reward. This costs one
-    forward pass per answer."""
+    forward pass per answer. Must be false with environment.name."""
     problems: int | None = None
     """Number of problems answered from each set. data.seed chooses them, so they are the same in every evaluation.
     null: all problems."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 
 from reval.config import Config
 from reval.evaluation.benchmarks import BENCHMARKS, CHAMP_SIZE
@@ -240,7 +241,7 @@ def _engine(config: Config) -> str:
     evaluation problems."""
     if config.rollout.engine != "auto":
         return "vllm" if config.rollout.engine == "vllm" else "hf"
-    return "vllm" if importlib.util.find_spec("vllm") else "hf"
+    return "vllm" if config.model.name != "tiny" and importlib.util.find_spec("vllm") else "hf"
 
 
 def _rollout_weights(config: Config, shape: Shape, gpus: int) -> Items:
@@ -309,7 +310,7 @@ def _vllm(config: Config, shape: Shape, training: float) -> str:
     if rollout.vllm_devices is not None:
         return f"vLLM has other GPUs (rollout.vllm_devices); each engine divides {weights} over its GPUs"
     share = rollout.vllm_gpu_memory
-    if rollout.sleeps:
+    if replace(rollout, engine="vllm").sleeps:
         return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory) and gives it back while the policy trains"
     both = f"; a GPU needs {training / (1 - share):.0f} GiB for training and vLLM" if share < 1 else ""
     return f"vLLM takes {share:.0%} of each GPU (rollout.vllm_gpu_memory), including {weights}{both}"

@@ -235,7 +235,7 @@ def _record_responses(run: TrainingRun, scored: ScoredRollouts, iteration: int) 
     """Write the samples, the rollouts and the reward function's exceptions of this iteration."""
     run.tracker.samples(iteration, scored.samples())
     if run.config.tracking.rollouts:
-        run.tracker.rollouts(rollout_rows(scored.trajectories))
+        run.tracker.rollouts(rollout_rows(scored.trajectories, scored.groups()))
     for exception in scored.exceptions:
         run.tracker.reward_error(iteration, exception)
 

@@ -10,8 +10,9 @@ A row holds
                    keys of the row as the columns of its problem
     action_mask    true for each token of `response_ids` that the model chose. May be left out: then all of them
     finished       false if the length limit cut the response off. May be left out: then true
-    iteration      a whole number. May be left out. Rows with one prompt and one iteration are a group, whose mean
-                   reward.shaping subtracts
+    iteration      a whole number. May be left out
+    group          a whole number. May be left out: then rows with one prompt are a group. Rows of one iteration with
+                   one number are a group, whose mean reward.shaping subtracts
 
 Examples: {"prompt_ids": [5, 6], "response_ids": [7, 8, 9], "reward": 1.0, "action_mask": [true, false, true]}
           {"prompt": "What is 3 + 4?", "response": "7", "answer": "7"}
@@ -37,7 +38,7 @@ from .scoring import nothing_scored, score, shape_rewards
 from .sources import Row, read_jsonl
 
 PROMPT, RESPONSE = ("prompt_ids", "prompt"), ("response_ids", "response")
-OPTIONAL = ("action_mask", "finished", "iteration")
+OPTIONAL = ("action_mask", "finished", "iteration", "group")
 KEYS = (*PROMPT, *RESPONSE, "reward", *OPTIONAL)
 CLOSE = 0.8
 """A key of a row without `reward` is a misspelt one of KEYS if it is that similar; otherwise it is a column."""
@@ -71,18 +72,20 @@ class _Logged(NamedTuple):
 
     trajectory: Trajectory
     problem: Problem
-    iteration: int | None
+    group: Any
+    """The same for the rows of a group."""
     scored: bool
 
 
-def rollout_rows(trajectories: list[Trajectory]) -> list[Row]:
-    """The rows of these trajectories."""
+def rollout_rows(trajectories: list[Trajectory], groups: list[int]) -> list[Row]:
+    """The rows of these trajectories of one iteration. `groups` has the number of each trajectory's prompt."""
     rows = []
-    for t in trajectories:
+    for t, group in zip(trajectories, groups, strict=True):
         start = len(t.prefix) + 1
         mask = t.action_mask[start:]
         row = {
             "iteration": t.iteration,
+            "group": group,
             "prompt_ids": t.token_ids[:start].tolist(),
             "response_ids": t.token_ids[start:].tolist(),
             "reward": t.score,
@@ -129,8 +132,7 @@ def _score(rows: list[_Logged], components: Components, path: str) -> tuple[list
     bare = [row for row in rows if not row.scored]
     if not bare:
         return rows, []
-    if components.reward_pool is None:
-        raise ValueError(f"{path}: every row needs a reward, because environment.name scores no logged response")
+    assert components.reward_pool is not None, "with an environment, the reader refuses rows without a reward"
     responses = [
         Response(row.trajectory.token_ids[len(row.problem.token_ids) :].tolist(), row.trajectory.finished)
         for row in bare
@@ -151,7 +153,7 @@ def _shape(rows: list[_Logged], config: Config, path: str) -> None:
     """Set the reward of each trajectory. Raises ValueError if the scores do not fit the shaping."""
     how = config.replay.preload_shaping
     how = config.reward.shaping if how == "same" else how
-    groups = [(tuple(row.problem.token_ids), row.iteration) for row in rows]
+    groups = [row.group for row in rows]
     numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
     if how in ("centered", "normalized") and max(Counter(groups).values()) == 1:
         raise ValueError(
@@ -171,6 +173,7 @@ class _Reader:
         model: Any = components.model
         text = model.config.get_text_config()
         self._tokenizer, self._reward = components.tokenizer, config.reward.function
+        self._environment = config.environment.name
         # The prompt of a log is what the model was asked. So the template is in it, and the system prompt too.
         self._data = replace(config.data, template="{question}", system_prompt=None)
         self._vocabulary: int = min(text.vocab_size, model.get_input_embeddings().weight.shape[0])
@@ -181,9 +184,11 @@ class _Reader:
         """The rollout of a row."""
         scored = "reward" in row
         _check_keys(row)
-        finished, iteration, reward = row.get("finished", True), row.get("iteration"), row.get("reward", 0)
+        finished, reward = row.get("finished", True), row.get("reward", 0)
         _need(type(finished) is bool, f"finished must be true or false; got {finished!r:.80}")
-        _need(iteration is None or type(iteration) is int, f"iteration must be a whole number; got {iteration!r:.80}")
+        for name in ("iteration", "group"):
+            given = row.get(name)
+            _need(given is None or type(given) is int, f"{name} must be a whole number; got {given!r:.80}")
         _need(type(reward) in (int, float), f"reward must be a number; got {reward!r:.80}")
         prompt, prompt_ids = self._prompt(row)
         response = self._response(row, finished)
@@ -191,6 +196,7 @@ class _Reader:
         _need(length <= self._context, f"has {length} tokens, but the model's context has {self._context}")
         columns = {key: value for key, value in row.items() if key not in KEYS}
         if not scored:
+            _need(not self._environment, "has no 'reward'; environment.name scores no logged response")
             try:
                 check_columns(self._reward, columns)
             except ValueError as error:
@@ -205,7 +211,8 @@ class _Reader:
             iteration=0,
             finished=finished,
         )
-        return _Logged(trajectory, Problem(prompt, prompt_ids, columns), iteration, scored)
+        group = (row.get("group", tuple(prompt_ids)), row.get("iteration"))
+        return _Logged(trajectory, Problem(prompt, prompt_ids, columns), group, scored)
 
     def _prompt(self, row: Row) -> tuple[Any, list[int]]:
         """The prompt as the reward function gets it, and its token ids."""

@@ -67,6 +67,10 @@ class ScoredRollouts:
         in_turns = any(r.turns is not None for r in self.responses)
         return nothing_scored(len(self.responses), self.errors, self.timeouts, self.exceptions, in_turns)
 
+    def groups(self) -> list[int]:
+        """The group of each trajectory."""
+        return [r.group for r in self.responses if r.score is not None] if self.trajectories else []
+
     def samples(self) -> list[tuple[Prompt, str, float | None]]:
         """(prompt, text, score) of each response."""
         return [(r.prompt, r.text, r.score) for r in self.responses]
@@ -130,7 +134,7 @@ def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, component
         (
             problem,
             response,
-            ScoredResponse(number, problem.prompt, text, raw, response.length, response.finished, _turns_of(response)),
+            _scored_response(number, problem, response, text, raw, components.tokenizer),
         )
         for number, (problem, group) in enumerate(zip(rollouts.problems, groups, strict=True))
         for response, text, raw in group
@@ -151,8 +155,13 @@ def score_rollouts(rollouts: Rollouts, iteration: int, config: Config, component
     )
 
 
-def _turns_of(response: Response) -> int | None:
-    return None if response.episode is None else response.episode.turns
+def _scored_response(
+    group: int, problem: Problem, response: Response, text: str, score: float | None, tokenizer: PreTrainedTokenizerBase
+) -> ScoredResponse:
+    prompt, turns, episode = problem.prompt, None, response.episode
+    if episode is not None:  # the environment's first messages are what the model was asked
+        prompt, turns = str(tokenizer.decode(episode.prompt_ids)), episode.turns
+    return ScoredResponse(group, prompt, text, score, response.length, response.finished, turns)
 
 
 def score(

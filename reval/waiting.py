@@ -51,11 +51,15 @@ class Waiting:
     def engine_progress(self) -> Progress:
         """A function for the engine's attribute `progress`: it takes the tokens so far and the sequences left."""
 
+        last = 0
+
         def progress(tokens: int, left: int) -> None:
+            nonlocal last
             now = time.perf_counter()
             since, base = self._first or (now, tokens)
-            if tokens < base:  # the engine has a new request, while the run waits for something else
+            if tokens < last:  # the engine has a new request
                 since, base = now, tokens
+            last = tokens
             self._first = since, base
             self._generated = (tokens - base) / max(now - since, 1e-9), left
 

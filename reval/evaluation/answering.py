@@ -122,6 +122,9 @@ def _settings(problem: Problem, config: Config) -> dict[str, Any]:
         "max_new_tokens": config.rollout.max_new_tokens,
         "reward": _function(problem, config),
     }
+    if problem.benchmark is None and config.environment.name is not None:
+        own = config.environment
+        settings |= {"max_turns": own.max_turns, "max_tokens": own.max_tokens, "environment.options": own.options}
     template = config.data.chat_template_kwargs
     return settings | ({"chat_template_kwargs": template} if template else {})
 

@@ -184,6 +184,9 @@ def _join(parts: list[Tensor]) -> Tensor:
 def _flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scaling: float | None) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    if torch.is_autocast_enabled(query.device.type):  # older versions of torch do not do this for FlexAttention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     global _compiled
     _compiled = _compiled or torch.compile(flex_attention, dynamic=True)
     return _compiled(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=key.shape[1] < query.shape[1])

@@ -86,7 +86,10 @@ def _look(model: PreTrainedModel) -> Packing:
     embedding: Any = model.get_input_embeddings()
     members = [_trajectory(np.array(ids) % embedding.weight.shape[0]) for ids in few]
     padded = _hidden(model, members, Form.PADDED)
-    joined = _near(_hidden(model, members, Form.JOINED), padded)
+    try:
+        joined = _near(_hidden(model, members, Form.JOINED), padded)
+    except Exception:  # as below
+        joined = False
     try:
         longest = _longest(model, members[:1])
         if not _near(_hidden(model, members, Form.TREE), padded):

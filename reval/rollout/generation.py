@@ -130,6 +130,8 @@ class Generation:
         self._synced, count = state["synced"], self._config.rollout.prompts
         # A state holds no problems. The sampler goes back and draws the same problems again.
         self._problems.drawn -= count * len(state["requests"])
+        if not self._config.generates:
+            return  # there are no problems, and nothing would use the responses
         for synced, groups in state["requests"]:
             responses: Future[list[list[Response]]] = Future()
             responses.set_result([[_loaded(*saved) for saved in group] for group in self._world.share(groups)])

@@ -28,7 +28,9 @@ from .protocol import Response, RolloutEngine, RolloutError, end_tokens
 from .vllm_worker import check_version
 from .weights import Expected, Index, checked, expected_weights
 
-INSTALL = "pip install vllm on a machine with GPUs, `make test-vllm` for a CPU (docs/rollouts.md)"
+INSTALL = (
+    "set rollout.engine=hf, or pip install vllm on a machine with GPUs, `make test-vllm` for a CPU (docs/rollouts.md)"
+)
 # Variables that are set before vllm is imported. A variable that the user has set keeps its value.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs the engine's core in the calling process

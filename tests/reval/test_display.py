@@ -167,6 +167,8 @@ def test_the_speed_is_that_of_the_current_request(clock):
         clock.append(122.0)
         engine(300, 19)
         assert waiting.text() == "generating for 22 s: 100 tokens/s, 19 sequences left"
+        engine(150, 40)  # the next turn of an environment, with more tokens than the first report of the last one
+        assert waiting.text() == "generating for 22 s: 40 sequences left"
 
 
 def test_the_engine_of_a_run_reports_to_its_display(monkeypatch, tmp_path):

@@ -114,3 +114,19 @@ def test_every_problem_comes_once_an_epoch_and_epochs_differ():
         assert Counter(drawn[7 * epoch : 7 * epoch + 7]) == Counter(str(i) for i in range(7))
     assert drawn[:7] != drawn[7:14]
     assert drawn == [p.prompt for p in ProblemSampler(problems, seed=3).draw(21)]
+
+
+def test_a_run_that_no_longer_generates_drops_what_was_requested_ahead():
+    """Its problems are not even loaded. A later run that generates again asks for the same problems."""
+    first = made(2, Engine())
+    asked = follow(first, range(1, 4))
+    first.sync([("iteration", 3)], 3)
+    state, drawn = first.state(), first._problems.drawn
+    offline = made(0, Engine(), start=drawn)
+    offline._config = load_config(
+        ["configs/tiny.yaml"], ["rollout.engine=none", "replay.preload=x.jsonl", "replay.batch_size=4"]
+    )
+    offline._problems.problems = []
+    offline.load_state(state)
+    assert not offline._pending and offline._problems.drawn == drawn - 2 * 4
+    assert len(asked) == 3

@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(load):
     mask = np.array([False, False, True, False, True])
     one = Trajectory(np.arange(5), mask, reward=9.0, score=0.25, iteration=7, finished=False)
     two = Trajectory(np.arange(4), np.array([False, True, True, True]), reward=9.0, score=1.0, iteration=7)
-    rows = rollout_rows([one, two])
+    rows = rollout_rows([one, two], [0, 1])
     assert "action_mask" in rows[0] and "action_mask" not in rows[1] and rows[0]["iteration"] == 7
     for read, written in zip(load(*rows), (one, two), strict=True):
         assert read.token_ids.tolist() == written.token_ids.tolist()
@@ -75,6 +75,8 @@ def test_rewards_are_shaped_as_fresh_ones_within_prompt_and_iteration(load):
     assert [t.reward for t in load(*rows, shaping="centered")] == [0.5, -0.5, 0.0, 0.0, 0.0]
     assert [t.reward for t in load(*rows, shaping="same")] == [1.0, -1.0, 1.0, 0.0, 0.0], "tiny.yaml: plus_minus_one"
     assert [t.score for t in load(*rows, shaping="same")] == [1.0, 0.0, 1.0, 0.5, 0.5]
+    grouped = [ROW | {"reward": r, "group": g, "iteration": 1} for r, g in ((1, 0), (0, 0), (1, 1), (1, 1))]
+    assert [t.reward for t in load(*grouped, shaping="centered")] == [0.5, -0.5, 0.0, 0.0], "equal prompts, two groups"
     with pytest.raises(ValueError, match="every prompt has one response.*replay.preload_shaping=plain"):
         load(ROW, ROW | {"iteration": 1}, shaping="centered")
     with pytest.raises(ValueError, match=r"replay.preload: .*rewards\[0\] is 3"):
