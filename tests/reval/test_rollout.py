@@ -278,7 +278,8 @@ def test_auto_takes_the_versions_that_the_engine_takes():
 def test_a_missing_vllm_says_what_to_install(tiny, tiny_config, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
-    with pytest.raises(ValueError, match="^rollout.engine=vllm needs the package vllm, which is not installed: set rollout.engine=hf, or pip "):
+    missing = "^rollout.engine=vllm needs the package vllm, which is not installed: set rollout.engine=hf, or pip "
+    with pytest.raises(ValueError, match=missing):
         make_rollout(with_rollout(tiny_config, engine="vllm"), *tiny)
 
 
