@@ -5,6 +5,7 @@ No screen is needed: a Figure alone writes files, and only pyplot would open a w
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,7 +84,10 @@ def compare_runs(
         for curve in (c for c in found if c.metric == metric):
             runs = f" ({curve.runs} seeds)" if curve.runs > 1 else ""
             label = curve.label.replace("$", r"\$")  # otherwise matplotlib reads the text between two $ as a formula
-            [line] = axes.plot(curve.x, curve.mean, marker=".", label=label + runs)
+            text = "\n".join(
+                textwrap.wrap(label + runs, 36, break_long_words=False)
+            )  # a longer line leaves the picture
+            [line] = axes.plot(curve.x, curve.mean, marker=".", label=text)
             axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(metric, fontsize=10)
         axes.set_xlabel(axis, fontsize=8)
