@@ -107,7 +107,7 @@ class Actor:
         contexts = [e.prompt_ids + e.token_ids for e in going]
         count = len(groups[0])
         alike = all(contexts[i] == contexts[i - i % count] for i in range(len(contexts)))
-        if len(going) == len(groups) * count and alike:  # the first turn: an engine reads the prompt of a group once
+        if len(going) == len(groups) * count and alike:  # as in the first turn: an engine reads such a prompt once
             return [r for group in self._generate(contexts[::count], count, temperature, seed) for r in group]
         return [group[0] for group in self._generate(contexts, 1, temperature, seed)]
 

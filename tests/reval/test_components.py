@@ -74,3 +74,17 @@ def test_every_process_has_the_problems_of_the_main_process(tmp_path, monkeypatc
     config = configured(tmp_path, [{"prompt": "other", "answer": "1"}])
     with build(config) as components:
         assert components.training_problems is made.training and components.problem_digests == {"training": "d"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "context"),
+    [
+        ([], 512),
+        (["rollout.engine=vllm", "rollout.vllm_options.max_model_len=40"], 40),
+        (["rollout.engine=vllm", "rollout.vllm_options.max_model_len=4000"], 512),
+        (["rollout.engine=vllm"], 512),
+    ],
+)
+def test_a_conversation_ends_at_the_context_of_the_engine(tiny, overrides, context):
+    config = load_config(["configs/tiny.yaml"], overrides)
+    assert reval.components._engine_context(tiny[0], config) == context

@@ -312,6 +312,7 @@ def test_a_task_of_several_turns_trains_replays_resumes_and_preloads(tmp_path):
     assert len(logged) == 4 * 16 and any(not all(row.get("action_mask", [True])) for row in logged)
     sample = json.loads((whole / "samples.jsonl").read_text().splitlines()[0])
     assert "<|user|>" in sample["completion"], "a sample shows all turns"
+    assert sample["prompt"].endswith("guess<|end|><|assistant|>"), "and what the environment asked first"
     preload = [f"replay.preload={whole}/rollouts.jsonl", "replay.capacity=100", "run.iterations=1"]
     run(other, *GUESSING, *preload, config="guessing")
     assert metrics(other)[0]["buffer/size"] == 4 * 16 + 16

@@ -17,7 +17,7 @@ from reval.config import ConfigError, load_config
 from reval.data import Problem
 from reval.distributed import World
 from reval.errors import RunError
-from reval.evaluation.answering import evaluate, main
+from reval.evaluation.answering import _settings, evaluate, main
 from reval.evaluation.answers import Answered, Evaluation
 from reval.rewards import RewardError, Scores
 from reval.rewards.answers import number_answer
@@ -311,3 +311,14 @@ def test_two_processes_find_what_one_finds(checkpoint):
     for one, two in zip(alone, rows_of(folder), strict=True):
         assert one.pop("endogenous") == pytest.approx(two.pop("endogenous"), abs=1e-4)
         assert one == two
+
+
+def test_answers_of_a_game_hold_the_limits_of_the_game(setting):
+    """`reval compare` refuses answers with other settings: with fewer turns the same policy finds less."""
+    _, problems, _, _, config = setting
+    game = replace(config.environment, name="guessing", options={"guesses": 3}, max_turns=3)
+    config = replace(config, environment=game)
+    found = _settings(problems[0], config)
+    assert (found["reward"], found["max_turns"], found["max_tokens"]) == ("guessing", 3, 4096)
+    assert found["environment.options"] == {"guesses": 3}
+    assert "max_turns" not in _settings(replace(problems[0], benchmark="b"), config)

@@ -18,6 +18,7 @@ from made import random_trajectories
 from reval.batching import Form, collate
 from reval.config import ConfigError, ModelConfig, OptimConfig
 from reval.distributed import World
+from reval.model import packing
 from reval.model.forward import hidden_states
 from reval.model.loading import load_model
 from reval.model.packing import Packing, form_for, packing_of, plan_for
@@ -135,3 +136,22 @@ def test_every_form_gives_the_same_hidden_states_and_gradients(tiny_config, atte
         torch.testing.assert_close(states, hidden[0], rtol=1e-4, atol=1e-5)
         for name, expected in found[0].items():
             assert (gradient[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("form", [Form.JOINED, Form.TREE])
+def test_a_model_that_raises_while_it_is_looked_at_is_padded(monkeypatch, form):
+    """A model of a kind that nobody knows must load, and train with padding."""
+    real = packing._hidden
+
+    def hidden(model, members, asked):
+        if asked is form:
+            raise RuntimeError("no rows like these")
+        return real(model, members, asked)
+
+    monkeypatch.setattr(packing, "_hidden", hidden)
+    model, _ = load_model(ModelConfig(name="tiny"))
+    found = packing_of(model)
+    if form is Form.TREE:
+        assert found == Packing(0, found.joined, "no rows like these")
+    else:
+        assert not found.joined and found.longest == ALWAYS
