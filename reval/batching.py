@@ -71,6 +71,8 @@ class Batch(NamedTuple):
     """int64 [M]: the place of each action in `mask`, counted row by row."""
     rewards: Tensor
     """float32 [B]: shaped rewards."""
+    behavior: Tensor
+    """float32 [B, H]: log mu(a_h|s_h), see Trajectory.behavior. NaN where it is not known, and where no action is."""
     token_mask: Tensor | None
     """int64 [R, L]: 1 for tokens, 0 for padding. None: no padding."""
     tree: PrefixTree | None
@@ -225,8 +227,12 @@ def collate(trajectories: list[Trajectory], device: torch.device, form: Form = F
     mask = np.arange(counts.max()) < counts[:, None]
     states = np.concatenate([x[row] for x, row in zip(places, chosen, strict=True)])
     actions = np.concatenate([t.token_ids[t.action_mask] for t in trajectories])
+    behavior = np.full(mask.shape, np.nan, np.float32)
+    for row, t in zip(behavior, trajectories, strict=True):
+        if t.behavior is not None:
+            row[: len(t.behavior)] = t.behavior
     integers = (np.atleast_2d(tokens), np.atleast_2d(positions), states, actions, np.cumsum([0, *counts]))
-    rest = (mask, np.flatnonzero(mask), np.array([t.reward for t in trajectories], np.float32))
+    rest = (mask, np.flatnonzero(mask), np.array([t.reward for t in trajectories], np.float32), behavior)
     padding = [] if token_mask is None else [token_mask]
     arrays = (*(x.astype(np.int64) for x in integers), *rest, *padding)
     return Batch._make([*(on_device(torch.from_numpy(x), device) for x in arrays), *[None] * (not padding), tree])

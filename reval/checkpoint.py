@@ -46,8 +46,8 @@ from .run_folder import STATE, finish_checkpoint, keep_best_and_newest, read_sta
 if TYPE_CHECKING:  # training_run.py imports this module
     from .training_run import TrainingRun
 
-FORMAT = 2
-"""2: a trajectory has the reference's return, and state.json has the digests of the problems."""
+FORMAT = 3
+"""3: a trajectory has its group and may have behaviour log-probs."""
 # Settings that decide what the weights, the buffer and the order of the problems mean. A resumed run must have those of
 # its checkpoint. docs/scale.md lists all other settings: a resumed run may change them.
 FIXED = (

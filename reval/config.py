@@ -19,6 +19,8 @@ __all__ = ["Config", "ConfigError", "load_config"]
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
 BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium", "openenv", "trl")
 MOST_TURNS = 255  # a turn's number has 8 bits of the seed of its sampling
+OBJECTIVES = ("reval", "tbrm", "regression", "tba", "grpo", "topr", "asymre", "kimi")
+Shaping = Literal["plain", "centered", "normalized", "soft_centered", "batch_normalized", "plus_minus_one"]
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
 # Arguments of vllm.LLM that decide which policy generates, and how. The trainer sets them from other settings, so
 # rollout.vllm_options refuses them. Example: quantization=fp8 would generate from another policy than the trained one.
@@ -287,9 +289,11 @@ class RewardConfig(_Section):
     function: str = "math"
     """Reward function: number, math, reasoning_gym, or your own function as module:function or file.py:function. Not
     used with environment.name."""
-    shaping: Literal["plain", "centered", "normalized", "plus_minus_one"] = "centered"
+    shaping: Shaping = "centered"
     """plain: the reward r as scored. centered: r minus the mean over the responses to the same prompt. normalized: the
-    centered reward divided by the standard deviation over these responses. plus_minus_one: 2r - 1, for 0/1 rewards."""
+    centered reward divided by the standard deviation over these responses. soft_centered: r minus
+    beta log mean exp(r / beta) over these responses. batch_normalized: like normalized, over all responses of the
+    iteration. plus_minus_one: 2r - 1, for 0/1 rewards."""
     workers: int = 2
     """Number of processes that score responses."""
     timeout: float = 10.0
@@ -340,13 +344,15 @@ class ReplayConfig(_Section):
     updates_per_iteration: int = 2
     """K: one update on the fresh batch and K - 1 updates on batches drawn from the buffer. 1: on-policy training. With
     rollout.engine=none, all K updates are on batches drawn from the buffer."""
+    draw: Literal["uniform", "groups"] = "uniform"
+    """How replayed batches are drawn. uniform: single trajectories. groups: all responses to a prompt together."""
     batch_size: int | None = None
     """Number of trajectories drawn for each replayed update. null: as many as one iteration generates."""
     preload: str | None = None
     """JSONL file of logged rollouts that fills the buffer at the start. Each row has a prompt and a response, as token
     ids or as text, and a reward, or the columns from which reward.function computes it (docs/rollouts.md).
     Log-probabilities are not needed."""
-    preload_shaping: Literal["same", "plain", "centered", "normalized", "plus_minus_one"] = "same"
+    preload_shaping: Literal["same", Shaping] = "same"
     """Shaping of the rewards in replay.preload. same: reward.shaping, because a log holds raw rewards. plain: the loss
     uses them as they are."""
 
@@ -362,9 +368,12 @@ class ReplayConfig(_Section):
 class ObjectiveConfig(_Section):
     """the loss"""
 
-    name: Literal["reval", "tbrm", "regression", "grpo"] = "reval"
-    """reval: the squared Bellman residual. tbrm: the same without V_ref. regression: the same without V and V_ref.
-    grpo: the on-policy baseline, which uses each response once."""
+    name: str = "reval"
+    """reval: the squared Bellman residual. tbrm: the same without V_ref. regression: the same without V and V_ref. tba:
+    the same with the group's mean in their place. grpo, topr, asymre, kimi: policy gradients, for comparison. Or a
+    function of your own: module:function or file.py:function. docs/method.md section 4 has the formulas."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of an objective of your own."""
     level: Literal["trajectory", "token", "subtrajectory"] = "trajectory"
     """The loss squares the sum of a trajectory's TD errors (trajectory), each TD error (token), or, for each token, the
     sum of the TD errors from this token to the end (subtrajectory)."""
@@ -373,9 +382,24 @@ class ObjectiveConfig(_Section):
     beta: float = 0.02
     """Weight of the reference policy against the reward: the loss divides the reward by beta. Longer responses need a
     smaller beta."""
+    clip_low: float = 0.2
+    """grpo, kimi: a token's importance ratio below 1 - clip_low gives no gradient (grpo: if the advantage is negative).
+    .inf: no limit."""
+    clip_high: float = 0.28
+    """grpo, kimi: a token's importance ratio above 1 + clip_high gives no gradient (grpo: if the advantage is
+    positive). .inf: no limit."""
+    normalization: Literal["response", "token", "constant"] = "response"
+    """How grpo averages. response: over the tokens of a response, then over responses (GRPO). token: over all tokens of
+    the batch (DAPO). constant: the sum over tokens is divided by the length limit, then the mean over responses is
+    taken (Dr. GRPO)."""
+    baseline_shift: float = 0.1
+    """asymre: how far the baseline lies below the one that reward.shaping subtracts."""
 
     def _check(self) -> None:
         self._positive("beta")
+        known = self.name in OBJECTIVES or all(self.name.rpartition(":")[::2])
+        self._need(known, "name", f"one of {', '.join(OBJECTIVES)}, module:function or file.py:function")
+        self._at_least(0, "clip_low", "clip_high")
         if self.name != "reval":
             self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
         if self.level != "token":
@@ -612,14 +636,14 @@ class Config:
                 f"reward.shaping must not be {self.reward.shaping!r} with rollout.responses=1: one response is its own "
                 "mean, so every reward would be 0; use 'plain' or 'plus_minus_one'"
             )
-        if self.objective.name == "regression" and self.reward.shaping != "centered":
+        if self.objective.name == "regression" and self.reward.shaping in ("plain", "plus_minus_one"):
             raise ConfigError(
-                "reward.shaping must be 'centered' with objective.name=regression, whose loss has no V to take the "
-                f"mean's place; got {self.reward.shaping!r}"
+                "reward.shaping must be 'centered' (Kimi k1.5) or 'soft_centered' (OAPL) with "
+                "objective.name=regression, whose loss has no V to take the mean's place; got "
+                f"{self.reward.shaping!r}"
             )
-
-        if self.objective.name == "grpo":
-            self._check_grpo()
+        if self.objective.name in ("grpo", "topr", "kimi"):
+            self._check_ratio()
         self._check_environment()
 
     def _check_environment(self) -> None:
@@ -649,26 +673,21 @@ class Config:
                 raise ConfigError(
                     f"{name} must be {allowed} with rollout.engine=none, which generates nothing; got {show(value)}"
                 )
-        if self.objective.name == "grpo":
-            raise ConfigError(
-                "objective.name must not be grpo with rollout.engine=none: GRPO is on-policy, it needs fresh responses"
-            )
 
-    def _check_grpo(self) -> None:
-        if self.reward.shaping not in ("centered", "normalized"):
-            raise ConfigError(
-                "reward.shaping must be 'normalized' (GRPO) or 'centered' (Dr. GRPO) with objective.name=grpo; got "
-                f"{self.reward.shaping!r}"
-            )
-        for name, value, allowed in (
-            ("replay.updates_per_iteration", self.replay.updates_per_iteration, 1),
-            ("rollout.ahead", self.rollout.ahead, 0),
-            ("rollout.sync_every", self.rollout.sync_every, 1),
-        ):
-            if value != allowed:
+    def _check_ratio(self) -> None:
+        """Responses that are used again need an importance ratio, and so the behaviour log-probs."""
+        reuse = {
+            "replay.updates_per_iteration": self.replay.updates_per_iteration > 1,
+            "rollout.ahead": self.rollout.ahead > 0,
+            "rollout.sync_every": self.rollout.sync_every > 1,
+            "rollout.engine=none": not self.generates,
+        }
+        for name, reused in reuse.items():
+            if reused and self.reference.reset_every != 1:
                 raise ConfigError(
-                    f"{name} must be {allowed} with objective.name=grpo, which is on-policy here: reusing responses "
-                    f"would need an importance ratio, and the buffer keeps no behaviour log-probs; got {value}"
+                    f"reference.reset_every must be 1 with objective.name={self.objective.name} and {name}: the "
+                    "reference then is the policy at the start of the iteration, which the importance ratio needs; got "
+                    f"{self.reference.reset_every}"
                 )
 
     @property

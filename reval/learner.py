@@ -5,6 +5,7 @@ An update runs forward and backward passes over micro-batches, clips the gradien
 
 from __future__ import annotations
 
+from collections import defaultdict
 from math import isfinite
 from typing import Any
 
@@ -21,7 +22,8 @@ from .model.attention import attention_for
 from .model.forward import token_values, with_hidden
 from .model.packing import plan_for
 from .model.sharding import layers_of
-from .objectives import FROM_VALUES, FUSED
+from .objectives import FUSED, Totals
+from .policy_gradients import value_objective
 from .reference_policy import reference_of
 from .replay import Trajectory
 from .waiting import Progress
@@ -48,6 +50,9 @@ class Learner:
         """Updates taken so far."""
         self._total_updates = config.updates
         self._layers = layers_of(model)
+        name = config.objective.name
+        self._fused = FUSED.get(name)
+        self._objective = value_objective(name) if self._fused is None else None
         if config.model.compile:
             for layer in self._layers:
                 layer.compile(dynamic=True)
@@ -84,9 +89,12 @@ class Learner:
             # mode, so there is no dropout. Generation ends training mode, so the mode is set before every update.
             layer.training = self._config.model.gradient_checkpointing
         micros = plan_for(self.model, trajectories, self._world, self._config)
+        actions = sum(int(t.action_mask.sum()) for t in trajectories)
+        totals = Totals(len(trajectories), actions, self._config.longest_response)
+        log_z = self._log_z(micros, trajectories) if self._config.objective.name == "tba" else None
         computed = []
         for done, micro in enumerate(micros, 1):
-            computed.append(self._backward(micro, len(trajectories)))
+            computed.append(self._backward(micro, totals, log_z))
             if progress is not None:
                 progress(done, len(micros))
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
@@ -119,29 +127,49 @@ class Learner:
         joined = dict(zip(TERMS, torch.cat([x for _, x, _ in reports], 1), strict=True))
         return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": float(not signal), "residual_terms": joined}
 
-    def _backward(self, micro: MicroBatch, count: int) -> tuple[Tensor, Tensor]:
-        """Add the gradient of one micro-batch to the gradient of the batch, which has `count` trajectories.
+    def _backward(
+        self, micro: MicroBatch, totals: Totals, log_z: dict[int, float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of one micro-batch to the gradient of the batch, which has `totals`.
 
         Returns the loss of the micro-batch and its TERMS [4, B], float32 on the device: nothing waits for them here.
         """
         objective, batch = self._config.objective, micro.batch
         reference = reference_of(micro.trajectories, batch)
+        if log_z is not None:
+            reference = reference._replace(log_z=batch.rewards.new_tensor([log_z[t.group] for t in micro.trajectories]))
         with attention_for(self.model, batch.tree):
-            if objective.name in FUSED:
-                fused = FUSED[objective.name]
+            if (fused := self._fused) is not None:
                 out = with_hidden(
                     self.model,
                     batch,
                     self._config.model,
-                    lambda hidden, head: fused(hidden, head, batch, reference, objective, count),
+                    lambda hidden, head: fused(hidden, head, batch, reference, objective, totals),
                 )
             else:
+                assert self._objective is not None
                 values = token_values(self.model, batch, self._config.model)
-                out = FROM_VALUES[objective.name](values, batch, reference, objective, count)
+                out = self._objective(values, batch, reference, objective, totals)
             # A padding micro-batch takes part in the backward pass, in which FSDP communicates, but adds no gradient.
             (out.loss if micro.indices else 0 * out.loss).backward()
         terms = (out.residual, out.v, reference.v, out.log_ratio)
         return out.loss.detach().float(), torch.stack([x.float() for x in terms])
+
+    @torch.no_grad()
+    def _log_z(self, micros: list[MicroBatch], trajectories: list[Trajectory]) -> dict[int, float]:
+        """mean_G (r / beta - D) of each group in the batch. It takes a pass over the batch before the update, because a
+        group may be in several micro-batches or on several processes."""
+        log_probs = []
+        for micro in micros:
+            with attention_for(self.model, micro.batch.tree):
+                log_probs.append(token_values(self.model, micro.batch, self._config.model).log_prob.sum(1))
+        own = torch.cat(log_probs).tolist()
+        indices = [i for micro in micros for i in micro.indices]  # the padding micro-batches come last
+        found = dict(pair for report in self._world.gather(list(zip(indices, own, strict=False))) for pair in report)
+        groups = defaultdict(list)
+        for i, t in enumerate(trajectories):
+            groups[t.group].append(t.reward / self._config.objective.beta - (found[i] - t.reference["log_prob"]))
+        return {group: sum(x) / len(x) for group, x in groups.items()}
 
     def _has_signal(self, trajectories: list[Trajectory], residuals: Tensor) -> bool:
         """Whether a trajectory has a reward other than 0, or a residual that is larger than rounding makes it.

@@ -200,7 +200,9 @@ def _update(run: TrainingRun, scored: ScoredRollouts, clock: Clock) -> None:
         # The first update uses the fresh batch, so that every trajectory is used at least once. The other batches are
         # random draws. With replay.batch_size=null a trajectory is used about K times on average.
         replayed = k > 0 or scored is NOTHING
-        batch = run.buffer.sample(run.config.replay_batch_size, run.rng) if replayed else scored.trajectories
+        batch = scored.trajectories
+        if replayed:
+            batch = run.buffer.sample(run.config.replay_batch_size, run.rng, run.config.replay.draw)
         if not batch:
             continue  # k = 0: no fresh response has a score; k > 0: the buffer is empty too
         # Most replayed trajectories have their reference values already. After a reset, only the trajectories that are

@@ -3,8 +3,10 @@
 Letters: B trajectories, M actions in all, H of the longest trajectory. D = sum_h (log pi - log pi_ref)(a_h|s_h), over
 the actions of a trajectory. r is the shaped reward and beta its temperature. Values are in units of reward / beta.
 
-Every objective sums over its trajectories and divides by `normalizer`, the number of trajectories in the whole batch on
-all processes. The losses of the micro-batches then add up to the loss of the batch.
+Every objective sums over its trajectories and divides by a number of the whole batch on all processes (`Totals`). The
+losses of the micro-batches then add up to the loss of the batch.
+
+This module has the losses that square a residual; policy_gradients.py has GRPO and its relatives.
 """
 
 from __future__ import annotations
@@ -22,6 +24,15 @@ from .config import ObjectiveConfig
 from .model.head import OutputHead
 
 
+class Totals(NamedTuple):
+    """Numbers of the whole batch, on all processes."""
+
+    trajectories: int
+    actions: int
+    longest: int
+    """The most actions that a response can have by the settings: rollout.max_new_tokens or environment.max_tokens."""
+
+
 class Reference(NamedTuple):
     """The reference policy's values of a batch; constants."""
 
@@ -33,6 +44,8 @@ class Reference(NamedTuple):
     """float32 [B], R_ref: the sum of `v` and `log_prob`, rounded once."""
     values: TokenValues | None = None
     """float32 [M]; only for objective.level=token and subtrajectory, which need the values of single tokens."""
+    log_z: Tensor | None = None
+    """float32 [B], mean_G (r / beta - D) over the group's trajectories in the whole batch; only for tba."""
 
 
 class ObjectiveOutput(NamedTuple):
@@ -49,7 +62,7 @@ class ObjectiveOutput(NamedTuple):
 
 
 def reval(
-    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, totals: Totals
 ) -> ObjectiveOutput:
     """The squared Bellman residual V(s_1) - V_ref(s_1) + D - r / beta (arXiv 2603.23355, Eq. 2).
 
@@ -68,7 +81,7 @@ def reval(
         beta=config.beta,
         level=config.level,
         semi_gradient=config.semi_gradient,
-        normalizer=normalizer,
+        normalizer=totals.trajectories,
         **head._asdict(),
     )
     v = _first_v(hidden, head, batch)
@@ -76,7 +89,7 @@ def reval(
 
 
 def tbrm(
-    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, totals: Totals
 ) -> ObjectiveOutput:
     """(V(s_1) + D - r / beta)^2: ReVal with V_ref := 0 (arXiv 2505.15311)."""
     loss, residual = linear_reval_loss(
@@ -86,7 +99,7 @@ def tbrm(
         rewards=batch.rewards,
         cu_seqlens=batch.cu_seqlens,
         beta=config.beta,
-        normalizer=normalizer,
+        normalizer=totals.trajectories,
         **head._asdict(),
     )
     v = _first_v(hidden, head, batch)
@@ -101,31 +114,31 @@ def _first_v(hidden: Tensor, head: OutputHead, batch: Batch) -> Tensor:
 
 
 def regression(
-    values: TokenValues, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+    values: TokenValues, batch: Batch, reference: Reference, config: ObjectiveConfig, totals: Totals
 ) -> ObjectiveOutput:
-    """(D - (r - mean_G r) / beta)^2, without any V (Kimi k1.5, arXiv 2501.12599).
+    """(D - r / beta)^2, without any V. The shaping of r decides whose loss it is.
 
-    mean_G is the mean over the responses to one prompt. reward.shaping=centered has already subtracted it from r.
+    reward.shaping=centered, r minus the group's mean: Kimi k1.5 (arXiv 2501.12599). soft_centered, r minus the group's
+    soft mean: OAPL.
     """
     residual = values.log_prob.sum(1) - reference.log_prob - batch.rewards / config.beta
-    loss = residual.square().sum() / normalizer
-    return _from_values(loss, residual, values, batch, config)
+    return from_values(residual.square().sum() / totals.trajectories, residual, values, batch, config)
 
 
-def grpo(
-    values: TokenValues, batch: Batch, reference: Reference, config: ObjectiveConfig, normalizer: int
+def tba(
+    values: TokenValues, batch: Batch, reference: Reference, config: ObjectiveConfig, totals: Totals
 ) -> ObjectiveOutput:
-    """-A / H sum_h log pi(a_h|s_h), with the advantage A = r and H actions (GRPO, arXiv 2402.03300, Eq. 3).
+    """(D - r / beta + log Z)^2 with log Z = mean_G (r / beta - D), a constant (TBA, arXiv 2503.18929).
 
-    This is GRPO at its first update, where the importance ratio is 1, and without a KL term. The loss uses no residual.
-    The metrics get the residual D - r / beta, as for the other objectives.
+    Trajectory balance, with the log of the partition function from the group (VarGrad) in place of a learned V.
     """
-    log_prob = values.log_prob.sum(1)
-    loss = -(batch.rewards * log_prob / batch.mask.sum(1)).sum() / normalizer
-    return _from_values(loss, log_prob - reference.log_prob - batch.rewards / config.beta, values, batch, config)
+    assert reference.log_z is not None, "the learner computes log Z before the update"
+    residual = values.log_prob.sum(1) - reference.log_prob - batch.rewards / config.beta
+    loss = (residual + reference.log_z).square().sum() / totals.trajectories
+    return from_values(loss, residual, values, batch, config)
 
 
-def _from_values(
+def from_values(
     loss: Tensor, residual: Tensor, values: TokenValues, batch: Batch, config: ObjectiveConfig
 ) -> ObjectiveOutput:
     """The output of an objective with the residual D - r / beta."""
@@ -133,10 +146,9 @@ def _from_values(
     return ObjectiveOutput(loss, residual, v, residual + batch.rewards / config.beta)
 
 
-FusedObjective = Callable[[Tensor, OutputHead, Batch, Reference, ObjectiveConfig, int], ObjectiveOutput]
+FusedObjective = Callable[[Tensor, OutputHead, Batch, Reference, ObjectiveConfig, Totals], ObjectiveOutput]
 FUSED: dict[str, FusedObjective] = {"reval": reval, "tbrm": tbrm}
 """Objectives that need hidden states and the head: their kernel computes loss and gradient in one pass."""
 
-ValueObjective = Callable[[TokenValues, Batch, Reference, ObjectiveConfig, int], ObjectiveOutput]
-FROM_VALUES: dict[str, ValueObjective] = {"regression": regression, "grpo": grpo}
-"""Objectives that are arithmetic on token values."""
+ValueObjective = Callable[[TokenValues, Batch, Reference, ObjectiveConfig, Totals], ObjectiveOutput]
+"""Objectives that are arithmetic on token values, [B, H]."""

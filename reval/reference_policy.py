@@ -10,6 +10,9 @@ the reference computes nothing and its weights need not be on the GPU.
 
     Trajectory.reference = {"version": int, "v": float, "log_prob": float, "returns": float}
     with objective.level=token or subtrajectory also "values": float32 [H, 3], q, v and log_prob of the H actions
+
+With reference.reset_every=1 the reference is the policy as it was at the start of the iteration. So it is the policy
+that generated the fresh trajectories, and its log-probs of them are their behaviour log-probs: `Trajectory.behavior`.
 """
 
 from __future__ import annotations
@@ -100,14 +103,16 @@ class ReferencePolicy:
                 if progress is not None:
                     progress(done, len(micros))
         numbers = torch.cat(computed).cpu().numpy()  # one transfer for all micro-batches: each waits for the device
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
         for micro in micros:
             for i, t in zip(micro.indices, micro.trajectories, strict=False):  # a padding micro-batch has no indices
                 own, numbers = np.split(numbers, [int(t.action_mask.sum())])
-                found[i] = self._stored(own)
+                found[i] = self._stored(own), own[:, 2].copy()
         for report in self._world.gather(found):
-            for i, values in report.items():
+            for i, (values, log_prob) in report.items():
                 stale[i].reference = values
+                if self._config.reference.reset_every == 1 and stale[i].behavior is None:
+                    stale[i].behavior = log_prob
         return len(stale)
 
     def _has_values(self, trajectory: Trajectory) -> bool:
@@ -151,4 +156,5 @@ def reference_of(trajectories: list[Trajectory], batch: Batch) -> Reference:
     if "values" in trajectories[0].reference:
         stored = torch.from_numpy(np.concatenate([t.reference["values"] for t in trajectories]))
         values = TokenValues(*on_device(stored, device).unbind(-1))
-    return Reference._make([*on_device(numbers, device), values])
+    v, log_prob, returns = on_device(numbers, device)
+    return Reference(v, log_prob, returns, values)

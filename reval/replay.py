@@ -1,8 +1,8 @@
-"""The replay buffer: whole trajectories, first in first out, drawn uniformly without replacement."""
+"""The replay buffer: whole trajectories, first in first out, drawn at random without replacement."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -18,9 +18,9 @@ NUMBERS = ("v", "log_prob", "returns")
 class Trajectory:
     """A prompt, all tokens after it, and the reward. L is the number of tokens.
 
-    The token ids are those that the policy sampled; text is never encoded again. A trajectory has no log-probabilities
-    of the policy that generated it (behaviour log-probs): the loss has no importance ratio, so any policy may have
-    generated the trajectory.
+    The token ids are those that the policy sampled; text is never encoded again. ReVal needs no log-probabilities of
+    the policy that generated the trajectory (behaviour log-probs): its loss has no importance ratio, so any policy may
+    have generated it. GRPO and other objectives with a ratio use `behavior`.
     """
 
     token_ids: np.ndarray
@@ -33,12 +33,18 @@ class Trajectory:
     """The raw reward from the reward function."""
     iteration: int
     """The iteration that generated the trajectory."""
+    group: int = 0
+    """The same number for all responses to one prompt of one iteration; no other group has it. 0: not known."""
     finished: bool = True
     """False if the length limit cut the response off. Training treats such a trajectory like any other."""
     uses: int = 0
     """Number of updates that have used the trajectory."""
     reference: dict[str, Any] = field(default_factory=dict)
     """The reference policy's values, see reference_policy.py. Empty until they are computed, stale after a reset."""
+    behavior: np.ndarray | None = None
+    """float32 [H], log mu(a_h|s_h) of the H actions. mu is the policy at the start of the iteration that used the
+    trajectory first: the policy that generated it, unless rollout.ahead or another run made it older. Only known with
+    reference.reset_every=1 (reference_policy.py)."""
 
     def __post_init__(self) -> None:
         self.token_ids = np.asarray(self.token_ids, dtype=np.int32)
@@ -87,9 +93,24 @@ class ReplayBuffer:
         self._held.extend(trajectories)
         self.added += len(trajectories)
 
-    def sample(self, count: int, rng: Random) -> list[Trajectory]:
-        """`count` distinct trajectories; every subset is equally likely. All trajectories if the buffer has fewer."""
-        return rng.sample(self._held, min(count, len(self._held)))
+    def sample(self, count: int, rng: Random, draw: str = "uniform") -> list[Trajectory]:
+        """At most `count` distinct trajectories. All trajectories if the buffer has no more than `count`.
+
+        Args:
+            draw: "uniform": `count` trajectories, every subset is equally likely. "groups": whole groups in random
+                order, as many as fit in `count`, but at least one.
+        """
+        if draw == "uniform":
+            return rng.sample(self._held, min(count, len(self._held)))
+        groups = defaultdict(list)
+        for t in self._held:
+            groups[t.group].append(t)
+        out: list[Trajectory] = []
+        for group in rng.sample(list(groups.values()), len(groups)):
+            if out and len(out) + len(group) > count:
+                break
+            out += group
+        return out
 
     def metrics(self, iteration: int) -> dict[str, float]:
         """`buffer/size`, `buffer/age_mean` (iterations since generation) and `buffer/reuse_mean` (updates)."""
@@ -111,6 +132,11 @@ class ReplayBuffer:
             "action_mask": np.concatenate([np.empty(0, bool), *(t.action_mask for t in held)]),
             "numbers": np.array([[t.reward, t.score] for t in held], np.float64).reshape(-1, 2),
             "counts": np.array([[t.iteration, t.finished, t.uses] for t in held], np.int64).reshape(-1, 3),
+            "groups": np.array([t.group for t in held], np.int64),
+            "has_behavior": np.array([t.behavior is not None for t in held], bool),
+            "behavior": np.concatenate(
+                [np.empty(0, np.float32), *(t.behavior for t in held if t.behavior is not None)]
+            ),
             "reference_version": np.array([r.get("version", -1) for r in found], np.int64),
             "reference": np.array([[r.get(key, 0) for key in NUMBERS] for r in found], np.float64).reshape(-1, 3),
             "has_values": np.array(["values" in r for r in found], bool),
@@ -121,7 +147,7 @@ class ReplayBuffer:
         """Replace the contents with the trajectories in `arrays`, which `state()` returned. If they exceed the
         capacity, the newest trajectories stay."""
         ends = arrays["lengths"].cumsum()
-        values_from, held = 0, []
+        values_from, behavior_from, held = 0, 0, []
         for i, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
             span = slice(end - length, end)
             (reward, score), (iteration, finished, uses) = arrays["numbers"][i].tolist(), arrays["counts"][i].tolist()
@@ -131,13 +157,17 @@ class ReplayBuffer:
                 reward=reward,
                 score=score,
                 iteration=iteration,
+                group=int(arrays["groups"][i]),
                 finished=bool(finished),
                 uses=uses,
             )
+            count = int(t.action_mask.sum())
+            if arrays["has_behavior"][i]:
+                t.behavior = arrays["behavior"][behavior_from : behavior_from + count]
+                behavior_from += count
             if (version := int(arrays["reference_version"][i])) >= 0:
                 t.reference = {"version": version} | dict(zip(NUMBERS, arrays["reference"][i].tolist(), strict=True))
             if arrays["has_values"][i]:
-                count = int(t.action_mask.sum())
                 t.reference["values"] = arrays["values"][values_from : values_from + count]
                 values_from += count
             held.append(t)

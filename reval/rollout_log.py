@@ -160,10 +160,12 @@ def _shape(rows: list[_Logged], config: Config, path: str) -> None:
             f"{path}: every reward would be 0 with the shaping {how!r}, because every prompt has one response, which "
             "is its own mean; set replay.preload_shaping=plain to use the rewards as they are"
         )
-    shaped = shape_rewards([row.trajectory.score for row in rows], [numbers[group] for group in groups], how)
+    scores: list[float | None] = [row.trajectory.score for row in rows]
+    shaped = shape_rewards(scores, [numbers[group] for group in groups], how, config.objective.beta)
     for row, reward in zip(rows, shaped, strict=True):
         assert reward is not None, "every row has a score"
         row.trajectory.reward = reward
+        row.trajectory.group = -1 - numbers[row.group]  # the groups that this run generates have positive numbers
 
 
 class _Reader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, pstdev
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from .rewards import ROUNDING, AllFailedError, RewardError, RewardPool, Scores
 from .rollout import Response
 from .rollout.generation import Rollouts
 
-SHAPINGS = ("plain", "centered", "normalized", "plus_minus_one")
+SHAPINGS = ("plain", "centered", "normalized", "soft_centered", "batch_normalized", "plus_minus_one")
 
 
 class ScoredResponse(NamedTuple):
@@ -201,9 +202,9 @@ def _trajectories(
     """The responses that have a score, as trajectories. Raises ValueError if the scores do not fit reward.shaping."""
     raws, groups = [scored.score for _, _, scored in responses], [scored.group for _, _, scored in responses]
     out = []
-    for (problem, response, _), raw, reward in zip(
-        responses, raws, shape_rewards(raws, groups, config.reward.shaping), strict=True
-    ):
+    shaped = shape_rewards(raws, groups, config.reward.shaping, config.objective.beta)
+    first = iteration * config.rollout.prompts  # the number of this iteration's first group; 0 is nobody's
+    for (problem, response, scored), raw, reward in zip(responses, raws, shaped, strict=True):
         if reward is not None and raw is not None:
             prompt, mask = problem.token_ids, [True] * len(response.token_ids)
             if response.episode is not None:
@@ -215,6 +216,7 @@ def _trajectories(
                     reward=reward,
                     score=raw,
                     iteration=iteration,
+                    group=first + scored.group,
                     finished=response.finished,
                 )
             )
@@ -234,7 +236,7 @@ def nothing_scored(responses: int, errors: int, timeouts: int, exceptions: list[
     return f"none of {responses} responses has a score: {text}" + (f"\n{exceptions[0]}" if exceptions else "")
 
 
-def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> list[float | None]:
+def shape_rewards(rewards: list[float | None], groups: list[int], how: str, beta: float = 1.0) -> list[float | None]:
     """The rewards as the loss uses them. None stays None.
 
     Args:
@@ -245,9 +247,13 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
             "centered": r minus the mean of the group. The only scored response of a group gets 0.
             "normalized": the centered reward divided by the population deviation of the group. A group with equal
             rewards gets 0.
+            "soft_centered": r minus beta log mean exp(r / beta), the soft mean of the group: the optimal value of the
+            prompt in KL-regularised reinforcement learning, estimated from the group (OAPL, docs/method.md section 4).
+            "batch_normalized": as normalized, with all responses as one group. For one response per prompt.
             "plus_minus_one": 2r - 1, for r in 0..1.
             Means and deviations are over the scored responses of the group. Rewards are equal if they differ by
             rounding only (`ROUNDING`): otherwise "normalized" would divide rounding errors by rounding errors.
+        beta: objective.beta, for "soft_centered".
 
     Raises ValueError for an unknown `how`, for different lengths, and for a reward outside 0..1 with "plus_minus_one".
     """
@@ -255,6 +261,8 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
         near = difflib.get_close_matches(str(how), SHAPINGS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"how must be one of {', '.join(SHAPINGS)}, but is {how!r}{hint}")
+    if how == "batch_normalized":
+        return shape_rewards(rewards, [0] * len(rewards), "normalized")
     scored = _scored_by_group(rewards, groups)
     if how == "plain":
         return list(rewards)
@@ -266,7 +274,8 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str) -> l
                     "'centered'"
                 )
         return [None if r is None else 2.0 * r - 1.0 for r in rewards]
-    scale = {group: (mean(values), _deviation(values)) for group, values in scored.items()}
+    middle = partial(_soft_mean, beta=beta) if how == "soft_centered" else mean
+    scale = {group: (middle(values), _deviation(values)) for group, values in scored.items()}
 
     def shaped(reward: float, group: int) -> float:
         average, deviation = scale[group]
@@ -311,6 +320,12 @@ def _scored_by_group(rewards: list[float | None], groups: list[int]) -> dict[int
         if reward is not None:
             scored.setdefault(group, []).append(float(reward))
     return scored
+
+
+def _soft_mean(rewards: list[float], beta: float) -> float:
+    """beta log mean exp(r / beta)."""
+    largest = max(rewards)
+    return largest + beta * math.log(mean(math.exp((r - largest) / beta) for r in rewards))
 
 
 def _deviation(rewards: list[float]) -> float:
