@@ -7,6 +7,7 @@ does not import torch or transformers, so that `--help` is fast.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
 BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium", "openenv", "trl")
 MOST_TURNS = 255  # a turn's number has 8 bits of the seed of its sampling
 OBJECTIVES = ("reval", "tbrm", "regression", "tba", "grpo", "topr", "asymre", "kimi")
+GROUPED = ("centered", "normalized", "soft_centered")  # shapings that compare the responses to one prompt
 Shaping = Literal["plain", "centered", "normalized", "soft_centered", "batch_normalized", "plus_minus_one"]
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gpqa", "champ")
 # Arguments of vllm.LLM that decide which policy generates, and how. The trainer sets them from other settings, so
@@ -67,6 +69,7 @@ PATHS = {
     "data.path",
     "data.held_out_path",
     "reward.function",
+    "objective.name",
     "replay.preload",
     "evaluation.benchmarks",
     "evaluation.folder",
@@ -397,8 +400,16 @@ class ObjectiveConfig(_Section):
 
     def _check(self) -> None:
         self._positive("beta")
-        known = self.name in OBJECTIVES or all(self.name.rpartition(":")[::2])
-        self._need(known, "name", f"one of {', '.join(OBJECTIVES)}, module:function or file.py:function")
+        own = all(self.name.rpartition(":")[::2])
+        if not own and self.name not in OBJECTIVES:
+            near = get_close_matches(self.name, OBJECTIVES, n=1)
+            raise ConfigError(
+                f"objective.name must be one of {', '.join(OBJECTIVES)}, module:function or file.py:function; got "
+                + show(self.name)
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if not own:
+            self._need(not self.options, "options", f"{{}} with objective.name={self.name}, which has its own settings")
         self._at_least(0, "clip_low", "clip_high")
         if self.name != "reval":
             self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
@@ -631,11 +642,8 @@ class Config:
                 f"got {self.replay.capacity}"
             )
 
-        if self.reward.shaping in ("centered", "normalized") and self.rollout.responses == 1 and self.generates:
-            raise ConfigError(
-                f"reward.shaping must not be {self.reward.shaping!r} with rollout.responses=1: one response is its own "
-                "mean, so every reward would be 0; use 'plain' or 'plus_minus_one'"
-            )
+        if self.generates and self.rollout.responses == 1:
+            self._check_one_response()
         if self.objective.name == "regression" and self.reward.shaping in ("plain", "plus_minus_one"):
             raise ConfigError(
                 "reward.shaping must be 'centered' (Kimi k1.5) or 'soft_centered' (OAPL) with "
@@ -645,6 +653,18 @@ class Config:
         if self.objective.name in ("grpo", "topr", "kimi"):
             self._check_ratio()
         self._check_environment()
+
+    def _check_one_response(self) -> None:
+        if self.reward.shaping in GROUPED:
+            raise ConfigError(
+                f"reward.shaping must not be {self.reward.shaping!r} with rollout.responses=1: one response is its own "
+                "mean, so every reward would be 0; use 'plain', 'plus_minus_one' or 'batch_normalized'"
+            )
+        if self.objective.name == "tba":
+            raise ConfigError(
+                "objective.name must not be tba with rollout.responses=1: the log Z of one response is its own "
+                "residual, so the loss would be 0; use reval"
+            )
 
     def _check_environment(self) -> None:
         own, turn = self.environment, self.rollout.max_new_tokens

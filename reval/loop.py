@@ -25,6 +25,8 @@ from .learner import NonFiniteError
 from .metric_names import check_best_metric
 from .model.dtypes import with_dtypes
 from .model.saving import whole_weights
+from .objectives import FUSED
+from .policy_gradients import value_objective
 from .replay import Trajectory
 from .rewards import RewardError
 from .rollout.probe import choose, log_probs, mismatch, worst
@@ -59,6 +61,8 @@ def train(config: Config) -> dict[str, float]:
     finite (the weights are untouched and the batch is saved) or when the reward function is broken.
     """
     check_installed(config)  # this and the other checks come before the model, because loading it takes long
+    if config.objective.name not in FUSED:
+        value_objective(config.objective.name)
     config = with_dtypes(config)
     refuse_running(Path(config.run.dir))
     checkpoint = find_checkpoint(config)

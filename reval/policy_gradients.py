@@ -12,7 +12,7 @@ from torch import Tensor
 from reval_kernels import TokenValues
 
 from .batching import Batch
-from .config import ObjectiveConfig
+from .config import OBJECTIVES, ConfigError, ObjectiveConfig
 from .objectives import ObjectiveOutput, Reference, Totals, ValueObjective, from_values, regression, tba
 from .user_code import find
 
@@ -107,5 +107,8 @@ FROM_VALUES: dict[str, ValueObjective] = {
 
 
 def value_objective(name: str) -> ValueObjective:
-    """The objective of this name, or the user's own: "package.module:function" or "path/to/file.py:function"."""
-    return FROM_VALUES.get(name) or find(name, "objective", [*FROM_VALUES, "reval", "tbrm"], ValueError)
+    """The objective of this name, or the user's own: "package.module:function" or "path/to/file.py:function".
+
+    Raises ConfigError if there is no such file, module or function.
+    """
+    return FROM_VALUES.get(name) or find(name, "objective.name", OBJECTIVES, ConfigError)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .components import Components
-from .config import Config
+from .config import GROUPED, Config
 from .data import Problem
 from .prompts import encode, make_prompt
 from .replay import Trajectory
@@ -155,7 +155,7 @@ def _shape(rows: list[_Logged], config: Config, path: str) -> None:
     how = config.reward.shaping if how == "same" else how
     groups = [row.group for row in rows]
     numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    if how in ("centered", "normalized") and max(Counter(groups).values()) == 1:
+    if how in GROUPED and max(Counter(groups).values()) == 1:
         raise ValueError(
             f"{path}: every reward would be 0 with the shaping {how!r}, because every prompt has one response, which "
             "is its own mean; set replay.preload_shaping=plain to use the rewards as they are"

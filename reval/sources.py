@@ -32,19 +32,20 @@ Row = dict[str, Any]
 
 
 def check_files(config: Config, training: bool = False) -> None:
-    """Raise ConfigError if a file, or the module of a reward function, that the settings name does not exist.
+    """Raise ConfigError if a file, or the module of a user's function, that the settings name does not exist.
 
     Args:
-        training: also check replay.preload, which an evaluation does not read.
+        training: also check replay.preload and objective.name, which an evaluation does not read.
     """
     benchmarks = [name for name in config.evaluation.benchmarks if Path(name).suffix]
-    rewards = {"reward.function": config.reward.function}
-    rewards |= {"evaluation.reward": config.evaluation.reward} if config.evaluation.benchmarks else {}
+    functions = {"reward.function": config.reward.function}
+    functions |= {"evaluation.reward": config.evaluation.reward} if config.evaluation.benchmarks else {}
+    functions |= {"objective.name": config.objective.name} if training else {}
     files = [
         ("data.path", config.data.path),
         ("data.held_out_path", config.data.held_out_path),
         *(("evaluation.benchmarks", name) for name in benchmarks),
-        *((name, spec.rpartition(":")[0]) for name, spec in rewards.items() if ".py:" in spec),
+        *((name, spec.rpartition(":")[0]) for name, spec in functions.items() if ".py:" in spec),
         ("replay.preload", config.replay.preload if training else None),
     ]
     for name, path in files:
@@ -59,7 +60,7 @@ def check_files(config: Config, training: bool = False) -> None:
         raise ConfigError(f"model.name: {error}") from None
     if config.model.name.startswith(("/", ".")) and not Path(config.model.name).exists():
         raise ConfigError(f"model.name: there is no folder {config.model.name!r}")
-    for name, spec in rewards.items():
+    for name, spec in functions.items():
         module = spec.rpartition(":")[0]
         if module and ".py:" not in spec and not _found(module):
             raise ConfigError(f"{name}: there is no module {module!r}, of {spec!r}")
