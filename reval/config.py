@@ -8,7 +8,7 @@ does not import torch or transformers, so that `--help` is fast.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -411,6 +411,7 @@ class ObjectiveConfig(_Section):
         if not own:
             self._need(not self.options, "options", f"{{}} with objective.name={self.name}, which has its own settings")
         self._at_least(0, "clip_low", "clip_high")
+        self._need(isfinite(self.baseline_shift), "baseline_shift", "finite")
         if self.name != "reval":
             self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
         if self.level != "token":

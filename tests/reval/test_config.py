@@ -32,11 +32,12 @@ evaluation.problems evaluation.reward evaluation.samples evaluation.temperature 
 lora.alpha lora.rank lora.targets
 model.attn_implementation model.compile model.compute_dtype model.device model.dtype model.gradient_checkpointing
 model.head_precision model.name
-objective.beta objective.level objective.name objective.semi_gradient
+objective.baseline_shift objective.beta objective.clip_high objective.clip_low objective.level objective.name
+objective.normalization objective.options objective.semi_gradient
 optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.packing optim.schedule optim.warmup
 optim.weight_decay
 reference.offload reference.reset_every
-replay.batch_size replay.capacity replay.preload replay.preload_shaping replay.updates_per_iteration
+replay.batch_size replay.capacity replay.draw replay.preload replay.preload_shaping replay.updates_per_iteration
 reward.function reward.shaping reward.timeout reward.workers
 rollout.ahead rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.probe_tokens
 rollout.prompts rollout.responses rollout.sync_every rollout.temperature rollout.timeout
@@ -137,6 +138,11 @@ def test_derived_numbers():
 
 
 # ---- Values ----
+
+OBJECTIVE_ERROR = (
+    "objective.name must be one of reval, tbrm, regression, tba, grpo, topr, asymre, kimi, module:function or "
+    "file.py:function"
+)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +259,14 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
             "be dropped; got 1023",
         ),
         ("objective.beta=0", "objective.beta must be greater than 0 and finite; got 0.0"),
+        ("objective.clip_low=-0.1", "objective.clip_low must be at least 0; got -0.1"),
+        ("objective.clip_high=.nan", "objective.clip_high must be at least 0; got nan"),
+        ("objective.baseline_shift=.inf", "objective.baseline_shift must be finite; got inf"),
+        ("objective.normalization=mean", "objective.normalization must be one of response, token, constant; got 'mean'"),
+        ("replay.draw=group", "replay.draw must be one of uniform, groups; got 'group'"),
+        ("objective.name=grppo", f"{OBJECTIVE_ERROR}; got 'grppo'; did you mean 'grpo'?"),
+        ("objective.name=xyz", f"{OBJECTIVE_ERROR}; got 'xyz'"),
+        ("objective.name=losses.py:", f"{OBJECTIVE_ERROR}; got 'losses.py:'"),
         (
             "objective.semi_gradient=true",
             "objective.semi_gradient must be false with objective.level=trajectory; got true",
@@ -346,18 +360,29 @@ def test_without_generation_some_settings_are_needed_and_others_refused(override
 def test_without_generation_no_setting_of_a_fresh_batch_counts():
     config = load_config([], [*OFFLINE, "replay.capacity=8", "rollout.responses=1"])
     assert (config.trajectories_per_iteration, config.replay_batch_size, config.updates) == (0, 8, 1300)
-    grpo = ["objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1"]
-    assert error_of(*OFFLINE, *grpo).startswith("objective.name must not be grpo with rollout.engine=none")
 
 
-def test_centred_rewards_need_a_group_and_the_regression_needs_them():
-    assert error_of("rollout.responses=1").startswith(
-        "reward.shaping must not be 'centered' with rollout.responses=1: one response is its own mean"
+@pytest.mark.parametrize("shaping", ["centered", "normalized", "soft_centered"])
+def test_a_group_of_one_response_has_no_baseline(shaping):
+    assert error_of("rollout.responses=1", f"reward.shaping={shaping}").startswith(
+        f"reward.shaping must not be '{shaping}' with rollout.responses=1: one response is its own mean"
     )
-    assert load_config([], ["rollout.responses=1", "reward.shaping=plain"]).rollout.responses == 1
-    assert error_of("objective.name=regression", "reward.shaping=plain").startswith(
-        "reward.shaping must be 'centered' with objective.name=regression"
-    )
+    for other in ("plain", "plus_minus_one", "batch_normalized"):
+        given = ["rollout.responses=1", f"reward.shaping={other}"]
+        assert load_config([], given).rollout.responses == 1
+        assert error_of(*given, "objective.name=tba").startswith(
+            "objective.name must not be tba with rollout.responses=1: the log Z of one response is its own residual"
+        )
+
+
+def test_the_regression_needs_a_baseline():
+    for shaping in ("plain", "plus_minus_one"):
+        assert error_of("objective.name=regression", f"reward.shaping={shaping}") == (
+            "reward.shaping must be 'centered' (Kimi k1.5) or 'soft_centered' (OAPL) with objective.name=regression, "
+            f"whose loss has no V to take the mean's place; got '{shaping}'"
+        )
+    for shaping in ("centered", "normalized", "soft_centered", "batch_normalized"):
+        load_config([], ["objective.name=regression", f"reward.shaping={shaping}"])
 
 
 @pytest.mark.parametrize("level", ["token", "subtrajectory"])
@@ -408,14 +433,14 @@ def test_an_unknown_name_gets_the_nearest_one(name, near, tmp_path):
 
 def test_names_with_nothing_near():
     assert error_of("replay.xyz=1") == (
-        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, batch_size, preload, "
+        "unknown setting 'replay.xyz'; 'replay' has capacity, updates_per_iteration, draw, batch_size, preload, "
         "preload_shaping"
     )
     assert error_of("zzz.xyz=1").startswith("unknown setting 'zzz.xyz'; the sections are model, data, rollout, ")
     assert error_of("zzz.xyz=1").endswith("; --help lists every setting")
     assert error_of("data.options.=1").startswith("unknown setting 'data.options.'")
     assert error_of("replay=3") == (
-        "'replay' is a section, with the settings capacity, updates_per_iteration, batch_size, preload, "
+        "'replay' is a section, with the settings capacity, updates_per_iteration, draw, batch_size, preload, "
         "preload_shaping; got 'replay=3'"
     )
 
@@ -579,18 +604,44 @@ def test_any_unquoted_text_survives_an_override(text):
     assert load_config([], [f"tracking.project={text}"]).tracking.project == text
 
 
+@pytest.mark.parametrize("name", ["grpo", "topr", "kimi"])
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "why"),
     [
-        (["reward.shaping=plain"], "reward.shaping must be 'normalized' (GRPO) or 'centered' (Dr. GRPO) with"),
-        ([], "replay.updates_per_iteration must be 1 with objective.name=grpo, which is on-policy here"),
-        (["replay.updates_per_iteration=1", "rollout.ahead=1"], "rollout.ahead must be 0 with objective.name=grpo"),
-        (["replay.updates_per_iteration=1", "rollout.sync_every=2"], "rollout.sync_every must be 1 with objective"),
+        ([], "replay.updates_per_iteration"),
+        (["replay.updates_per_iteration=1", "rollout.ahead=1"], "rollout.ahead"),
+        (["replay.updates_per_iteration=1", "rollout.sync_every=2"], "rollout.sync_every"),
+        ([*OFFLINE, "replay.updates_per_iteration=1"], "rollout.engine=none"),
     ],
 )
-def test_grpo_is_on_policy(overrides, message):
-    assert error_of("objective.name=grpo", *overrides).startswith(message)
-    load_config([], ["objective.name=grpo", "replay.updates_per_iteration=1", "reward.shaping=normalized"])
+def test_an_importance_ratio_needs_a_reference_that_follows(name, overrides, why):
+    given = [f"objective.name={name}", *overrides]
+    for every in (0, 2):
+        assert error_of(*given, f"reference.reset_every={every}") == (
+            f"reference.reset_every must be 1 with objective.name={name} and {why}: the reference then is the policy "
+            f"at the start of the iteration, which the importance ratio needs; got {every}"
+        )
+    load_config([], [*given, "reference.reset_every=1"])
+    load_config([], [f"objective.name={name}", "replay.updates_per_iteration=1"])  # the ratio is 1
+    load_config([], ["objective.name=asymre", *overrides])  # has no ratio
+
+
+@pytest.mark.parametrize("shaping", ["plain", "centered", "normalized", "soft_centered", "batch_normalized"])
+def test_grpo_takes_every_shaping(shaping):
+    given = ["objective.name=grpo", f"reward.shaping={shaping}", "replay.updates_per_iteration=1"]
+    assert load_config([], given).reward.shaping == shaping
+
+
+def test_an_objective_of_ones_own(monkeypatch):
+    given = ["objective.name=my/losses.py:huber", "objective.options={width: 2}"]
+    config = load_config([], given)
+    assert (config.objective.name, config.objective.options) == ("my/losses.py:huber", {"width": 2})
+    assert load_config([], ["objective.name=my.losses:huber"]).objective.options == {}
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config([], ["objective.name=~/l.py:huber"]).objective.name == "/home/me/l.py:huber"
+    assert error_of("objective.options={width: 2}") == (
+        "objective.options must be {} with objective.name=reval, which has its own settings; got {'width': 2}"
+    )
 
 
 def test_an_engine_that_generates_during_training_cannot_sleep():
