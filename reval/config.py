@@ -698,9 +698,9 @@ class Config:
     def _check_ratio(self) -> None:
         """Responses that are used again need an importance ratio, and so the behaviour log-probs."""
         reuse = {
-            "replay.updates_per_iteration": self.replay.updates_per_iteration > 1,
-            "rollout.ahead": self.rollout.ahead > 0,
-            "rollout.sync_every": self.rollout.sync_every > 1,
+            "replay.updates_per_iteration above 1": self.replay.updates_per_iteration > 1,
+            "rollout.ahead above 0": self.rollout.ahead > 0,
+            "rollout.sync_every above 1": self.rollout.sync_every > 1,
             "rollout.engine=none": not self.generates,
         }
         for name, reused in reuse.items():

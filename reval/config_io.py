@@ -346,6 +346,7 @@ def help_text(config_class: type, width: int = 100) -> str:
         for field in fields(kind):
             default = default_of(field)
             shown = default if isinstance(default, str) else show(default)
-            lines.append(f"  {section}.{field.name}={shown}   ({describe(field.type)})")
+            declared = f"  {section}.{field.name}={shown}   ({describe(field.type)})"
+            lines += textwrap.wrap(declared, width, subsequent_indent=" " * 8)
             lines += textwrap.wrap(docs[field.name], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])

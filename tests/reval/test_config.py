@@ -262,7 +262,10 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("objective.clip_low=-0.1", "objective.clip_low must be at least 0; got -0.1"),
         ("objective.clip_high=.nan", "objective.clip_high must be at least 0; got nan"),
         ("objective.baseline_shift=.inf", "objective.baseline_shift must be finite; got inf"),
-        ("objective.normalization=mean", "objective.normalization must be one of response, token, constant; got 'mean'"),
+        (
+            "objective.normalization=mean",
+            "objective.normalization must be one of response, token, constant; got 'mean'",
+        ),
         ("replay.draw=group", "replay.draw must be one of uniform, groups; got 'group'"),
         ("objective.name=grppo", f"{OBJECTIVE_ERROR}; got 'grppo'; did you mean 'grpo'?"),
         ("objective.name=xyz", f"{OBJECTIVE_ERROR}; got 'xyz'"),
@@ -608,9 +611,9 @@ def test_any_unquoted_text_survives_an_override(text):
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        ([], "replay.updates_per_iteration"),
-        (["replay.updates_per_iteration=1", "rollout.ahead=1"], "rollout.ahead"),
-        (["replay.updates_per_iteration=1", "rollout.sync_every=2"], "rollout.sync_every"),
+        ([], "replay.updates_per_iteration above 1"),
+        (["replay.updates_per_iteration=1", "rollout.ahead=1"], "rollout.ahead above 0"),
+        (["replay.updates_per_iteration=1", "rollout.sync_every=2"], "rollout.sync_every above 1"),
         ([*OFFLINE, "replay.updates_per_iteration=1"], "rollout.engine=none"),
     ],
 )

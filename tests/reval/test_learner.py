@@ -124,9 +124,10 @@ def test_nothing_waits_for_the_device_until_the_last_backward_pass(
     """A loss of plain operations stands for the fused one, whose checks read numbers on a CPU only. With padding,
     transformers itself asks once in each forward pass whether the mask masks anything."""
 
-    def plain(hidden, head, batch, reference, config, normalizer):
+    def plain(hidden, head, batch, reference, config, totals):
         residual = batch.pad(hidden.sum(-1)).sum(1) - reference.returns
-        return ObjectiveOutput(residual.square().sum() / normalizer, residual.detach(), reference.v, reference.v)
+        loss = residual.square().sum() / totals.trajectories
+        return ObjectiveOutput(loss, residual.detach(), reference.v, reference.v)
 
     monkeypatch.setitem(FUSED, "reval", plain)
     config = configured(tiny_config, packing=packing, micro_batch_tokens=40)
