@@ -203,7 +203,7 @@ def _trajectories(
     raws, groups = [scored.score for _, _, scored in responses], [scored.group for _, _, scored in responses]
     out = []
     shaped = shape_rewards(raws, groups, config.reward.shaping, config.objective.beta)
-    first = iteration * config.rollout.prompts  # the number of this iteration's first group; 0 is nobody's
+    first = iteration << 32  # the number of this iteration's first group, also after rollout.prompts has changed
     for (problem, response, scored), raw, reward in zip(responses, raws, shaped, strict=True):
         if reward is not None and raw is not None:
             prompt, mask = problem.token_ids, [True] * len(response.token_ids)

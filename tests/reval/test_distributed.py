@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -61,6 +62,8 @@ def test_two_processes_compute_what_one_does(results, case):
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6)
     for a, b in zip(two["reference"], one["reference"], strict=True):
         assert a["version"] == b["version"] and abs(a["log_prob"] - b["log_prob"]) < 1e-3 * abs(b["log_prob"])
+    for a, b in zip(two["behavior"], one["behavior"], strict=True):
+        assert (a is not None) == (case == "importance ratio") and (a is None or np.allclose(a, b, atol=1e-5))
     assert torch.allclose(torch.tensor(two["log_probs"][0]), torch.tensor(one["log_probs"][0]), atol=1e-3)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reval.config import Config, ObjectiveConfig, OptimConfig
+from reval.batching import collate
+from reval.config import Config, ObjectiveConfig, OptimConfig, ReferenceConfig
 from reval.learner import Learner, NonFiniteError
+from reval.model.forward import token_values
 from reval.model.loading import load_model
 from reval.objectives import FUSED, ObjectiveOutput
 from reval.reference_policy import ReferencePolicy
@@ -35,10 +38,29 @@ def gradient_of(config, members):
     return learner.update(members), seen
 
 
-@pytest.mark.parametrize("level", ["trajectory", "token", "subtrajectory"])
-def test_any_micro_batching_gives_the_same_gradient(tiny_config, trajectories, level):
-    config = replace(tiny_config, objective=ObjectiveConfig(level=level, beta=0.1))
+SETTINGS = [
+    {"level": "trajectory"},
+    {"level": "token"},
+    {"level": "subtrajectory"},
+    {"name": "tba"},
+    {"name": "grpo"},
+    {"name": "grpo", "normalization": "token"},
+    {"name": "grpo", "normalization": "constant"},
+    {"name": "topr"},
+    {"name": "asymre"},
+    {"name": "kimi"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(settings.values()))
+def test_any_micro_batching_gives_the_same_gradient(tiny_config, trajectories, settings):
+    """The behaviour policy is the reference, whose weights are others, so importance ratios are not 1."""
+    config = replace(
+        tiny_config, objective=ObjectiveConfig(beta=0.1, **settings), reference=ReferenceConfig(reset_every=1)
+    )
     members = annotated(config, trajectories)
+    for i, t in enumerate(members):
+        t.group = i % 4
     whole, expected = gradient_of(configured(config, micro_batch_tokens=10_000, max_grad_norm=float("inf")), members)
     for tokens, packing in ((1, "packed"), (40, "packed"), (100, "packed"), (40, "padded"), (10_000, "padded")):
         change = {"micro_batch_tokens": tokens, "packing": packing, "max_grad_norm": float("inf")}
@@ -48,6 +70,25 @@ def test_any_micro_batching_gives_the_same_gradient(tiny_config, trajectories, l
         for name, gradient in expected.items():
             error = (got[name] - gradient).norm() / gradient.norm()
             assert error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_log_z_is_the_mean_over_the_group_in_the_whole_batch(tiny_config, trajectories, tokens):
+    config = replace(
+        tiny_config, objective=ObjectiveConfig(name="tba", beta=0.5), optim=OptimConfig(micro_batch_tokens=tokens)
+    )
+    members = annotated(config, trajectories)
+    groups = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 3, 0, 2]
+    for t, group in zip(members, groups, strict=True):
+        t.group = group
+    model, _ = load_model(config.model, seed=0)
+    with torch.no_grad():
+        log_pi = token_values(model, collate(members, model.device), config.model).log_prob.sum(1).double().numpy()
+    x = [lp - t.reference["log_prob"] - t.reward / 0.5 for lp, t in zip(log_pi, members, strict=True)]
+    mean = {group: np.mean([y for y, g in zip(x, groups, strict=True) if g == group]) for group in groups}
+    expected = np.mean([(y - mean[group]) ** 2 for y, group in zip(x, groups, strict=True)])
+    update, _ = gradient_of(config, members)
+    assert update["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gradient_is_clipped_and_the_reported_norm_is_from_before_clipping(tiny_config, trajectories):

@@ -54,6 +54,29 @@ def test_samples_are_uniform():
     assert all(abs(seen[i] - 1200) < 6 * 29 for i in range(10)), seen
 
 
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 2**32))
+def test_groups_are_drawn_whole(sizes, count, seed):
+    buffer = ReplayBuffer(100)
+    made = [Trajectory([1, 2], [False, True], 0.0, 0.0, 1, group=g) for g, n in enumerate(sizes) for _ in range(n)]
+    Random(seed).shuffle(made)
+    buffer.add(made)
+    drawn = Counter(t.group for t in buffer.sample(count, Random(seed), "groups"))
+    assert all(drawn[group] == sizes[group] for group in drawn), "a part of a group"
+    assert drawn.total() <= count or len(drawn) == 1
+    if drawn.total() < count:
+        left = [n for group, n in enumerate(sizes) if group not in drawn]
+        assert not left or drawn.total() + max(left) > count, "one more group would have fitted"
+
+
+def test_groups_are_drawn_uniformly():
+    buffer = ReplayBuffer(20)
+    buffer.add([Trajectory([1, 2], [False, True], 0.0, 0.0, 1, group=i % 5) for i in range(20)])
+    rng = Random(0)
+    seen = Counter(t.group for _ in range(1000) for t in buffer.sample(9, rng, "groups"))
+    # two whole groups a draw: 400 draws expected of each group, 4 trajectories a draw, standard deviation 15.5 draws
+    assert all(abs(seen[i] / 4 - 400) < 6 * 15.5 for i in range(5)), seen
+
+
 def test_the_sample_depends_only_on_the_generator():
     buffer = ReplayBuffer(10)
     buffer.add([trajectory(reward=i) for i in range(10)])
@@ -69,12 +92,14 @@ def test_age_and_reuse():
 
 
 def test_a_saved_state_loads_from_a_file(tmp_path, trajectories):
-    """Trajectories without reference values, with sums only, and with token values too. A buffer can have all three
-    kinds, for example after a reset of the reference."""
+    """Trajectories without reference values, with sums only, and with token values too; with and without behaviour
+    log-probs. A buffer can have all these kinds, for example after a reset of the reference."""
     buffer, other, smaller = ReplayBuffer(5), ReplayBuffer(5), ReplayBuffer(2)
     members = trajectories(8, turns=2)
     for i, t in enumerate(members):
-        t.uses, t.finished, t.iteration = i, i % 2 == 0, 3 * i
+        t.uses, t.finished, t.iteration, t.group = i, i % 2 == 0, 3 * i, (i << 32) + 1 - 2 * (i == 7)
+        if i % 4 > 1:
+            t.behavior = np.random.default_rng(i).random(int(t.action_mask.sum()), np.float32)
         if i % 3:
             t.reference = {"version": i, "v": 1 / (i + 1), "log_prob": -1e5 / 3, "returns": -1e5 / 7}
         if i % 3 == 2:
@@ -86,7 +111,9 @@ def test_a_saved_state_loads_from_a_file(tmp_path, trajectories):
     assert len(other) == 5 and other.added == smaller.added == 8
     for a, b in [*zip(other, members[3:], strict=True), *zip(smaller, members[6:], strict=True)]:
         assert (a.reward, a.score, a.uses) == (b.reward, b.score, b.uses)
-        assert (a.finished, a.iteration) == (b.finished, b.iteration)
+        assert (a.finished, a.iteration, a.group) == (b.finished, b.iteration, b.group)
+        assert (a.behavior is None) == (b.behavior is None)
+        np.testing.assert_array_equal(a.behavior, b.behavior)
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.action_mask.tolist() == b.action_mask.tolist()
         assert a.reference.keys() == b.reference.keys()
         for key, value in a.reference.items():

@@ -4,6 +4,7 @@ context of 512."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -77,8 +78,13 @@ def test_rewards_are_shaped_as_fresh_ones_within_prompt_and_iteration(load):
     assert [t.score for t in load(*rows, shaping="same")] == [1.0, 0.0, 1.0, 0.5, 0.5]
     grouped = [ROW | {"reward": r, "group": g, "iteration": 1} for r, g in ((1, 0), (0, 0), (1, 1), (1, 1))]
     assert [t.reward for t in load(*grouped, shaping="centered")] == [0.5, -0.5, 0.0, 0.0], "equal prompts, two groups"
-    with pytest.raises(ValueError, match="every prompt has one response.*replay.preload_shaping=plain"):
-        load(ROW, ROW | {"iteration": 1}, shaping="centered")
+    for shaping in ("centered", "normalized", "soft_centered"):
+        with pytest.raises(ValueError, match="every prompt has one response.*replay.preload_shaping=plain"):
+            load(ROW, ROW | {"iteration": 1}, shaping=shaping)
+    soft = 0.1 * math.log((1 + math.exp(10)) / 2)  # tiny.yaml has beta = 0.1
+    assert [t.reward for t in load(*rows[:2], shaping="soft_centered")] == pytest.approx([1 - soft, -soft])
+    fresh = 1 << 32  # the first group that a run generates
+    assert [t.group for t in load(*rows)] == [-1, -1, -2, -3, -3] and all(t.group < fresh for t in load(*grouped))
     with pytest.raises(ValueError, match=r"replay.preload: .*rewards\[0\] is 3"):
         load(ROW | {"reward": 3}, shaping="plus_minus_one")
 

@@ -1,6 +1,8 @@
 """Reward shaping against numbers computed by hand. Groups have different sizes, are interleaved, and have responses
 without a score."""
 
+import math
+
 import pytest
 
 from reval.data import Problem
@@ -53,6 +55,28 @@ def test_rewards_that_differ_by_rounding_are_equal(rewards):
 
 def test_small_rewards_that_differ_are_no_rounding():
     assert shape_rewards([0.0, 1e-4], [0, 0], "normalized") == [-1.0, 1.0]
+
+
+def test_soft_centered_subtracts_beta_log_mean_exp():
+    shaped = shape_rewards(REWARDS, GROUPS, "soft_centered", beta=0.5)
+    five, two = (0.5 * math.log(x) for x in ((math.exp(2) + 1) / 2, (1 + 2 * math.exp(2)) / 3))
+    assert shaped == pytest.approx([1 - five, 0 - two, None, 1 - two, 0 - five, None, 1 - two])
+    for i in (0, 3):  # a small beta: the largest reward of the group. exp(r / beta) alone would overflow
+        assert shape_rewards(REWARDS, GROUPS, "soft_centered", beta=1e-4)[i] == pytest.approx(0, abs=1e-3)
+    mean = shape_rewards(REWARDS, GROUPS, "centered")
+    assert shape_rewards(REWARDS, GROUPS, "soft_centered", beta=1e6) == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("rewards", NOISE)
+def test_soft_centered_is_exactly_zero_in_a_group_of_equal_rewards(rewards):
+    assert shape_rewards(rewards, [3] * len(rewards), "soft_centered", beta=0.01) == [0.0] * len(rewards)
+
+
+def test_batch_normalized_takes_all_responses_as_one_group():
+    shaped = shape_rewards(REWARDS, GROUPS, "batch_normalized")
+    up, down = (2 / 3) ** 0.5, -((3 / 2) ** 0.5)  # mean 3/5, deviation sqrt(6)/5
+    assert shaped == pytest.approx([up, down, None, up, down, None, up])
+    assert shape_rewards([0.3, 0.3, None], [0, 1, 2], "batch_normalized") == [0.0, 0.0, None]
 
 
 def test_plus_minus_one():

@@ -34,6 +34,13 @@ CASES = {
     "checkpointed activations": ["model.gradient_checkpointing=true"],
     "offloaded reference": ["reference.offload=true"],
     "token level": ["objective.level=token"],
+    "importance ratio": [
+        "objective.name=grpo",
+        "objective.normalization=token",
+        "reference.reset_every=1",
+        "optim.micro_batch_tokens=20",
+    ],
+    "log Z of groups": ["objective.name=tba", "optim.micro_batch_tokens=20"],
     "one trajectory": [],
     "random weights": ["model.name=random:tests/reval/shape"],
     "bf16 compute": ["model.compute_dtype=bfloat16"],
@@ -49,6 +56,8 @@ def batch_for(case: str) -> list[Trajectory]:
         other = copy.deepcopy(t)
         other.token_ids = np.append(t.token_ids[:-1], 11).astype(np.int32)
         made.append(other)
+    for i, t in enumerate(made):
+        t.group = i % 4
     return made[:1] if case == "one trajectory" else made
 
 
@@ -87,6 +96,7 @@ def updates(config: Config, processes: World, case: str, folder: Path | None = N
         "weights": {name: w.clone() for name, w in whole_weights(model)},
         "dtypes": {p.dtype for p in model.parameters()},
         "reference": [t.reference for t in trajectories],
+        "behavior": [t.behavior for t in trajectories],
         "log_probs": log_probs(model, [ids, ids[:3]], [1, 2], config.model),
     }
 
