@@ -67,34 +67,43 @@ def test_code_in_the_method_runs():
     exec(compile(block, "docs/method.md", "exec"), {})
 
 
-def test_the_loss_in_extending_equals_huber_and_trains(tiny, tiny_config, trajectories):
+def test_the_loss_in_extending_equals_huber_and_trains(tmp_path, monkeypatch, tiny, tiny_config, trajectories):
     from reval import objectives
     from reval.batching import collate
+    from reval.learner import Learner
     from reval.model.forward import hidden_states, token_values
     from reval.model.head import head_of
+    from reval.policy_gradients import value_objective
     from reval.reference_policy import ReferencePolicy, reference_of
 
-    names = dict(vars(objectives))
-    exec(compile(block_with("docs/extending.md", "def huber"), "docs/extending.md", "exec"), names)
+    (tmp_path / "losses.py").write_text(block_with("docs/extending.md", "def huber"))
+    (tmp_path / "huber.yaml").write_text(block_with("docs/extending.md", "losses.py:huber", "yaml"))
+    config = load_config([ROOT / "configs" / "tiny.yaml", tmp_path / "huber.yaml"])
+    monkeypatch.chdir(tmp_path)
+    huber = value_objective(config.objective.name)
     model, _ = tiny
     members = trajectories(6)
     ReferencePolicy(model, tiny_config).annotate(members)
     batch = collate(members, model.device)
     reference = reference_of(members, batch)
     values = token_values(model, batch, tiny_config.model)
-    given = (values, batch, reference, tiny_config.objective, 6)
-    out = names["huber"](*given)
-    kinds = get_type_hints(names["huber"], names)  # the page says whose types these are
+    given = (values, batch, reference, config.objective, objectives.Totals(6, 30, 8))
+    out = huber(*given)
+    kinds = get_type_hints(huber)  # the page says whose types these are
     assert all(isinstance(one, kind) for one, kind in zip((*given, out), kinds.values(), strict=True))
     out.loss.backward()
-    expected = torch.nn.functional.huber_loss(out.residual, torch.zeros_like(out.residual))
+    expected = torch.nn.functional.huber_loss(out.residual, torch.zeros_like(out.residual), delta=5)
+    assert (out.residual.abs() > 5).any() and (out.residual.abs() < 5).any()
     torch.testing.assert_close(out.loss.detach(), expected.detach())
     with torch.no_grad():
         hidden = hidden_states(model, batch, tiny_config.model)
-        full = objectives.reval(hidden, head_of(model), batch, reference, tiny_config.objective, 6)
+        full = objectives.reval(hidden, head_of(model), batch, reference, tiny_config.objective, given[-1])
     torch.testing.assert_close(out.residual.detach(), full.residual, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.log_ratio.detach(), full.log_ratio, rtol=1e-4, atol=1e-4)
     assert model.lm_head.weight.grad.abs().sum() > 0
+    learner = Learner(model, config)
+    losses = [learner.update(members)["loss"] for _ in range(8)]
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4) and losses[-1] < losses[0]
 
 
 def test_the_reward_in_extending_scores(tmp_path):
@@ -134,8 +143,8 @@ def test_the_rollout_engine_in_extending_has_every_method_of_the_protocol():
     assert first.token_ids == second.token_ids == [6] and first.finished
 
 
-def block_with(page: str, start: str) -> str:
-    [block] = [block for block in blocks(page) if start in block]
+def block_with(page: str, start: str, language: str = "python") -> str:
+    [block] = [block for block in blocks(page, language) if start in block]
     return block
 
 
