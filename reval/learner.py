@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .batching import MicroBatch
-from .config import Config
+from .config import OBJECTIVES, Config
 from .distributed import World
 from .model.attention import attention_for
 from .model.forward import token_values, with_hidden
@@ -30,6 +30,10 @@ from .waiting import Progress
 
 TERMS = ("residual", "v_policy", "v_reference", "log_ratio")
 """The residual of a trajectory, and the terms that it is the sum of with the reward."""
+
+
+AT_REST = {*OBJECTIVES} - {"asymre"}
+"""Objectives whose gradient is 0 where all rewards and residuals are 0. Of a user's own objective this is not known."""
 
 
 class NonFiniteError(RuntimeError):
@@ -48,7 +52,7 @@ class Learner:
         self.model, self._config, self._world = model, config, world or World()
         self.updates = 0
         """Updates taken so far."""
-        self._total_updates = config.updates
+        self._total_updates, self._longest = config.updates, config.longest_response
         self._layers = layers_of(model)
         name = config.objective.name
         self._fused = FUSED.get(name)
@@ -90,7 +94,7 @@ class Learner:
             layer.training = self._config.model.gradient_checkpointing
         micros = plan_for(self.model, trajectories, self._world, self._config)
         actions = sum(int(t.action_mask.sum()) for t in trajectories)
-        totals = Totals(len(trajectories), actions, self._config.longest_response)
+        totals = Totals(len(trajectories), actions, self._longest)
         log_z = self._log_z(micros, trajectories) if self._config.objective.name == "tba" else None
         computed = []
         for done, micro in enumerate(micros, 1):
@@ -174,9 +178,13 @@ class Learner:
     def _has_signal(self, trajectories: list[Trajectory], residuals: Tensor) -> bool:
         """Whether a trajectory has a reward other than 0, or a residual that is larger than rounding makes it.
 
+        A loss that has a gradient without both, such as AsymRE's, always has a signal.
+
         Two sources of rounding: the reference's return is a float32, and each action's log-probability has the error of
         the data type that the transformer computes in. These errors differ between micro-batches of different shapes.
         """
+        if self._config.objective.name not in AT_REST:
+            return True
         model, storage = self._config.model, torch.finfo(torch.float32).eps
         compute = torch.finfo(torch.bfloat16).eps if "bfloat16" in (model.dtype, model.compute_dtype) else storage
         for t, residual in zip(trajectories, residuals.abs().tolist(), strict=True):

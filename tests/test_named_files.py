@@ -42,7 +42,7 @@ ALLOWED = {
     "a build or a benchmark writes it": ["not_built.txt", "-times.png", "-curves.png", "-overhead.json"],
     "the user provides it, or an example makes it up": (
         "CONFIG.yaml MORE.yaml FILE.png mine.yaml problems.jsonl my/set.jsonl t0.7.jsonl t1.0.jsonl "
-        "path/to/file.py file.py"
+        "path/to/file.py file.py huber.yaml"
     ).split(),
     "a library has it: transformers, the CHAMP data set, the compiler": (
         "config.json tokenizer.json tokenizer_config.json vocab.json vocab.txt tekken.json v0.json immintrin.h"

@@ -209,6 +209,19 @@ def test_without_a_signal_the_weights_stay(tiny_config, trajectories, level, dty
     assert learner.updates == 0 and all(t.uses == 0 for t in members)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("asymre", True), ("tba", False), ("grpo", False), ("kimi", False)])
+def test_asymre_needs_no_reward(tiny_config, trajectories, name, steps):
+    """Its baseline lies below the mean, so responses that are all right, or all wrong, still pull."""
+    config = replace(tiny_config, objective=ObjectiveConfig(name=name), reference=ReferenceConfig(reset_every=1))
+    model, members = load_model(config.model, seed=0)[0], trajectories(6)
+    for t in members:
+        t.reward = 0.0
+    ReferencePolicy(model, config).annotate(members)
+    learner, before = Learner(model, config), model.lm_head.weight.clone()
+    assert learner.update(members)["skipped"] == float(not steps)
+    assert torch.equal(model.lm_head.weight, before) != steps
+
+
 @pytest.mark.parametrize("signal", ["reward", "residual"])
 def test_one_reward_or_one_residual_is_a_signal(tiny_config, trajectories, signal):
     model, _ = load_model(tiny_config.model, seed=0)

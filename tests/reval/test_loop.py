@@ -136,14 +136,15 @@ def test_every_objective_and_a_reset_train(tmp_path):
         "grpo": [
             "objective.name=grpo",
             "reward.shaping=normalized",
-            "replay.updates_per_iteration=1",
+            "reference.reset_every=1",
+            "rollout.ahead=1",
             "reward.function=tests/reval/rewards_by_length.py:score",
         ],
     }.items():
         run(tmp_path / name, "reward.shaping=plus_minus_one", *small, *overrides)
         rows = metrics(tmp_path / name)
         assert len(rows) == 2 and rows[1]["grad_norm"] > 0
-        assert rows[1]["reference/version"] == (2 if name == "token" else 0)
+        assert rows[1]["reference/version"] == (0 if name == "tbrm" else 2)
 
 
 def test_a_run_without_a_reward_moves_no_weight(tmp_path):

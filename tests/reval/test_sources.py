@@ -150,6 +150,8 @@ def test_columns_are_picked_from_where_they_lie():
         (["evaluation.benchmarks=[gone.jsonl]"], "evaluation.benchmarks: there is no file 'gone.jsonl'"),
         (["reward.function=HERE/my.py:score"], "reward.function: there is no file '.*my.py'"),
         (["evaluation.reward=my.py:score", "evaluation.benchmarks=[aime24]"], "evaluation.reward: .* no file 'my.py'"),
+        (["objective.name=HERE/my.py:loss"], "objective.name: there is no file '.*my.py'"),
+        (["objective.name=no.such:loss"], "objective.name: there is no module 'no.such', of 'no.such:loss'"),
         (["replay.preload=gone"], "replay.preload: there is no file 'gone'"),
         (["reward.function=no.such:score"], "reward.function: there is no module 'no.such', of 'no.such:score'"),
         (["model.name=./gone"], "model.name: there is no folder './gone'"),
@@ -159,4 +161,5 @@ def test_a_missing_file_is_named_before_anything_is_loaded(jsonl, settings, mess
     config = load_config(overrides=[text.replace("HERE", str(jsonl.parent)) for text in settings])
     with pytest.raises(ConfigError, match=message):
         check_files(config, training=True)
-    check_files(load_config(overrides=["evaluation.reward=my.py:score", "replay.preload=gone"]))
+    unused = ["evaluation.reward=my.py:score", "replay.preload=gone", "objective.name=my.py:loss"]
+    check_files(load_config(overrides=unused))
