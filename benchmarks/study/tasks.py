@@ -1,0 +1,112 @@
+"""The tasks of the studies: a base model, problems and a reward, as settings of the trainer."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from .models import Recipe, base_model, questions
+
+REWARD = "benchmarks.study.rewards:exact"
+FAST = (  # what every fast task has in common; a study may override it
+    "data.source=jsonl",
+    "data.held_out=0",  # null for the fast tasks: the held-out problems are a file
+    f"reward.function={REWARD}",
+    "rollout.engine=hf",
+    "rollout.prompts=8",
+    "rollout.responses=8",
+    "rollout.batch_size=1024",
+    "replay.capacity=640",
+    "optim.betas=[0.9, 0.95]",
+    "evaluation.every=5",
+    "evaluation.samples=32",
+    "evaluation.greedy=false",
+    "run.iterations=80",
+)
+ONE = ("rollout.prompts=1", "rollout.responses=64", "evaluation.every=0", "rollout.max_new_tokens=17")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task, as settings of the trainer."""
+
+    name: str
+    start: tuple[float, float]
+    """The success rate before training: the smallest and the largest."""
+    recipe: Recipe | None = None
+    """The base model. None: that of the config files."""
+    files: tuple[str, ...] = ()
+    """Config files."""
+    overrides: tuple[str, ...] = ()
+    question: str | None = None
+    """The only training prompt. None: all questions of the family but the held-out ones."""
+    metric: str = "eval/accuracy"
+    """The accuracy of an iteration in metrics.jsonl. `reward`: the mean score of its fresh rollouts, which the policy
+    before the iteration's updates generated."""
+    held_out: int = 20
+
+    def settings(self, folder: Path) -> list[str]:
+        """The overrides. Makes the base model and the problem files in `folder`, if they are not there."""
+        if self.recipe is None:
+            return list(self.overrides)
+        model, problems = base_model(self.recipe, folder), folder / "problems" / self.name
+        asked = questions(self.recipe.family)
+        if self.question is not None:
+            paths = [f"data.path={_write(problems / 'train.jsonl', [a for a in asked if a[0] == self.question])}"]
+        else:
+            random.Random(0).shuffle(asked)
+            paths = [
+                f"data.path={_write(problems / 'train.jsonl', asked[self.held_out :])}",
+                f"data.held_out_path={_write(problems / 'held_out.jsonl', asked[: self.held_out])}",
+            ]
+        return [*FAST, f"model.name={model}", *paths, *self.overrides]
+
+
+def _write(path: Path, rows: list[tuple[str, str]]) -> Path:
+    """Write problems, unless the file has them: a run of another study may read it at this moment."""
+    text = "".join(json.dumps({"prompt": question, "answer": answer}) + "\n" for question, answer in rows)
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+def _one(name: str, bare: float, start: tuple[float, float]) -> Task:
+    recipe = Recipe(family="sums", bare=bare)
+    return Task(name=name, start=start, recipe=recipe, question="7+8=", overrides=ONE, metric="reward")
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="sums",
+            start=(0.03, 0.07),
+            recipe=Recipe(family="sums", bare=0.06),
+            overrides=("rollout.max_new_tokens=17",),
+        ),
+        Task(
+            name="rare",
+            start=(0.007, 0.025),
+            recipe=Recipe(family="sums", bare=0.018),
+            overrides=("rollout.max_new_tokens=17",),
+        ),
+        Task(
+            name="long",
+            start=(0.03, 0.12),
+            recipe=Recipe(family="count", right=0.82),
+            overrides=("rollout.max_new_tokens=42", "evaluation.samples=16"),
+        ),
+        _one("one-easy", 0.35, (0.2, 0.4)),
+        _one("one-medium", 0.06, (0.03, 0.08)),
+        _one("one-hard", 0.012, (0.005, 0.02)),
+        Task(
+            name="demo",
+            start=(0.0, 0.1),
+            files=("configs/demo.yaml",),
+            overrides=("evaluation.every=1", "evaluation.greedy=false"),
+        ),
+    )
+}
