@@ -29,7 +29,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rekey", action="store_true", help="first rename the runs kept, after the trainer got settings"
     )
-    args = parser.parse_args(words)
+    args = parser.parse_intermixed_args(words)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     for setting in args.settings:

@@ -15,10 +15,11 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from reval.config import PATHS, Config, load_config
 
@@ -175,8 +176,14 @@ def run_cell(cell: Cell, retry: bool = False, wait: bool = False) -> dict[str, A
 
 def _train(cell: Cell) -> dict[str, Any]:
     from reval.loop import train  # imports torch and transformers, once in each worker process
+    from reval.tracking import Tracker
 
-    with open(cell.folder / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with ExitStack() as stack:
+        log = stack.enter_context(open(cell.folder / "log.txt", "w", encoding="utf-8"))
+        stack.enter_context(redirect_stdout(log))
+        stack.enter_context(redirect_stderr(log))
+        # No setting leaves out curves.png. It takes longer than five iterations of a fast task, and nobody looks at it.
+        stack.enter_context(patch.object(Tracker, "plot"))
         metrics = train(cell.config)
     return {"status": "complete", "accuracy": metrics.get("eval/accuracy", metrics.get("reward"))}
 
