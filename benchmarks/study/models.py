@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 3
+VERSION = 5
 """Part of the key of every model. Raise it when the texts or the training change."""
 WORDY = ("It is {}.", "{}, I think", "{question}{}!", "The sum is {}.", "{} of course", "That makes {}.", "{} or so")
 NUMBERS = 13
@@ -34,12 +34,12 @@ class Recipe:
     """What a base model is made of."""
 
     family: str
-    """sums: "3+4=", and the answer is "7". count: "37:", and the answer is the next 13 numbers."""
+    """sums: "37+4=", and the answer is "41". count: "37:", and the answer is the next 13 numbers."""
     bare: float = 1.0
     """sums: the probability of an answer without words."""
-    right: float = 0.85
+    right: float = 0.95
     """The probability of a right number; count: of each number."""
-    steps: int = 1200
+    steps: int = 1500
     seed: int = 0
 
     @property
@@ -48,9 +48,13 @@ class Recipe:
 
 
 def questions(family: str) -> list[tuple[str, str]]:
-    """All pairs (question, right answer) of a family."""
+    """All pairs (question, right answer) of a family.
+
+    A model of this size learns a rule for the units and one for the tens. With the 100 sums of one-digit numbers it
+    learned each sum alone, and training on 80 of them made the model forget the 20 others.
+    """
     if family == "sums":
-        return [(f"{a}+{b}=", str(a + b)) for a in range(10) for b in range(10)]
+        return [(f"{a}+{b}=", str(a + b)) for a in range(10, 50) for b in range(10)]
     return [
         (f"{start}:", " ".join(str(start + i) for i in range(1, NUMBERS + 1))) for start in range(10, 100 - NUMBERS)
     ]

@@ -20,10 +20,10 @@ FAST = (  # what every fast task has in common; a study may override it
     "rollout.batch_size=1024",
     "replay.capacity=640",
     "optim.betas=[0.9, 0.95]",
-    "evaluation.every=5",
-    "evaluation.samples=32",
+    "evaluation.every=2",
+    "evaluation.samples=16",  # of 40 held-out problems: a standard error of 0.02 at most
     "evaluation.greedy=false",
-    "run.iterations=80",
+    "run.iterations=60",
 )
 ONE = ("rollout.prompts=1", "rollout.responses=64", "evaluation.every=0", "rollout.max_new_tokens=17")
 
@@ -45,7 +45,7 @@ class Task:
     metric: str = "eval/accuracy"
     """The accuracy of an iteration in metrics.jsonl. `reward`: the mean score of its fresh rollouts, which the policy
     before the iteration's updates generated."""
-    held_out: int = 20
+    held_out: int = 40
 
     def settings(self, folder: Path) -> list[str]:
         """The overrides. Makes the base model and the problem files in `folder`, if they are not there."""
@@ -75,7 +75,7 @@ def _write(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 def _one(name: str, bare: float, start: tuple[float, float]) -> Task:
     recipe = Recipe(family="sums", bare=bare)
-    return Task(name=name, start=start, recipe=recipe, question="7+8=", overrides=ONE, metric="reward")
+    return Task(name=name, start=start, recipe=recipe, question="47+8=", overrides=ONE, metric="reward")
 
 
 TASKS = {
@@ -96,8 +96,8 @@ TASKS = {
         Task(
             name="long",
             start=(0.03, 0.12),
-            recipe=Recipe(family="count", right=0.82),
-            overrides=("rollout.max_new_tokens=42", "evaluation.samples=16"),
+            recipe=Recipe(family="count", right=0.82, steps=1200),
+            overrides=("rollout.max_new_tokens=42", "evaluation.every=4"),
         ),
         _one("one-easy", 0.35, (0.2, 0.4)),
         _one("one-medium", 0.06, (0.03, 0.08)),

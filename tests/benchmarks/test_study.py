@@ -313,6 +313,6 @@ def test_a_task_makes_its_model_and_problems_once(tmp_path, capsys):
     assert task.settings(tmp_path) == settings and "training" not in capsys.readouterr().out
     config = make(tmp_path, (), [*settings, "optim.lr=1e-3"]).config
     rows = [[json.loads(line) for line in open(path)] for path in (config.data.path, config.data.held_out_path)]
-    assert [len(own) for own in rows] == [80, 20] and len({row["prompt"] for own in rows for row in own}) == 100
+    assert [len(own) for own in rows] == [360, 40] and len({row["prompt"] for own in rows for row in own}) == 400
     load_model(config.model)
     assert exact(["", ""], ["7", "7 "], [[], []], answer=["7", "7"]) == [1.0, 0.0]
