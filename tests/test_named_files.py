@@ -40,6 +40,9 @@ ALLOWED = {
         *"iteration-*.jsonl evaluations/*.jsonl evaluation-2.jsonl evaluation*.jsonl".split(),
     ],
     "a build or a benchmark writes it": ["not_built.txt", "-times.png", "-curves.png", "-overhead.json"],
+    "a study writes it": (
+        "cell.json log.txt recipe.json train.jsonl held_out.jsonl evidence.json study-NAME.png study-.png"
+    ).split(),
     "the user provides it, or an example makes it up": (
         "CONFIG.yaml MORE.yaml FILE.png mine.yaml problems.jsonl my/set.jsonl t0.7.jsonl t1.0.jsonl "
         "path/to/file.py file.py huber.yaml"

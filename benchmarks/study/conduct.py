@@ -55,7 +55,7 @@ def conduct(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     print(f"{study.name}: {len(trials)} methods, {study.trials} trials each, {total} runs", flush=True)
     with Runner(args.jobs, total, retry=args.retry, say=lambda line: print(line, flush=True)) as runner:
         cells = Cells(study, args.folder, args.settings, runner)
-        best, scores = search(trials, study.rungs, lambda wanted: [_score(run) for run in cells.run(wanted)])
+        best, scores = search(trials, study.rungs, lambda wanted: [area(run) for run in cells.run(wanted)])
         seeds = range(FRESH, FRESH + study.seeds)
         pairs = [(best[name], seed) for name in trials for seed in seeds]
         runs: dict[str, list[list[Point]]] = {name: [] for name in trials}
@@ -73,22 +73,16 @@ def conduct(study: Study, args: argparse.Namespace) -> dict[str, Any]:
             name: {
                 "settings": list(best[name].overrides),
                 "seeds": list(seeds),
-                "failed": sum(not run for run in own),
-                **findings([run for run in own if run], study.levels),
+                **findings(own, study.levels),
                 "search": [
                     {"settings": list(t.overrides), "areas": [round(s, 4) for s in scores[t]]} for t in trials[name]
                 ],
             }
             for name, own in runs.items()
-            if any(own)
         },
     }
     merge(args.output / EVIDENCE, study.name, found)
-    draw(args.output / f"study-{study.name}.png", f"{study.name} ({study.task.name})", runs)
+    draw(args.output / f"study-{study.name}.png", f"{study.name} ({study.task.name})", study.task.metric, runs)
     print("\n".join(table(found)))
     print(f"written: {args.output / EVIDENCE}, {args.output}/study-{study.name}.png")
     return found
-
-
-def _score(run: list[Point]) -> float:
-    return area(run) if run else 0.0

@@ -46,8 +46,9 @@ def read(folder: Path, metric: str, per_iteration: int) -> list[Point]:
 
 
 def area(points: list[Point]) -> float:
-    """The area under the curve: the mean accuracy of the evaluations, without the one before training."""
-    return mean(point.accuracy for point in points if point.rollouts or point.seconds)
+    """The area under the curve: the mean accuracy of the evaluations, without the one before training. 0 for a run
+    that failed and has no points."""
+    return mean(point.accuracy for point in points if point.seconds) if points else 0.0
 
 
 def first_at(points: list[Point], level: float) -> Point | None:

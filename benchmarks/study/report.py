@@ -27,7 +27,11 @@ def summary(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def findings(runs: Sequence[list[Point]], levels: Sequence[float]) -> dict[str, Any]:
-    """What one method needed to reach the levels, and where it ended. One entry of `runs` per seed."""
+    """What one method needed to reach the levels, and where it ended.
+
+    Args:
+        runs: one per seed. A run that failed has no points: it never reached anything, and its accuracy counts as 0.
+    """
     reached = {
         str(level): {
             axis: summary([None if at is None else getattr(at, axis) for at in (first_at(run, level) for run in runs)])
@@ -37,9 +41,10 @@ def findings(runs: Sequence[list[Point]], levels: Sequence[float]) -> dict[str, 
     }
     return {
         "to reach": reached,
-        "final accuracy": summary([run[-1].accuracy for run in runs]),
+        "final accuracy": summary([run[-1].accuracy if run else 0.0 for run in runs]),
         "area": summary([area(run) for run in runs]),
-        "seconds": summary([run[-1].seconds for run in runs]),
+        "seconds": summary([run[-1].seconds if run else None for run in runs]),
+        "failed": sum(not run for run in runs),
     }
 
 
@@ -77,22 +82,28 @@ def _number(value: float | None) -> str:
     return "never" if value is None else f"{value:.2f}" if abs(value) < 2 else f"{value:.0f}"
 
 
-def draw(path: Path, title: str, runs: Mapping[str, Sequence[list[Point]]]) -> None:
-    """One panel per axis; for each method the median, and a band from the smallest to the largest accuracy."""
+def draw(path: Path, title: str, what: str, runs: Mapping[str, Sequence[list[Point]]]) -> None:
+    """One panel per axis; for each method the median, and a band from the smallest to the largest accuracy.
+
+    Args:
+        what: the metric that is the accuracy.
+        runs: by method, one per seed. Runs that failed are not drawn.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4), layout="constrained")
     for axes, axis in zip(figure.subplots(1, len(AXES), sharey=True), AXES, strict=True):
         for name, seeds in runs.items():
-            together = list(zip(*seeds, strict=False))  # the k-th evaluations of all seeds
+            whole = [run for run in seeds if run]
+            together = list(zip(*whole, strict=False))  # the k-th evaluations of all seeds
             x = [median(getattr(point, axis) for point in points) for points in together]
             y = [[point.accuracy for point in points] for points in together]
-            [line] = axes.plot(x, [median(values) for values in y], marker=".", label=f"{name}, {len(seeds)} seeds")
+            [line] = axes.plot(x, [median(values) for values in y], marker=".", label=f"{name}, {len(whole)} seeds")
             low, high = [min(values) for values in y], [max(values) for values in y]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_xlabel(axis, fontsize=8)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out accuracy", fontsize=8)
+    figure.axes[0].set_ylabel(what, fontsize=8)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,8 @@ class Runner:
                 if known is not None and (known["status"] == "complete" or not self._retry):
                     results[index] = known
                     self._done += 1
+                    if known["status"] == "failed":
+                        self._say(f"{cells[index].label}: failed earlier: {known['error']} (--retry runs it again)")
                     continue
                 running[self._submit(cells[index], patient)] = index
             if running:

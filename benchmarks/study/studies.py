@@ -72,26 +72,37 @@ class Study:
         return next(method for method in self.methods if method.name == name)
 
 
-REVAL = Method(
-    name="ReVal",
-    overrides=("reward.shaping=normalized", "reference.reset_every=1"),
-    grid={
-        "objective.beta": (0.25, 0.5, 1.0, 2.0),
-        "optim.lr": (1e-3, 3e-3),
-        "replay.updates_per_iteration": (1, 2, 4),
-    },
-)
-GRPO = Method(
-    name="GRPO",
-    overrides=("objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1"),
-    grid={"optim.lr": (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2)},
-)
+def methods(*rates: float) -> tuple[Method, ...]:
+    """ReVal and GRPO. `rates`: the learning rates that ReVal may use; GRPO, which has no beta and K, gets more."""
+    between = {float(f"{rate * factor:.2g}") for rate in rates for factor in (0.5, 0.7, 1.0, 1.5, 2.0)}
+    return (
+        Method(
+            name="ReVal",
+            overrides=("reward.shaping=normalized", "reference.reset_every=1"),
+            grid={
+                "objective.beta": (0.25, 0.5, 1.0),
+                "optim.lr": rates,
+                "replay.updates_per_iteration": (1, 2, 4),
+            },
+        ),
+        Method(
+            name="GRPO",
+            overrides=("objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1"),
+            grid={"optim.lr": sorted(between)},
+        ),
+    )
+
+
+FAST = methods(3e-4, 5e-4, 1e-3)
 
 STUDIES = {
     study.name: study
     for study in (
-        Study(name="methods", task=TASKS["sums"], methods=(REVAL, GRPO), trials=12, rungs=(1, 2, 3)),
-        Study(name="rare", task=TASKS["rare"], methods=(REVAL, GRPO), trials=12, rungs=(1, 2, 3)),
-        Study(name="long", task=TASKS["long"], methods=(REVAL, GRPO), trials=12, rungs=(1, 2, 3)),
+        Study(name="methods", task=TASKS["sums"], methods=FAST, trials=12, rungs=(1, 2, 3)),
+        *(
+            Study(name=name, task=TASKS[name], methods=FAST, trials=8)
+            for name in ("rare", "long", "one-easy", "one-medium", "one-hard")
+        ),
+        Study(name="demo", task=TASKS["demo"], methods=methods(2e-5, 3e-5, 5e-5), trials=4),
     )
 }

@@ -96,7 +96,7 @@ TASKS = {
         Task(
             name="long",
             start=(0.03, 0.12),
-            recipe=Recipe(family="count", right=0.82, steps=1200),
+            recipe=Recipe(family="count", right=0.82, steps=800),
             overrides=("rollout.max_new_tokens=42", "evaluation.every=4"),
         ),
         _one("one-easy", 0.35, (0.2, 0.4)),

@@ -108,6 +108,9 @@ def test_a_failure_is_recorded_and_not_retried(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in (cell.folder / "log.txt").read_text()
     monkeypatch.setattr("benchmarks.study.cells._train", lambda cell: {"status": "complete", "accuracy": 1.0})
     assert run_cell(cell)["status"] == "failed"
+    lines = []
+    with Runner(1, 1, say=lines.append) as runner:
+        assert runner.run([cell])[0]["status"] == "failed" and "division by zero (--retry" in lines[0]
     assert run_cell(cell, retry=True)["status"] == "complete"
 
 
@@ -231,6 +234,12 @@ def test_levels_are_null_where_never_reached():
     assert found["0.5"]["rollouts"] == {"median": 128, "low": 64, "high": None, "each": [64, 128, None]}
     assert found["0.9"]["tokens"] == {"median": None, "low": 1280, "high": None, "each": [1280, None, None]}
     assert summary([None, 2.0])["median"] is None  # between 2 and never
+
+
+def test_a_seed_that_failed_counts():
+    found = findings([curve(0, 0.9), [], []], (0.5,))
+    assert found["failed"] == 2 and found["to reach"]["0.5"]["rollouts"]["median"] is None
+    assert found["final accuracy"]["median"] == 0 and found["area"]["high"] == 0.9
 
 
 def test_a_study_replaces_only_its_own_entry(tmp_path):
