@@ -27,6 +27,7 @@ from reval.errors import RunError
 from reval.loop import train
 from reval.model.loading import load_model
 from reval.model.saving import save_model
+from reval.model_card import model_card
 from reval.replay import ReplayBuffer
 from reval.rollout_log import load_rollouts
 
@@ -169,6 +170,13 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert (tmp_path / "best").resolve().name == best and (tmp_path / "checkpoint").resolve().name == "iteration-000007"
     card = (tmp_path / "checkpoint" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\nbase_model: tiny\n") and "| reward |" in card
+
+
+def test_a_model_card_names_the_objective_and_no_folder_of_the_user():
+    settings = ["objective.name=/home/me/losses.py:huber", "data.name=basic_arithmetic"]
+    card = model_card(load_config([], settings), 3, {})
+    assert "objective `huber`;" in card and "- huber\n" in card and "/home" not in card and "arXiv" not in card
+    assert "objective `reval` ([arXiv 2603.23355]" in model_card(load_config(), 3, {})
 
 
 def test_the_reference_is_written_once_for_each_version(tmp_path):
