@@ -191,13 +191,15 @@ def test_halving_finds_the_best_and_spends_equally():
 
 
 def test_a_lucky_first_seed_does_not_decide():
-    def run(wanted):  # trial 1 is lucky once
-        return [
-            1.0 if (t.overrides[0], seed) == ("optim.lr=1", 0) else 0.1 * (t.overrides[0][-1] == "2")
-            for t, seed in wanted
-        ]
+    areas = {"optim.lr=1": (0.9, 0.1), "optim.lr=2": (0.6, 0.7), "optim.lr=3": (0.5, 0.9), "optim.lr=4": (0.1, 0.9)}
 
-    assert search({"a": trials("a", 2)}, (1,), run)[0]["a"].overrides == ("optim.lr=1",)
+    def best(*rungs):
+        run = lambda wanted: [areas[trial.overrides[0]][seed] for trial, seed in wanted]  # noqa: E731
+        return search({"a": trials("a", 4)}, rungs, run)[0]["a"].overrides[0]
+
+    assert best(1) == "optim.lr=1"
+    assert best(1, 2) == "optim.lr=2"  # 3 and 4 ended after their first seed
+    assert best(2) == "optim.lr=3"
     assert survivors(12, 3) == [12, 6, 3] and survivors(1, 2) == [1, 1]
 
 
