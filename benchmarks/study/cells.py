@@ -77,7 +77,7 @@ def make(folder: Path, files: Sequence[str], overrides: Sequence[str], *, label:
 def key(config: Config, files: dict[str, str]) -> str:
     """The name of the folder of a cell: equal for equal settings and equal files."""
     settings = config.to_dict()
-    del settings["tracking"]
+    settings["tracking"] = {"rollouts": config.tracking.rollouts}  # another study may read rollouts.jsonl
     for name in NOT_COMPUTED:
         del settings["run"][name]
     for setting, digest in files.items():
@@ -102,14 +102,23 @@ def _digest(value: Any) -> str | None:
     if (Path(value) / "recipe.json").exists():
         return Path(value).name  # a base model of the fast tasks; its folder is named by its recipe
     where, _, function = value.rpartition(":")
-    if where and "/" not in where and not where.endswith(".py"):
-        spec = importlib.util.find_spec(where)
-        where = (spec and spec.origin) or ""
+    if where and not where.endswith(".py"):
+        where = _module_file(where)
     path = Path(where or value)
     if not path.is_file():
         return None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return f"{digest}:{function}" if where else digest
+
+
+def _module_file(module: str) -> str:
+    """The file of a module of the working folder. "" for other names, such as `random` of model.name=random:NAME."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a path, or a package that is not there: the run will say so
+        return ""
+    file = (spec and spec.origin) or ""
+    return file if file and Path(file).is_relative_to(Path.cwd()) else ""
 
 
 def rekey(folder: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.study.__main__ import main
-from benchmarks.study.cells import CELL, make, rekey, run_cell
+from benchmarks.study.cells import CELL, _digest, make, rekey, run_cell
 from benchmarks.study.conduct import Cells
 from benchmarks.study.curves import Point, area, first_at, read
 from benchmarks.study.halving import budget, search, survivors
@@ -44,8 +44,8 @@ def test_the_key_follows_what_is_computed(tmp_path):
     first = tiny(tmp_path)
     same = [["run.save_total_limit=3"], ["tracking.samples=1"], ["run.display=rich"]]
     assert {tiny(tmp_path, *more).folder for more in same} == {first.folder}
-    other = [["run.seed=1"], ["optim.lr=2e-3"], ["run.threads=2"]]
-    assert len({first.folder, *(tiny(tmp_path, *more).folder for more in other)}) == 4
+    other = [["run.seed=1"], ["optim.lr=2e-3"], ["run.threads=2"], ["tracking.rollouts=true"]]
+    assert len({first.folder, *(tiny(tmp_path, *more).folder for more in other)}) == 5
 
 
 def test_the_key_follows_the_contents_of_the_files(tmp_path):
@@ -68,6 +68,12 @@ def test_the_key_follows_the_contents_of_the_files(tmp_path):
     problems.rename(moved)
     problems = moved
     assert folder() == second  # equal contents in another place
+
+
+def test_only_functions_of_the_working_folder_have_files():
+    for name in ("random:Qwen2.5-1.5B", "random:/a/b", "no.such.module:f", "number", "smollm2-135m-instruct", "", None):
+        assert _digest(name) is None, name
+    assert _digest("benchmarks.study.rewards:exact").endswith(":exact")
 
 
 def test_a_complete_cell_is_not_run_again(tmp_path):
