@@ -385,6 +385,9 @@ class ObjectiveConfig(_Section):
     beta: float = 0.02
     """Weight of the reference policy against the reward: the loss divides the reward by beta. Longer responses need a
     smaller beta."""
+    taper: bool = False
+    """reval: weigh a response with a negative reward by min(1, pi / mu), so by how likely the policy still writes it. mu
+    is the policy that generated it. docs/evidence.md shows what this gains."""
     clip_low: float = 0.2
     """grpo, kimi: a token's importance ratio below 1 - clip_low gives no gradient (grpo: if the advantage is negative).
     .inf: no limit."""
@@ -414,6 +417,9 @@ class ObjectiveConfig(_Section):
         self._need(isfinite(self.baseline_shift), "baseline_shift", "finite")
         if self.name != "reval":
             self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
+            self._need(not self.taper, "taper", f"false with objective.name={self.name}")
+        if self.taper:
+            self._need(self.level == "trajectory", "level", "trajectory with objective.taper=true")
         if self.level != "token":
             self._need(not self.semi_gradient, "semi_gradient", f"false with objective.level={self.level}")
 
@@ -651,7 +657,7 @@ class Config:
                 "objective.name=regression, whose loss has no V to take the mean's place; got "
                 f"{self.reward.shaping!r}"
             )
-        if self.objective.name in ("grpo", "topr", "kimi"):
+        if self.objective.taper or self.objective.name in ("grpo", "topr", "kimi"):
             self._check_ratio()
         self._check_environment()
 
@@ -697,6 +703,7 @@ class Config:
 
     def _check_ratio(self) -> None:
         """Responses that are used again need an importance ratio, and so the behaviour log-probs."""
+        what = "taper=true" if self.objective.taper else f"name={self.objective.name}"
         reuse = {
             "replay.updates_per_iteration above 1": self.replay.updates_per_iteration > 1,
             "rollout.ahead above 0": self.rollout.ahead > 0,
@@ -706,7 +713,7 @@ class Config:
         for name, reused in reuse.items():
             if reused and self.reference.reset_every != 1:
                 raise ConfigError(
-                    f"reference.reset_every must be 1 with objective.name={self.objective.name} and {name}: the "
+                    f"reference.reset_every must be 1 with objective.{what} and {name}: the "
                     "reference then is the policy at the start of the iteration, which the importance ratio needs; got "
                     f"{self.reference.reset_every}"
                 )

@@ -41,7 +41,7 @@ def search(
     scores: dict[Trial, list[float]] = {trial: [] for own in trials.values() for trial in own}
     alive = {name: list(own) for name, own in trials.items()}
     count = len(next(iter(trials.values())))
-    for seeds, going_on in zip(rungs, [*survivors(count, len(rungs))[1:], 1], strict=True):
+    for seeds, going_on in zip(rungs, [*survivors(count, len(rungs))[1:], 1], strict=False):
         wanted = [(t, s) for own in alive.values() for t in own for s in range(len(scores[t]), seeds)]
         for (trial, _), score in zip(wanted, run(wanted), strict=True):
             scores[trial].append(score)

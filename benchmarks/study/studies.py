@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .tasks import TASKS, Task
 
@@ -72,37 +73,150 @@ class Study:
         return next(method for method in self.methods if method.name == name)
 
 
-def methods(*rates: float) -> tuple[Method, ...]:
-    """ReVal and GRPO. `rates`: the learning rates that ReVal may use; GRPO, which has no beta and K, gets more."""
-    between = {float(f"{rate * factor:.2g}") for rate in rates for factor in (0.5, 0.7, 1.0, 1.5, 2.0)}
-    return (
-        Method(
-            name="ReVal",
-            overrides=("reward.shaping=normalized", "reference.reset_every=1"),
-            grid={
-                "objective.beta": (0.25, 0.5, 1.0),
-                "optim.lr": rates,
-                "replay.updates_per_iteration": (1, 2, 4),
-            },
-        ),
-        Method(
-            name="GRPO",
-            overrides=("objective.name=grpo", "reward.shaping=normalized", "replay.updates_per_iteration=1"),
-            grid={"optim.lr": sorted(between)},
-        ),
+FOLLOWING = ("reward.shaping=normalized", "reference.reset_every=1")
+"""Near targets: each iteration asks for a change in proportion to the advantage, from where the policy is."""
+RATES = (3e-4, 6e-4, 1e-3, 1.5e-3)
+
+
+def reval(name: str = "ReVal", *overrides: str, **grid: Any) -> Method:
+    """ReVal with normalized rewards, a reference that follows the policy, and tapered wrong responses. `grid` replaces
+    the values of beta, lr or k."""
+    return Method(
+        name=name,
+        overrides=(*FOLLOWING, "objective.taper=true", *overrides),
+        grid=_grid(**{"beta": (0.1, 0.25, 0.5)} | grid),
     )
 
 
-FAST = methods(3e-4, 5e-4, 1e-3)
+def policy_gradient(name: str, objective: str, *overrides: str, **grid: Any) -> Method:
+    """An objective of reval/policy_gradients.py. Its reused responses come from the same buffer as ReVal's."""
+    return Method(name=name, overrides=(*FOLLOWING, f"objective.name={objective}", *overrides), grid=_grid(**grid))
+
+
+def _grid(**values: Any) -> dict[str, Sequence[object]]:
+    names = {"beta": "objective.beta", "lr": "optim.lr", "k": "replay.updates_per_iteration"}
+    return {names[name]: own for name, own in ({"lr": RATES[1:3], "k": (4, 8)} | values).items()}
+
+
+def grpo(*overrides: str, **grid: Any) -> tuple[Method, Method]:
+    """GRPO on fresh responses alone, and GRPO that reuses them with ratio and clip."""
+    return (
+        policy_gradient("GRPO, K = 1", "grpo", *overrides, **({"lr": RATES} | grid | {"k": (1,)})),
+        policy_gradient("GRPO with replay", "grpo", *overrides, **grid),
+    )
+
+
+SHORT = ("run.iterations=32", "optim.schedule=linear")
+SINGLE = ("rollout.prompts=64", "rollout.responses=1", "reward.shaping=batch_normalized")
+"""One response a prompt. There is no group, so the mean is that of all responses of the iteration."""
+FIXED: dict[str, Any] = {"beta": (0.25,), "lr": (1e-3,), "k": (4,)}
+"""One point: for a study that varies something else."""
+
+
+def ladder() -> tuple[Method, ...]:
+    """ReVal's recipe, one step after the other, and with one part taken away."""
+    whole = ("objective.taper=true",)
+    return tuple(
+        Method(name=name, overrides=("replay.updates_per_iteration=4", *own), grid={"optim.lr": RATES[1:3]})
+        for name, own in {
+            "plain rewards, reference fixed": ("reward.shaping=plain", "objective.beta=0.1"),
+            "normalized, following": (*FOLLOWING, "objective.beta=0.5"),
+            "... tapered": (*FOLLOWING, *whole, "objective.beta=0.25"),
+            "... tapered, without V": (
+                *FOLLOWING,
+                "objective.name=benchmarks/study/variants.py:no_v",
+                "objective.beta=0.25",
+            ),
+            "... tapered, K = 1": (*FOLLOWING, *whole, "objective.beta=0.25", "replay.updates_per_iteration=1"),
+            "... tapered, K = 8": (*FOLLOWING, *whole, "objective.beta=0.25", "replay.updates_per_iteration=8"),
+        }.items()
+    )
+
+
+def siblings() -> tuple[Method, ...]:
+    """Other methods that learn from responses of older policies."""
+    following = {"TOPR": "topr", "AsymRE": "asymre", "Kimi K2.5": "kimi", "TBA": "tba", "Kimi k1.5": "regression"}
+    own = {
+        "AsymRE": ("objective.baseline_shift=0.3",),
+        "Kimi K2.5": ("objective.beta=0.01",),
+        "TBA": ("replay.draw=groups", "objective.beta=0.25"),
+        "Kimi k1.5": ("reward.shaping=centered", "objective.beta=0.25"),
+    }
+    return tuple(policy_gradient(name, one, *own.get(name, ()), k=(4,), lr=(1e-3,)) for name, one in following.items())
+
+
+def one_prompt(name: str) -> Study:
+    return Study(
+        name=name,
+        task=TASKS[name],
+        methods=(
+            *(reval(f"ReVal, K = {k}", **FIXED | {"k": (k,)}) for k in (1, 4, 8)),
+            *(policy_gradient(f"GRPO, K = {k}", "grpo", lr=(1e-3,), k=(k,)) for k in (1, 4)),
+        ),
+        trials=1,
+        rungs=(),
+        overrides=("run.iterations=24",),
+    )
+
+
+def offline() -> tuple[Method, ...]:
+    """Learning from logged responses of the base model alone. ReVal's reference is the base model, always."""
+    fixed = ("reward.shaping=normalized", "replay.updates_per_iteration=1")
+    return (
+        Method(name="ReVal", overrides=fixed, grid={"objective.beta": (0.25, 0.5), "optim.lr": RATES[:2]}),
+        Method(
+            name="ReVal, 0/1 rewards",
+            overrides=(*fixed, "reward.shaping=plain"),
+            grid={"objective.beta": (0.1, 0.2), "optim.lr": RATES[:2]},
+        ),
+        policy_gradient("GRPO", "grpo", k=(1,), lr=RATES[:2]),
+        policy_gradient("TOPR", "topr", k=(1,), lr=RATES[:2]),
+    )
+
+
+def _short(name: str, task: str, methods: Sequence[Method], trials: int = 2, *overrides: str, **more: Any) -> Study:
+    return Study(
+        name=name,
+        task=TASKS[task],
+        methods=tuple(methods),
+        trials=trials,
+        overrides=(*SHORT, *overrides),
+        **{"rungs": (1,)} | more,
+    )
+
 
 STUDIES = {
     study.name: study
     for study in (
-        Study(name="methods", task=TASKS["sums"], methods=FAST, trials=12, rungs=(1, 2, 3)),
-        *(
-            Study(name=name, task=TASKS[name], methods=FAST, trials=8)
-            for name in ("rare", "long", "one-easy", "one-medium", "one-hard")
+        _short("methods", "sums", (reval(), *grpo()), 4, rungs=(1, 2)),
+        _short("rare", "rare", (reval(k=(4,)), *grpo(k=(4,)))),
+        _short("long", "long", (reval(k=(4,)), *grpo(k=(4,)))),
+        _short(
+            "one-response",
+            "sums",
+            (
+                reval("ReVal", *SINGLE, k=(4,)),
+                Method(
+                    name="ReVal, 0/1 rewards",
+                    overrides=(*SINGLE, "reward.shaping=plain", "replay.updates_per_iteration=4"),
+                    grid={"objective.beta": (0.05, 0.1), "optim.lr": RATES[1:3]},
+                ),
+                *grpo(*SINGLE, k=(4,)),
+            ),
         ),
-        Study(name="demo", task=TASKS["demo"], methods=methods(2e-5, 3e-5, 5e-5), trials=4),
+        _short("ahead-1", "sums", (reval(k=(4,)), *grpo(k=(4,))), 2, "rollout.ahead=1"),
+        _short("ahead-8", "sums", (reval(k=(4,)), *grpo(k=(4,))), 2, "rollout.ahead=8"),
+        Study(name="offline", task=TASKS["offline"], methods=offline(), trials=2, rungs=(1,)),
+        _short("ladder", "sums", ladder(), 2),
+        _short("siblings", "sums", siblings(), 1, rungs=(), seeds=2),
+        *map(one_prompt, ("one-easy", "one-medium", "one-hard")),
+        Study(
+            name="demo",
+            task=TASKS["demo"],
+            methods=(reval(k=(4,), beta=(0.25,), lr=(3e-5,)), *grpo(k=(4,), lr=(3e-5,))),
+            trials=1,
+            rungs=(),
+            overrides=("run.iterations=6",),
+        ),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class Task:
     """The accuracy of an iteration in metrics.jsonl. `reward`: the mean score of its fresh rollouts, which the policy
     before the iteration's updates generated."""
     held_out: int = 40
+    logged: int = 0
+    """Training generates nothing and uses this many logged responses of the base model. 0: training generates."""
 
     def settings(self, folder: Path) -> list[str]:
         """The overrides. Makes the base model and the problem files in `folder`, if they are not there."""
@@ -61,7 +64,30 @@ class Task:
                 f"data.path={_write(problems / 'train.jsonl', asked[self.held_out :])}",
                 f"data.held_out_path={_write(problems / 'held_out.jsonl', asked[: self.held_out])}",
             ]
-        return [*FAST, f"model.name={model}", *paths, *self.overrides]
+        own = [*FAST, f"model.name={model}", *paths, *self.overrides]
+        return own + [f"replay.preload={_log(self.logged, folder, own)}"] if self.logged else own
+
+
+def _log(count: int, folder: Path, settings: list[str]) -> Path:
+    """A file of `count` responses of the base model. Makes it with the trainer, whose weights stay where they are."""
+    path = folder / "problems" / f"log-{count}.jsonl"
+    if not path.exists():
+        from reval.config import load_config  # here, because worker processes import this module too
+        from reval.loop import train
+
+        run = folder / "problems" / f"log-{count}"
+        ours = (
+            "rollout.engine=hf",
+            "optim.lr=1e-12",
+            "evaluation.every=0",
+            "evaluation.samples=1",
+            "run.overwrite=true",
+        )
+        more = (f"run.iterations={count // 64}", f"run.dir={run}", "tracking.rollouts=true", "replay.batch_size=null")
+        train(load_config([], [*settings, *ours, *more, "run.threads=1", "run.display=plain", "run.save_every=0"]))
+        (run / "rollouts.jsonl").rename(path)
+        shutil.rmtree(run)
+    return path
 
 
 def _write(path: Path, rows: list[tuple[str, str]]) -> Path:
@@ -98,6 +124,21 @@ TASKS = {
             start=(0.03, 0.12),
             recipe=Recipe(family="count", right=0.82, steps=800),
             overrides=("rollout.max_new_tokens=42", "evaluation.every=4"),
+        ),
+        Task(
+            name="offline",
+            start=(0.03, 0.07),
+            recipe=Recipe(family="sums", bare=0.06),
+            logged=2048,
+            overrides=(
+                "rollout.engine=none",
+                "rollout.max_new_tokens=17",
+                "replay.batch_size=64",
+                "replay.capacity=2048",
+                "evaluation.every=8",
+                "run.iterations=128",
+                "optim.schedule=linear",
+            ),
         ),
         _one("one-easy", 0.35, (0.2, 0.4)),
         _one("one-medium", 0.06, (0.03, 0.08)),
