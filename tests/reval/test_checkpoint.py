@@ -240,7 +240,7 @@ def test_a_resume_that_cannot_work_is_refused_before_anything_is_written(tmp_pat
     train(configured(tmp_path / "old", "run.iterations=1"))
     state = tmp_path / "old" / "checkpoint" / "training" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
-    with pytest.raises(ConfigError, match="has format 99; this version of reval reads 2"):
+    with pytest.raises(ConfigError, match="has format 99; this version of reval reads 3"):
         train(configured(tmp_path / "old", "run.resume=auto"))
 
 

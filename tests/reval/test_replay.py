@@ -63,6 +63,7 @@ def test_groups_are_drawn_whole(sizes, count, seed):
     drawn = Counter(t.group for t in buffer.sample(count, Random(seed), "groups"))
     assert all(drawn[group] == sizes[group] for group in drawn), "a part of a group"
     assert drawn.total() <= count or len(drawn) == 1
+    assert drawn, "no group: even one that is too large is better than nothing"
     if drawn.total() < count:
         left = [n for group, n in enumerate(sizes) if group not in drawn]
         assert not left or drawn.total() + max(left) > count, "one more group would have fitted"
