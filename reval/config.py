@@ -386,7 +386,7 @@ class ObjectiveConfig(_Section):
     """Weight of the reference policy against the reward: the loss divides the reward by beta. Longer responses need a
     smaller beta."""
     taper: bool = False
-    """reval: weigh a response with a negative reward by min(1, pi / mu), so by how likely the policy still writes it. mu
+    """reval: weigh a response with a negative reward by min(1, pi / mu): how likely the policy still writes it. mu
     is the policy that generated it. docs/evidence.md shows what this gains."""
     clip_low: float = 0.2
     """grpo, kimi: a token's importance ratio below 1 - clip_low gives no gradient (grpo: if the advantage is negative).
