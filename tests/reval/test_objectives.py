@@ -80,6 +80,14 @@ def bellman(level, values, known, outcome):
     return (error**2).sum() if level == "token" else (error.flip(0).cumsum(0) ** 2).sum()
 
 
+def taper(config, log_pi, t):
+    """The weight of objective.taper, a number."""
+    if not config.taper or t.behavior is None:
+        return 1.0
+    ratio = math.exp(log_pi.sum().item() - t.behavior.astype(np.float64).sum())
+    return min(1.0, ratio) if t.reward < 0 else 1.0
+
+
 def clipped(ratio, low, high):
     """A clip that says what it does to the gradient: outside [low, high] the number is a constant."""
     return torch.stack([w if low <= w <= high else w.new_tensor(min(max(w.item(), low), high)) for w in ratio])
@@ -111,7 +119,7 @@ def expected(config, model, reference, members):
             known = by_hand(reference, t)
         outcome, d = t.reward / BETA, (values[2] - known[2]).sum()
         if config.name == "reval":
-            terms.append(bellman(config.level, values, known, outcome))
+            terms.append(taper(config, values[2], t) * bellman(config.level, values, known, outcome))
         elif config.name in ("tbrm", "regression", "tba"):
             terms.append((d - outcome + {"tbrm": values[1][0], "regression": 0.0, "tba": LOG_Z[i]}[config.name]) ** 2)
         else:
@@ -129,6 +137,7 @@ CASES = [
     {"name": "reval", "level": "trajectory"},
     {"name": "reval", "level": "token"},
     {"name": "reval", "level": "subtrajectory"},
+    {"name": "reval", "taper": True},
     {"name": "tbrm"},
     {"name": "regression"},
     {"name": "tba"},
