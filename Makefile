@@ -33,18 +33,18 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py CMakeLists.txt $(wil
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e .
 	touch $@
 
-# Each demo replaces the results of the last one. make demo ROLLOUT=vllm: the same run, with vLLM as the rollout engine
+# ReVal, then GRPO on as many rollouts, and both curves. Each demo replaces the results of the last one. make demo
+# ROLLOUT=vllm: the same, with vLLM as the rollout engine.
 ROLLOUT ?= hf
 ifeq ($(filter $(ROLLOUT),hf vllm),)
 $(error ROLLOUT must be hf or vllm; got $(ROLLOUT))
 endif
-ifeq ($(ROLLOUT),vllm)
-demo: $(VLLM_READY)
-	$(VLLM)/bin/python -m reval.train configs/demo.yaml run.overwrite=true rollout.engine=vllm
-else
-demo: $(READY)
-	$(BIN)/python -m reval.train configs/demo.yaml run.overwrite=true
-endif
+DEMO_PYTHON := $(if $(filter vllm,$(ROLLOUT)),$(VLLM)/bin/python,$(BIN)/python)
+DEMO_OPTIONS := run.overwrite=true $(if $(filter vllm,$(ROLLOUT)),rollout.engine=vllm,)
+demo: $(if $(filter vllm,$(ROLLOUT)),$(VLLM_READY),$(READY))
+	$(DEMO_PYTHON) -m reval.train configs/demo.yaml $(DEMO_OPTIONS)
+	$(DEMO_PYTHON) -m reval.train configs/demo.yaml configs/demo_grpo.yaml $(DEMO_OPTIONS) run.table=0
+	$(DEMO_PYTHON) -m reval plot runs/demo runs/demo-grpo --out runs/demo/against-grpo.png
 
 # The tests record every launch of a GPU kernel. Then each is compiled for real GPUs: the interpreter runs kernels that
 # Triton cannot compile.

@@ -385,6 +385,9 @@ class ObjectiveConfig(_Section):
     beta: float = 0.02
     """Weight of the reference policy against the reward: the loss divides the reward by beta. Longer responses need a
     smaller beta."""
+    value_gradient: bool = True
+    """reval: whether the gradient goes through V(s_1), as in Eq. 2 of the paper, or not, as in its Eq. 4. false is for
+    rewards from which a mean is subtracted, with reference.reset_every=1 (docs/evidence.md)."""
     taper: bool = False
     """reval: weigh a response with a negative reward by min(1, pi / mu): how likely the policy still writes it. mu
     is the policy that generated it. docs/evidence.md shows what this gains."""
@@ -418,8 +421,10 @@ class ObjectiveConfig(_Section):
         if self.name != "reval":
             self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
             self._need(not self.taper, "taper", f"false with objective.name={self.name}")
-        if self.taper:
-            self._need(self.level == "trajectory", "level", "trajectory with objective.taper=true")
+            self._need(self.value_gradient, "value_gradient", f"true with objective.name={self.name}")
+        if self.taper or not self.value_gradient:
+            allowed = "trajectory with objective.taper=true or objective.value_gradient=false"
+            self._need(self.level == "trajectory", "level", allowed)
         if self.level != "token":
             self._need(not self.semi_gradient, "semi_gradient", f"false with objective.level={self.level}")
 

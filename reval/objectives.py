@@ -68,10 +68,10 @@ def reval(
 
     The residual is the sum of the TD errors d_h of a trajectory (docs/method.md section 3). The loss sums the squares
     of the whole residual (objective.level=trajectory), of every d_h (token), or of the sum from each d_h to the end
-    (subtrajectory). For objective.taper see `tapered`.
+    (subtrajectory). For objective.taper and objective.value_gradient see `modified`.
     """
-    if config.taper:
-        return tapered(hidden, head, batch, reference, config, totals)
+    if config.taper or not config.value_gradient:
+        return modified(hidden, head, batch, reference, config, totals)
     known = reference.returns if config.level == "trajectory" else reference.values
     assert known is not None, "reference_policy.py keeps token values for the levels that need them"
     loss, residual = linear_reval_loss(
@@ -108,23 +108,29 @@ def tbrm(
     return ObjectiveOutput(loss, residual, v, residual - v + batch.rewards / config.beta)
 
 
-def tapered(
+def modified(
     hidden: Tensor, head: OutputHead, batch: Batch, reference: Reference, config: ObjectiveConfig, totals: Totals
 ) -> ObjectiveOutput:
-    """The squared residual of `reval`, times min(1, pi(tau) / mu(tau)) where the reward r is negative.
+    """`reval` with one or both of two changes, by the longer way over token values.
 
-    A replayed response that was wrong pushes its own probability down again and again. Once the policy no longer writes
-    it, that push only moves probability to arbitrary other responses. The weight is the one of TOPR (arXiv 2503.14286)
-    and gets no gradient. It depends on the policy, so the loss is not known before all actions are: it goes the longer
-    way over token values.
+    objective.taper multiplies the squared residual by min(1, pi(tau) / mu(tau)) where the reward r is negative; this
+    weight is TOPR's (arXiv 2503.14286) and gets no gradient. A replayed response that was wrong pushes its own
+    probability down again and again. Once the policy no longer writes it, that push only moves probability to arbitrary
+    other responses.
+
+    objective.value_gradient=false stops the gradient at V(s_1), as in Eq. 4 of the ReVal paper. Rewards from which the
+    group's mean is subtracted leave V nothing to learn, and V takes part of every step.
     """
     values = TokenValues(
         *(batch.pad(x) for x in linear_token_values(hidden, actions=batch.actions, **head._asdict())[:3])
     )
     log_prob, v = values.log_prob.sum(1), values.v[:, 0]
+    v = v if config.value_gradient else v.detach()
     residual = v - reference.v + log_prob - reference.log_prob - batch.rewards / config.beta
-    mu = batch.behavior.where(~batch.behavior.isnan(), values.log_prob.detach()).sum(1)
-    weight = (log_prob.detach() - mu).clamp(max=0).exp().where(batch.rewards < 0, 1.0)
+    weight = torch.ones_like(residual)
+    if config.taper:
+        mu = batch.behavior.where(~batch.behavior.isnan(), values.log_prob.detach()).sum(1)
+        weight = (log_prob.detach() - mu).clamp(max=0).exp().where(batch.rewards < 0, 1.0)
     loss = (weight * residual.square()).sum() / totals.trajectories
     residual, v = residual.detach(), v.detach()
     return ObjectiveOutput(loss, residual, v, residual - (v - reference.v) + batch.rewards / config.beta)

@@ -34,7 +34,8 @@ def read(folder: Path, metric: str, per_iteration: int) -> list[Point]:
     points, tokens, seconds = [], 0, 0.0
     before = folder / "evaluations" / "iteration-000000.jsonl"
     if metric != "reward" and before.exists():
-        points.append(Point(0, 0, 0.0, Evaluation.load(before).metrics()[metric]))
+        answered = Evaluation.load(before).metrics()
+        points += [Point(0, 0, 0.0, answered[metric])] if metric in answered else []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if metric == "reward":

@@ -75,15 +75,16 @@ class Study:
 
 FOLLOWING = ("reward.shaping=normalized", "reference.reset_every=1")
 """Near targets: each iteration asks for a change in proportion to the advantage, from where the policy is."""
+RECIPE = ("objective.taper=true", "objective.value_gradient=false")
 RATES = (3e-4, 6e-4, 1e-3, 1.5e-3)
 
 
 def reval(name: str = "ReVal", *overrides: str, **grid: Any) -> Method:
-    """ReVal with normalized rewards, a reference that follows the policy, and tapered wrong responses. `grid` replaces
-    the values of beta, lr or k."""
+    """ReVal with normalized rewards, a reference that follows the policy, tapered wrong responses and no gradient
+    through V. `grid` replaces the values of beta, lr or k."""
     return Method(
         name=name,
-        overrides=(*FOLLOWING, "objective.taper=true", *overrides),
+        overrides=(*FOLLOWING, *RECIPE, *overrides),
         grid=_grid(**{"beta": (0.1, 0.25, 0.5)} | grid),
     )
 
@@ -115,21 +116,21 @@ FIXED: dict[str, Any] = {"beta": (0.25,), "lr": (1e-3,), "k": (4,)}
 
 def ladder() -> tuple[Method, ...]:
     """ReVal's recipe, one step after the other, and with one part taken away."""
-    whole = ("objective.taper=true",)
+    taper, beta, k = RECIPE[0], "objective.beta=0.25", "replay.updates_per_iteration"
+    whole = (*FOLLOWING, *RECIPE, beta)
+    steps = {
+        "0/1 rewards, reference fixed": ("reward.shaping=plain", "objective.beta=0.1"),
+        "normalized, following": (*FOLLOWING, "objective.beta=0.5"),
+        "+ tapered": (*FOLLOWING, taper, beta),
+        "+ no gradient through V (the recipe)": whole,
+        "the recipe without V": (*FOLLOWING, "objective.name=benchmarks/study/variants.py:no_v", beta),
+        "the recipe, K = 1": (*whole, f"{k}=1"),
+        "the recipe, K = 2": (*whole, f"{k}=2"),
+        "the recipe, K = 8": (*whole, f"{k}=8"),
+        "the recipe, reset every 4": (*whole[:1], *RECIPE[1:], beta, "reference.reset_every=4"),
+    }
     return tuple(
-        Method(name=name, overrides=("replay.updates_per_iteration=4", *own), grid={"optim.lr": RATES[1:3]})
-        for name, own in {
-            "plain rewards, reference fixed": ("reward.shaping=plain", "objective.beta=0.1"),
-            "normalized, following": (*FOLLOWING, "objective.beta=0.5"),
-            "... tapered": (*FOLLOWING, *whole, "objective.beta=0.25"),
-            "... tapered, without V": (
-                *FOLLOWING,
-                "objective.name=benchmarks/study/variants.py:no_v",
-                "objective.beta=0.25",
-            ),
-            "... tapered, K = 1": (*FOLLOWING, *whole, "objective.beta=0.25", "replay.updates_per_iteration=1"),
-            "... tapered, K = 8": (*FOLLOWING, *whole, "objective.beta=0.25", "replay.updates_per_iteration=8"),
-        }.items()
+        Method(name=name, overrides=(f"{k}=4", *own), grid={"optim.lr": RATES[1:2]}) for name, own in steps.items()
     )
 
 
@@ -151,7 +152,7 @@ def one_prompt(name: str) -> Study:
         task=TASKS[name],
         methods=(
             *(reval(f"ReVal, K = {k}", **FIXED | {"k": (k,)}) for k in (1, 4, 8)),
-            *(policy_gradient(f"GRPO, K = {k}", "grpo", lr=(1e-3,), k=(k,)) for k in (1, 4)),
+            *(policy_gradient(f"GRPO, K = {k}", "grpo", lr=(1e-3,), k=(k,)) for k in (1, 4, 8)),
         ),
         trials=1,
         rungs=(),
@@ -207,15 +208,34 @@ STUDIES = {
         _short("ahead-1", "sums", (reval(k=(4,)), *grpo(k=(4,))), 2, "rollout.ahead=1"),
         _short("ahead-8", "sums", (reval(k=(4,)), *grpo(k=(4,))), 2, "rollout.ahead=8"),
         Study(name="offline", task=TASKS["offline"], methods=offline(), trials=2, rungs=(1,)),
-        _short("ladder", "sums", ladder(), 2),
+        _short("ladder", "sums", ladder(), 1, rungs=()),
+        Study(
+            name="calibrated",
+            task=TASKS["silent"],
+            methods=tuple(
+                Method(
+                    name=name,
+                    overrides=("reward.shaping=plain", f"objective.name={objective}"),
+                    grid={"optim.lr": (1e-3,)},
+                )
+                for name, objective in (("ReVal", "reval"), ("TBRM", "tbrm"))
+            ),
+            trials=1,
+            rungs=(),
+            levels=(0.01, 0.1, 1.0),
+            overrides=("run.iterations=20", "evaluation.every=0"),
+        ),
         _short("siblings", "sums", siblings(), 1, rungs=(), seeds=2),
         *map(one_prompt, ("one-easy", "one-medium", "one-hard")),
         Study(
             name="demo",
             task=TASKS["demo"],
-            methods=(reval(k=(4,), beta=(0.25,), lr=(3e-5,)), *grpo(k=(4,), lr=(3e-5,))),
-            trials=1,
-            rungs=(),
+            methods=(
+                reval(k=(4,), beta=(0.25,), lr=(3e-5, 6e-5)),
+                policy_gradient("GRPO, K = 1", "grpo", lr=(3e-5, 6e-5), k=(1,)),
+            ),
+            trials=2,
+            rungs=(1,),
             overrides=("run.iterations=6",),
         ),
     )

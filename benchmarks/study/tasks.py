@@ -140,6 +140,13 @@ TASKS = {
                 "optim.schedule=linear",
             ),
         ),
+        Task(
+            name="silent",
+            start=(0.03, 0.07),
+            recipe=Recipe(family="sums", bare=0.06),
+            overrides=("rollout.max_new_tokens=17", "reward.function=benchmarks.study.rewards:nothing"),
+            metric="reval/log_ratio",
+        ),
         _one("one-easy", 0.35, (0.2, 0.4)),
         _one("one-medium", 0.06, (0.03, 0.08)),
         _one("one-hard", 0.012, (0.005, 0.02)),

@@ -67,12 +67,14 @@ def output_of(model, batch, reference, model_config, config):
     return value_objective(config.name)(values, batch, reference, config, TOTALS)
 
 
-def bellman(level, values, known, outcome):
+def bellman(level, values, known, outcome, value_gradient=True):
     """The squared TD errors of one trajectory, from (q, v, log pi) of the policy and of the reference."""
     (q, v, log_pi), (q_ref, v_ref, log_ref) = values, known
     v_next, v_ref_next = (torch.cat([x[1:], x.new_zeros(1)]) for x in (v, v_ref))
     error = q - (q_ref - v_ref_next + v_next)
     error[-1] -= outcome
+    if not value_gradient:
+        error[0] -= v[0] - v[0].detach()
     residual = v[0] - v_ref[0] + (log_pi - log_ref).sum() - outcome
     assert error.sum().item() == pytest.approx(residual.item())
     if level == "trajectory":
@@ -119,7 +121,9 @@ def expected(config, model, reference, members):
             known = by_hand(reference, t)
         outcome, d = t.reward / BETA, (values[2] - known[2]).sum()
         if config.name == "reval":
-            terms.append(taper(config, values[2], t) * bellman(config.level, values, known, outcome))
+            terms.append(
+                taper(config, values[2], t) * bellman(config.level, values, known, outcome, config.value_gradient)
+            )
         elif config.name in ("tbrm", "regression", "tba"):
             terms.append((d - outcome + {"tbrm": values[1][0], "regression": 0.0, "tba": LOG_Z[i]}[config.name]) ** 2)
         else:
@@ -138,6 +142,8 @@ CASES = [
     {"name": "reval", "level": "token"},
     {"name": "reval", "level": "subtrajectory"},
     {"name": "reval", "taper": True},
+    {"name": "reval", "value_gradient": False},
+    {"name": "reval", "value_gradient": False, "taper": True},
     {"name": "tbrm"},
     {"name": "regression"},
     {"name": "tba"},
