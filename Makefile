@@ -44,7 +44,7 @@ DEMO_OPTIONS := run.overwrite=true $(if $(filter vllm,$(ROLLOUT)),rollout.engine
 demo: $(if $(filter vllm,$(ROLLOUT)),$(VLLM_READY),$(READY))
 	$(DEMO_PYTHON) -m reval.train configs/demo.yaml $(DEMO_OPTIONS)
 	$(DEMO_PYTHON) -m reval.train configs/demo.yaml configs/demo_grpo.yaml $(DEMO_OPTIONS) run.table=0
-	$(DEMO_PYTHON) -m reval plot runs/demo runs/demo-grpo --out runs/demo/against-grpo.png
+	$(DEMO_PYTHON) -m reval plot runs/demo runs/demo_grpo --out runs/demo/against-grpo.png
 
 # The tests record every launch of a GPU kernel. Then each is compiled for real GPUs: the interpreter runs kernels that
 # Triton cannot compile.

@@ -420,13 +420,16 @@ class ObjectiveConfig(_Section):
         self._need(isfinite(self.baseline_shift), "baseline_shift", "finite")
         if self.name != "reval":
             self._need(self.level == "trajectory", "level", f"trajectory with objective.name={self.name}")
-            self._need(not self.taper, "taper", f"false with objective.name={self.name}")
-            self._need(self.value_gradient, "value_gradient", f"true with objective.name={self.name}")
-        if self.taper or not self.value_gradient:
+        if self.name == "reval" and (self.taper or not self.value_gradient):
             allowed = "trajectory with objective.taper=true or objective.value_gradient=false"
             self._need(self.level == "trajectory", "level", allowed)
         if self.level != "token":
             self._need(not self.semi_gradient, "semi_gradient", f"false with objective.level={self.level}")
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the loss needs the importance ratio pi / mu."""
+        return self.name in ("grpo", "topr", "kimi") or (self.name == "reval" and self.taper)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -662,7 +665,7 @@ class Config:
                 "objective.name=regression, whose loss has no V to take the mean's place; got "
                 f"{self.reward.shaping!r}"
             )
-        if self.objective.taper or self.objective.name in ("grpo", "topr", "kimi"):
+        if self.objective.has_ratio:
             self._check_ratio()
         self._check_environment()
 
@@ -708,17 +711,18 @@ class Config:
 
     def _check_ratio(self) -> None:
         """Responses that are used again need an importance ratio, and so the behaviour log-probs."""
-        what = "taper=true" if self.objective.taper else f"name={self.objective.name}"
+        name = self.objective.name
+        what = "objective.taper=true" if name == "reval" else f"objective.name={name}"
         reuse = {
             "replay.updates_per_iteration above 1": self.replay.updates_per_iteration > 1,
             "rollout.ahead above 0": self.rollout.ahead > 0,
             "rollout.sync_every above 1": self.rollout.sync_every > 1,
             "rollout.engine=none": not self.generates,
         }
-        for name, reused in reuse.items():
+        for why, reused in reuse.items():
             if reused and self.reference.reset_every != 1:
                 raise ConfigError(
-                    f"reference.reset_every must be 1 with objective.{what} and {name}: the "
+                    f"reference.reset_every must be 1 with {what} and {why}: the "
                     "reference then is the policy at the start of the iteration, which the importance ratio needs; got "
                     f"{self.reference.reset_every}"
                 )

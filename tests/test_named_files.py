@@ -39,7 +39,13 @@ ALLOWED = {
         *WRITTEN_BY_A_RUN,
         *"iteration-*.jsonl evaluations/*.jsonl evaluation-2.jsonl evaluation*.jsonl".split(),
     ],
-    "a build or a benchmark writes it": ["not_built.txt", "-times.png", "-curves.png", "-overhead.json"],
+    "a build or a benchmark writes it": [
+        "not_built.txt",
+        "-times.png",
+        "-curves.png",
+        "-overhead.json",
+        "runs/demo/against-grpo.png",
+    ],
     "a study writes it": (
         "cell.json log.txt recipe.json train.jsonl held_out.jsonl evidence.json study-NAME.png study-.png"
     ).split(),

@@ -222,7 +222,7 @@ def test_methods_must_have_equal_numbers_of_trials():
 def test_every_study_has_equal_budgets_and_settings_that_exist(name, tmp_path):
     study = STUDIES[name]
     task = replace(study.task, recipe=None, files=("configs/tiny.yaml",), overrides=())  # without its base model
-    cells = Cells(replace(study, task=task), tmp_path, [], Runner(1, 1))
+    cells = Cells(replace(study, task=task), tmp_path, ["replay.capacity=640"], Runner(1, 1))
     for method in study.methods:
         assert len({cells.cell(trial, 0).folder for trial in method.trials(study.trials)}) == study.trials
 

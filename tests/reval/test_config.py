@@ -33,7 +33,7 @@ lora.alpha lora.rank lora.targets
 model.attn_implementation model.compile model.compute_dtype model.device model.dtype model.gradient_checkpointing
 model.head_precision model.name
 objective.baseline_shift objective.beta objective.clip_high objective.clip_low objective.level objective.name
-objective.normalization objective.options objective.semi_gradient
+objective.normalization objective.options objective.semi_gradient objective.taper objective.value_gradient
 optim.betas optim.eps optim.lr optim.max_grad_norm optim.micro_batch_tokens optim.packing optim.schedule optim.warmup
 optim.weight_decay
 reference.offload reference.reset_every
@@ -607,7 +607,9 @@ def test_any_unquoted_text_survives_an_override(text):
     assert load_config([], [f"tracking.project={text}"]).tracking.project == text
 
 
-@pytest.mark.parametrize("name", ["grpo", "topr", "kimi"])
+@pytest.mark.parametrize(
+    "what", ["objective.name=grpo", "objective.name=topr", "objective.name=kimi", "objective.taper=true"]
+)
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
@@ -617,16 +619,16 @@ def test_any_unquoted_text_survives_an_override(text):
         ([*OFFLINE, "replay.updates_per_iteration=1"], "rollout.engine=none"),
     ],
 )
-def test_an_importance_ratio_needs_a_reference_that_follows(name, overrides, why):
-    given = [f"objective.name={name}", *overrides]
+def test_an_importance_ratio_needs_a_reference_that_follows(what, overrides, why):
+    given = [what, *overrides]
     for every in (0, 2):
         assert error_of(*given, f"reference.reset_every={every}") == (
-            f"reference.reset_every must be 1 with objective.name={name} and {why}: the reference then is the policy "
+            f"reference.reset_every must be 1 with {what} and {why}: the reference then is the policy "
             f"at the start of the iteration, which the importance ratio needs; got {every}"
         )
     load_config([], [*given, "reference.reset_every=1"])
-    load_config([], [f"objective.name={name}", "replay.updates_per_iteration=1"])  # the ratio is 1
-    load_config([], ["objective.name=asymre", *overrides])  # has no ratio
+    load_config([], [what, "replay.updates_per_iteration=1"])  # the ratio is 1
+    load_config([], ["objective.name=asymre", "objective.taper=true", *overrides])  # has no ratio
 
 
 @pytest.mark.parametrize("shaping", ["plain", "centered", "normalized", "soft_centered", "batch_normalized"])
