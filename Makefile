@@ -1,4 +1,4 @@
-# make demo | test | bench | lint: each target first installs its packages in .venv. test-vllm uses .venv-vllm.
+# make demo | test | bench | study | lint: each target first installs its packages in .venv. test-vllm uses .venv-vllm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-gpu test-oldest-triton test-vllm bench lint sanitize mutate clean
+.PHONY: setup demo test test-gpu test-oldest-triton test-vllm bench study lint sanitize mutate clean
 
 setup: $(READY)
 
@@ -81,6 +81,12 @@ $(BENCH_READY): $(READY)
 	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	  print(*extras['bench'], sep='\n')" | $(BIN)/pip install --quiet -c constraints.txt -r /dev/stdin
 	touch $@
+
+# A comparison of methods with equal tuning (docs/benchmarks.md). Ctrl-C stops it, and the same command goes on.
+# make study STUDY="methods --jobs 1". python -m benchmarks.study --help lists the studies and options.
+STUDY ?= methods
+study: $(READY)
+	$(BIN)/python -m benchmarks.study $(STUDY)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import random
+import shlex
+import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.study.__main__ import main
+from benchmarks.study.__main__ import arguments, main
 from benchmarks.study.cells import CELL, _digest, make, rekey, run_cell
 from benchmarks.study.conduct import Cells
 from benchmarks.study.curves import Point, area, first_at, read
@@ -278,6 +280,17 @@ def test_a_whole_study_from_its_kept_runs(tmp_path, monkeypatch, capsys):
     assert len(entry["methods"]["M"]["search"]) == 2 and (tmp_path / "trial" / "study-s.png").exists()
     assert table(entry)[2].startswith("| M | optim.lr=0.001 | 64 | never |")
     assert table(entry)[2] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "jobs"), [([], 2), (["STUDY=methods --jobs 1"], 1)])
+def test_make_study_runs_a_study(given, jobs):
+    """`make -n` prints the commands and runs none."""
+    make = ["make", "-n", "--no-print-directory", "study", *given]
+    printed = subprocess.run(make, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[1:3] == ["-m", "benchmarks.study"]
+    args = arguments(words[3:])
+    assert (args.name, args.jobs) == ("methods", jobs)
 
 
 def test_wrong_words_are_said_before_anything_runs(capsys):
