@@ -183,6 +183,8 @@ def _report(
     # The log comes after the evaluation, so that one row has all metrics of the iteration.
     metrics = run.tracker.log(run.iteration, metrics | run.tracker.evaluated(run.iteration, evaluation))
     run.display.iteration(run.iteration, metrics)
+    if (text := run.value_lag.note(metrics)) is not None:
+        run.display.note(text)
     return metrics, evaluation
 
 

@@ -16,6 +16,7 @@ GENERATED = (
     *("rollout/lag", "rollout/tokens_per_second", "rollout/mismatch_mean", "rollout/mismatch_max"),
     *("time/rollout", "time/reward", *UPDATES),
     *(f"reval/{name}" for name in RESIDUALS),
+    "reval/value_lag",
 )
 """The metrics of fresh responses, which a run with rollout.engine=none does not have."""
 TRAINING = (
@@ -31,7 +32,10 @@ TRAINING = (
 def check_best_metric(config: Config, evaluation_problems: list[Problem]) -> None:
     """Raise ConfigError if no iteration logs run.best_metric."""
     name, evaluated = config.run.best_metric, evaluation_names(config, evaluation_problems)
-    known = [*evaluated, *(n for n in TRAINING if config.generates or n not in GENERATED)]
+    missing = set() if config.generates else set(GENERATED)
+    if config.objective.name != "reval":
+        missing.add("reval/value_lag")
+    known = [*evaluated, *(n for n in TRAINING if n not in missing)]
     if name is None or name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from random import Random
 
+from .advice import ValueLag, at_start
 from .checkpoint import load_checkpoint
 from .components import Components
 from .config import Config, ConfigError
@@ -70,6 +71,9 @@ class TrainingRun:
                 f"training has {left} problem{'s'[: left > 1]} (data.held_out={config.data.held_out}), fewer than "
                 f"rollout.prompts={config.rollout.prompts}: each iteration uses some of them several times"
             )
+        for text in at_start(config):
+            self.display.note(text)
+        self.value_lag = ValueLag(config)
         if preload is not None:
             for text in preload.notes(config.replay.capacity):
                 self.display.note(text)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ..advice import value_lag
 from ..config import Config
 from ..evaluation.answers import Evaluation
 from .services import Service, check_installed, start
@@ -90,7 +91,7 @@ class Tracker:
             "tokens": self._tokens,
             "evaluations": list(self._evaluations),
             "runs": dict(self._runs),
-            "summary": self._summary | _summary(self._updates),
+            "summary": self._summary | self._summarize(),
         }
 
     def update(self, prefix: str, update: dict[str, Any]) -> None:
@@ -134,7 +135,7 @@ class Tracker:
 
     def log(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
         """Write one iteration: `metrics`, and the means over the results of its updates. Returns the whole row."""
-        row = {"iteration": iteration, **metrics, **self._summary, **_summary(self._updates)}
+        row = {"iteration": iteration, **metrics, **self._summary, **self._summarize()}
         if "num_tokens" in metrics:  # not with rollout.engine=none
             self._tokens += int(metrics["num_tokens"])
             seconds = metrics.get("time/rollout", 0.0)
@@ -156,6 +157,14 @@ class Tracker:
             except Exception as error:  # many types: no matplotlib, a bad font or matplotlibrc, a full disk
                 text = f"curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers"
                 warnings.warn(text, stacklevel=2)
+
+    def _summarize(self) -> dict[str, float]:
+        """The metrics of the updates since the last `log`."""
+        out = _summary(self._updates)
+        if self._config.objective.name == "reval" and "reval" in self._updates:
+            residual = torch.cat([u["residual_terms"]["residual"] for u in self._updates["reval"]])
+            out["reval/value_lag"] = value_lag(residual)
+        return out
 
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self._main:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import math
 import sqlite3
 import sys
 import types
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reval.config import Config, ConfigError, TrackingConfig
+from reval.config import Config, ConfigError, ObjectiveConfig, TrackingConfig
 from reval.evaluation.answers import Evaluation
 from reval.tracking import Tracker, _cut
 from reval.tracking.services import COLUMNS
@@ -92,6 +93,18 @@ def test_a_row_holds_the_metrics_and_the_means_of_the_updates(whole):
     assert first["reval/residual_p95"] == pytest.approx(1.0) and first["reval/v_policy"] == 1.0
     assert first["reval/replay/residual_mean"] == -0.5
     assert "eval/accuracy" not in first and second["eval/accuracy"] == 2 / 7
+    lag = sum(math.exp(-x) for x in (-1, 0, 1)) / 3
+    assert first["reval/value_lag"] == pytest.approx(math.log(lag)) and "reval/replay/value_lag" not in first
+
+
+def test_only_fresh_batches_of_reval_have_a_value_lag(tmp_path):
+    terms = {"residual": torch.zeros(2)}
+    update = {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "skipped": 0.0, "residual_terms": terms}
+    for objective, prefix in (("reval", "reval/replay"), ("tbrm", "reval")):
+        config = replace(settings(), objective=ObjectiveConfig(name=objective))
+        with Tracker(tmp_path, config) as tracker:
+            tracker.update(prefix, update)
+            assert "reval/value_lag" not in tracker.log(1, {})
 
 
 def test_samples_and_errors_of_the_reward(whole):
