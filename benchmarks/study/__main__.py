@@ -13,9 +13,8 @@ from pathlib import Path
 
 from reval.config_io import is_override
 
+from .report import RESULTS
 from .studies import STUDIES
-
-RESULTS = Path(__file__).parent.parent / "results"
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from ..report import stamp
 from .cells import Cell, make
 from .curves import Point, area, read
 from .halving import budget, search
-from .report import EVIDENCE, draw, findings, merge, table
+from .report import EVIDENCE, PAGE, RESULTS, draw, fill, findings, merge, table
 from .runner import Runner
 from .studies import Study, Trial
 
@@ -84,5 +84,7 @@ def conduct(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     merge(args.output / EVIDENCE, study.name, found)
     draw(args.output / f"study-{study.name}.png", f"{study.name} ({study.task.name})", study.task.metric, runs)
     print("\n".join(table(found)))
+    if args.output == RESULTS:
+        fill(PAGE, RESULTS / EVIDENCE)
     print(f"written: {args.output / EVIDENCE}, {args.output}/study-{study.name}.png")
     return found

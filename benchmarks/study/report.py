@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,8 @@ from typing import Any
 from .curves import AXES, Point, area, first_at
 
 EVIDENCE = "evidence.json"
+RESULTS = Path(__file__).parents[1] / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 
 
 def summary(values: Sequence[float | None]) -> dict[str, Any]:
@@ -69,8 +72,23 @@ def table(found: Mapping[str, Any]) -> list[str]:
     for name, own in methods.items():
         cells = [own["to reach"][level]["rollouts"] for level in levels]
         cells += [own["final accuracy"], own["area"], own["seconds"]]
-        rows.append([name, ", ".join(own["settings"]), *map(_shown, cells)])
+        settings = (setting.partition(".")[2].replace("=", " ") for setting in own["settings"])
+        rows.append([name, ", ".join(settings), *map(_shown, cells)])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def fill(page: Path, evidence: Path) -> None:
+    """Put the table of every study into the page, between the lines `<!-- study NAME -->` and `<!-- end -->`."""
+    known = json.loads(evidence.read_text())
+
+    def tabled(match: re.Match[str]) -> str:
+        found = known.get(match["name"])
+        return match[0] if found is None else "\n".join([match["first"], *table(found), "<!-- end -->"])
+
+    old = page.read_text()
+    new = re.sub(r"(?P<first><!-- study (?P<name>[\w-]+) -->)\n.*?<!-- end -->", tabled, old, flags=re.DOTALL)
+    if new != old:
+        page.write_text(new)
 
 
 def _shown(cell: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import random
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -18,7 +19,7 @@ from benchmarks.study.conduct import Cells
 from benchmarks.study.curves import Point, area, first_at, read
 from benchmarks.study.halving import budget, search, survivors
 from benchmarks.study.models import TEXTS, Recipe, questions
-from benchmarks.study.report import findings, merge, summary, table
+from benchmarks.study.report import EVIDENCE, PAGE, RESULTS, fill, findings, merge, summary, table
 from benchmarks.study.rewards import exact
 from benchmarks.study.runner import Runner
 from benchmarks.study.studies import STUDIES, Method, Study, Trial
@@ -278,8 +279,27 @@ def test_a_whole_study_from_its_kept_runs(tmp_path, monkeypatch, capsys):
     entry = json.loads((tmp_path / "trial" / "evidence.json").read_text())["s"]
     assert entry["methods"]["M"]["seeds"] == [100, 101] and entry["runs of each method"] == 4
     assert len(entry["methods"]["M"]["search"]) == 2 and (tmp_path / "trial" / "study-s.png").exists()
-    assert table(entry)[2].startswith("| M | optim.lr=0.001 | 64 | never |")
+    assert table(entry)[2].startswith("| M | lr 0.001 | 64 | never |")
     assert table(entry)[2] in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- study s -->\nold\n<!-- end -->\nb\n<!-- study other -->\nkept\n<!-- end -->\n")
+    fill(page, tmp_path / "trial" / "evidence.json")
+    lines = page.read_text().splitlines()
+    assert lines[:6] == ["a", "<!-- study s -->", *table(entry), "<!-- end -->"] and lines[6:8] == [
+        "b",
+        "<!-- study other -->",
+    ]
+    assert "kept" in lines
+
+
+def test_the_page_has_the_tables_of_the_results(tmp_path):
+    """docs/evidence.md shows every study of evidence.json as it is there."""
+    page = tmp_path / "evidence.md"
+    page.write_text(PAGE.read_text())
+    fill(page, RESULTS / EVIDENCE)
+    assert page.read_text() == PAGE.read_text()
+    shown = set(re.findall(r"<!-- study ([\w-]+) -->", PAGE.read_text()))
+    assert shown == {*json.loads((RESULTS / EVIDENCE).read_text())}
 
 
 @pytest.mark.parametrize(("given", "jobs"), [([], 2), (["STUDY=methods --jobs 1"], 1)])
