@@ -52,11 +52,11 @@ class ValueLag:
     """Watches `reval/value_lag`, and says once that V(s_1) lags behind log Z.
 
     With a reference that is reset within ITERATIONS iterations there is nothing to say: after each reset V starts at
-    V_ref again, so a lag is normal.
+    V_ref again, so a lag is normal. Without a gradient through V there is nothing to say either: V is not trained.
     """
 
     def __init__(self, config: Config):
-        self._watches = not 1 <= config.reference.reset_every <= ITERATIONS
+        self._watches = config.objective.value_gradient and not 1 <= config.reference.reset_every <= ITERATIONS
         self._large = 0
         """Number of iterations in a row. Stays at ITERATIONS when the lag was said."""
 
