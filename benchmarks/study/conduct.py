@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from reval.config import Config
+
 from ..report import stamp
 from .cells import Cell, make
 from .curves import Point, area, read
@@ -40,9 +42,7 @@ class Cells:
         cells = [self.cell(trial, seed) for trial, seed in wanted]
         results = self._runner.run(cells)
         return [
-            read(cell.folder, self._study.task.metric, cell.config.trajectories_per_iteration)
-            if result["status"] == "complete"
-            else []
+            read(cell.folder, self._study.task.metric, _rollouts(cell.config)) if result["status"] == "complete" else []
             for cell, result in zip(cells, results, strict=True)
         ]
 
@@ -88,3 +88,8 @@ def conduct(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         fill(PAGE, RESULTS / EVIDENCE)
     print(f"written: {args.output / EVIDENCE}, {args.output}/study-{study.name}.png")
     return found
+
+
+def _rollouts(config: Config) -> int:
+    """Number of responses that an iteration generates. Without generation: that it draws from the log."""
+    return config.trajectories_per_iteration or config.replay_batch_size * config.replay.updates_per_iteration

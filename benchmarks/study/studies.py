@@ -189,7 +189,7 @@ def _short(name: str, task: str, methods: Sequence[Method], trials: int = 2, *ov
 STUDIES = {
     study.name: study
     for study in (
-        _short("methods", "sums", (reval(), *grpo()), 4, rungs=(1, 2)),
+        _short("methods", "sums", (reval(), *grpo(), policy_gradient("TOPR", "topr")), 4, rungs=(1, 2)),
         _short("rare", "rare", (reval(k=(4,)), *grpo(k=(4,)))),
         _short("long", "long", (reval(k=(4,)), *grpo(k=(4,)))),
         _short(
@@ -227,6 +227,14 @@ STUDIES = {
         ),
         _short("siblings", "sums", siblings(), 1, rungs=(), seeds=2),
         *map(one_prompt, ("one-easy", "one-medium", "one-hard")),
+        Study(
+            name="demo-replay",
+            task=TASKS["demo"],
+            methods=(policy_gradient("GRPO with replay", "grpo", lr=(3e-5, 6e-5), k=(4,)),),
+            trials=2,
+            rungs=(1,),
+            overrides=("run.iterations=6",),
+        ),
         Study(
             name="demo",
             task=TASKS["demo"],
