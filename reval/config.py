@@ -348,7 +348,8 @@ class ReplayConfig(_Section):
     """K: one update on the fresh batch and K - 1 updates on batches drawn from the buffer. 1: on-policy training. With
     rollout.engine=none, all K updates are on batches drawn from the buffer."""
     draw: Literal["uniform", "groups"] = "uniform"
-    """How replayed batches are drawn. uniform: single trajectories. groups: all responses to a prompt together."""
+    """How replayed batches are drawn. uniform: single trajectories. groups: all responses to a prompt together, which
+    objective.name=tba needs: of a single one, its loss is 0."""
     batch_size: int | None = None
     """Number of trajectories drawn for each replayed update. null: as many as one iteration generates."""
     preload: str | None = None
@@ -383,14 +384,17 @@ class ObjectiveConfig(_Section):
     semi_gradient: bool = False
     """Stop the gradient at the TD target. Only for objective.level=token."""
     beta: float = 0.02
-    """Weight of the reference policy against the reward: the loss divides the reward by beta. Longer responses need a
-    smaller beta."""
+    """Weight of the reference policy against the reward: the loss divides the reward by beta. With a fixed reference,
+    longer responses need a smaller beta; with reference.reset_every=1 beta is a step size, 0.1 to 1 (docs/method.md
+    section 6)."""
     value_gradient: bool = True
     """reval: whether the gradient goes through V(s_1), as in Eq. 2 of the paper, or not, as in its Eq. 4. false is for
-    rewards from which a mean is subtracted, with reference.reset_every=1 (docs/evidence.md)."""
+    rewards from which a mean is subtracted, with reference.reset_every=1 (docs/evidence.md). Other objectives ignore
+    it."""
     taper: bool = False
-    """reval: weigh a response with a negative reward by min(1, pi / mu): how likely the policy still writes it. mu
-    is the policy that generated it. docs/evidence.md shows what this gains."""
+    """reval: weigh a response with a negative reward by min(1, pi / mu): how likely the policy still writes it. mu is
+    the policy at the start of the iteration that first used the response, so this needs reference.reset_every=1.
+    docs/evidence.md shows what it gains. Other objectives ignore it."""
     clip_low: float = 0.2
     """grpo, kimi: a token's importance ratio below 1 - clip_low gives no gradient (grpo: if the advantage is negative).
     .inf: no limit."""

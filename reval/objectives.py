@@ -127,13 +127,21 @@ def modified(
     log_prob, v = values.log_prob.sum(1), values.v[:, 0]
     v = v if config.value_gradient else v.detach()
     residual = v - reference.v + log_prob - reference.log_prob - batch.rewards / config.beta
-    weight = torch.ones_like(residual)
-    if config.taper:
-        mu = batch.behavior.where(~batch.behavior.isnan(), values.log_prob.detach()).sum(1)
-        weight = (log_prob.detach() - mu).clamp(max=0).exp().where(batch.rewards < 0, 1.0)
+    weight = taper_weight(values, batch) if config.taper else 1.0
     loss = (weight * residual.square()).sum() / totals.trajectories
     residual, v = residual.detach(), v.detach()
     return ObjectiveOutput(loss, residual, v, residual - (v - reference.v) + batch.rewards / config.beta)
+
+
+def log_ratio(values: TokenValues, batch: Batch) -> Tensor:
+    """log pi / mu of each action: float32 [B, H], 0 where batch.mask is false. Where mu is not known the ratio is 1 and
+    only carries the gradient."""
+    return values.log_prob - batch.behavior.where(~batch.behavior.isnan(), values.log_prob.detach())
+
+
+def taper_weight(values: TokenValues, batch: Batch) -> Tensor:
+    """min(1, pi(tau) / mu(tau)) where the reward is negative, else 1: float32 [B], without gradient."""
+    return log_ratio(values, batch).sum(1).clamp(max=0).exp().detach().where(batch.rewards < 0, 1.0)
 
 
 @torch.no_grad()

@@ -13,7 +13,17 @@ from reval_kernels import TokenValues
 
 from .batching import Batch
 from .config import OBJECTIVES, ConfigError, ObjectiveConfig
-from .objectives import ObjectiveOutput, Reference, Totals, ValueObjective, from_values, regression, tba
+from .objectives import (
+    ObjectiveOutput,
+    Reference,
+    Totals,
+    ValueObjective,
+    from_values,
+    log_ratio,
+    regression,
+    taper_weight,
+    tba,
+)
 from .user_code import find
 
 
@@ -25,7 +35,7 @@ def grpo(
     objective.normalization says how tokens are averaged: as in GRPO, in DAPO (arXiv 2503.14476) or in Dr. GRPO (arXiv
     2503.20783). With reward.shaping=normalized A is GRPO's, with centered Dr. GRPO's.
     """
-    ratio = _log_ratio(values, batch).exp()
+    ratio = log_ratio(values, batch).exp()
     advantage = batch.rewards[:, None]
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = -(ratio * advantage).minimum(clipped * advantage)
@@ -40,9 +50,7 @@ def topr(
     A response that was right pulls in full, whoever wrote it. A wrong one pushes only as far as the policy would still
     write it.
     """
-    weight = _log_ratio(values, batch).sum(1).clamp(max=0).exp().detach()
-    weight = weight.where(batch.rewards < 0, 1.0)
-    loss = -(weight * batch.rewards * values.log_prob.sum(1)).sum() / totals.trajectories
+    loss = -(taper_weight(values, batch) * batch.rewards * values.log_prob.sum(1)).sum() / totals.trajectories
     return _output(loss, values, batch, reference, config)
 
 
@@ -65,16 +73,11 @@ def kimi(
 
     The first term has no gradient where w_h is below 1 - clip_low or above 1 + clip_high, whatever the sign of A.
     """
-    log_ratio = _log_ratio(values, batch)
-    ratio = log_ratio.exp()
+    log_w = log_ratio(values, batch)
+    ratio = log_w.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = -clipped * batch.rewards[:, None] + config.beta * log_ratio.square()
+    loss = -clipped * batch.rewards[:, None] + config.beta * log_w.square()
     return _output(loss.where(batch.mask, 0).sum() / totals.actions, values, batch, reference, config)
-
-
-def _log_ratio(values: TokenValues, batch: Batch) -> Tensor:
-    """log w of each token: float32 [B, H], 0 where batch.mask is false."""
-    return values.log_prob - batch.behavior.where(~batch.behavior.isnan(), values.log_prob.detach())
 
 
 def _average(loss: Tensor, batch: Batch, config: ObjectiveConfig, totals: Totals) -> Tensor:

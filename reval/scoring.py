@@ -10,20 +10,20 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean, pstdev
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .components import Components
-from .config import Config
+from .config import Config, Shaping
 from .data import Problem, Prompt
 from .replay import Trajectory
 from .rewards import ROUNDING, AllFailedError, RewardError, RewardPool, Scores
 from .rollout import Response
 from .rollout.generation import Rollouts
 
-SHAPINGS = ("plain", "centered", "normalized", "soft_centered", "batch_normalized", "plus_minus_one")
+SHAPINGS = get_args(Shaping)
 
 
 class ScoredResponse(NamedTuple):
@@ -261,9 +261,9 @@ def shape_rewards(rewards: list[float | None], groups: list[int], how: str, beta
         near = difflib.get_close_matches(str(how), SHAPINGS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"how must be one of {', '.join(SHAPINGS)}, but is {how!r}{hint}")
+    scored = _scored_by_group(rewards, groups)
     if how == "batch_normalized":
         return shape_rewards(rewards, [0] * len(rewards), "normalized")
-    scored = _scored_by_group(rewards, groups)
     if how == "plain":
         return list(rewards)
     if how == "plus_minus_one":

@@ -9,7 +9,7 @@ from random import Random
 from .advice import ValueLag, at_start
 from .checkpoint import load_checkpoint
 from .components import Components
-from .config import Config, ConfigError
+from .config import Config, ConfigError, load_config
 from .display import Display
 from .learner import Learner
 from .reference_policy import ReferencePolicy
@@ -59,6 +59,11 @@ class TrainingRun:
         # The checkpoint comes before the folder: a checkpoint that does not fit must leave the folder untouched.
         if checkpoint is not None:
             load_checkpoint(checkpoint, self)
+            saved = load_config([checkpoint / "config.yaml"]).reference.reset_every
+            if config.reference.reset_every == 1 != saved:
+                # Trajectories take their behaviour log-probs from a reference that is the policy at the start of the
+                # iteration. That of the checkpoint is older.
+                self.reference.reset()
         self.folder = Path(config.run.dir)
         self.previous = checkpoint
         """The checkpoint that this run loaded or saved last."""

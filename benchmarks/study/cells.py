@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 from reval.config import PATHS, Config, load_config
+from reval.model.dtypes import with_dtypes
 
 CELL = "cell.json"
 EVERY = (  # what every cell has in common: one thread, and no output that a study does not read
@@ -36,7 +37,7 @@ EVERY = (  # what every cell has in common: one thread, and no output that a stu
 )
 NOT_COMPUTED = ("dir", "display", "table", "overwrite", "resume", "save_every", "save_total_limit")
 """Settings of the section `run` that change nothing in metrics.jsonl."""
-NAMES_FILES = (PATHS | {"objective.name"}) - {"run.dir", "run.resume", "evaluation.folder"}
+NAMES_FILES = PATHS - {"run.dir", "run.resume", "evaluation.folder"}
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,26 @@ class Cell:
     """A hash of the file, or the key of the base model, that a setting names."""
     label: str = ""
     """What the progress line calls it."""
-    keep: bool = False
-    """Whether a later cell needs the checkpoint."""
 
     @property
     def folder(self) -> Path:
         return Path(self.config.run.dir)
 
     def result(self) -> dict[str, Any] | None:
-        """cell.json, or None if the run has not ended, or if its checkpoint is needed and gone."""
+        """cell.json, or None if the run has not ended."""
         try:
-            found = json.loads((self.folder / CELL).read_text())
+            return json.loads((self.folder / CELL).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        lacks = self.keep and found["status"] == "complete" and not (self.folder / "checkpoint").exists()
-        return None if lacks else found
 
 
-def make(folder: Path, files: Sequence[str], overrides: Sequence[str], *, label: str = "", keep: bool = False) -> Cell:
+def make(folder: Path, files: Sequence[str], overrides: Sequence[str], *, label: str = "") -> Cell:
     """The cell of these settings, in `folder`. Raises ConfigError for settings that cannot work."""
-    config = load_config(files, [*EVERY, *overrides])
+    # Resolved as the trainer resolves it: the config.yaml of the run, which `rekey` reads, has these values.
+    config = with_dtypes(load_config(files, [*EVERY, *overrides]))
     named = _digests(config)
     own = replace(config.run, dir=str(folder / "cells" / key(config, named)))
-    return Cell(replace(config, run=own), named, label, keep)
+    return Cell(replace(config, run=own), named, label)
 
 
 def key(config: Config, files: dict[str, str]) -> str:
@@ -127,6 +125,8 @@ def rekey(folder: Path) -> int:
     changed = 0
     for found in sorted((folder / "cells").glob(f"*/{CELL}")):
         old = found.parent
+        if not (old / "config.yaml").exists():
+            continue  # it failed before it wrote anything
         target = old.with_name(key(load_config([old / "config.yaml"]), json.loads(found.read_text())["files"]))
         if target != old and not target.exists():
             old.rename(target)
@@ -161,9 +161,9 @@ def run_cell(cell: Cell, retry: bool = False, wait: bool = False) -> dict[str, A
             return {"status": "busy"}
         known = cell.result()
         if known is not None and (known["status"] == "complete" or not retry):
-            return known | {"cached": True}
+            return known
         (cell.folder / CELL).unlink(missing_ok=True)
-        start = time.perf_counter()
+        start, stamp = time.perf_counter(), _stamp()
         try:
             result = _train(cell)
         except KeyboardInterrupt:
@@ -173,10 +173,9 @@ def run_cell(cell: Cell, retry: bool = False, wait: bool = False) -> dict[str, A
             with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)
         finally:
-            if not cell.keep:
-                _delete_checkpoints(cell.folder)
+            _delete_checkpoints(cell.folder)
             gc.collect()  # the next cell of this process needs the memory
-        result |= {"seconds": time.perf_counter() - start, "label": cell.label, "files": cell.files, "stamp": _stamp()}
+        result |= {"seconds": time.perf_counter() - start, "label": cell.label, "files": cell.files, "stamp": stamp}
         unfinished = cell.folder / f".{CELL}"
         unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(cell.folder / CELL)

@@ -28,20 +28,20 @@ def read(folder: Path, metric: str, per_iteration: int) -> list[Point]:
     """The points of a run, with the one before training.
 
     Args:
-        metric: the accuracy, by its name in metrics.jsonl. `reward` is that of the policy before the iteration.
+        metric: the accuracy, by its name in metrics.jsonl. One that is not of an evaluation, such as `reward`, is of
+            the fresh responses, and so of the policy before the iteration.
         per_iteration: number of rollouts of an iteration.
     """
     points, tokens, seconds = [], 0, 0.0
-    before = folder / "evaluations" / "iteration-000000.jsonl"
-    if metric != "reward" and before.exists():
-        answered = Evaluation.load(before).metrics()
-        points += [Point(0, 0, 0.0, answered[metric])] if metric in answered else []
+    before, fresh = folder / "evaluations" / "iteration-000000.jsonl", not metric.startswith("eval/")
+    if not fresh and before.exists():
+        points.append(Point(0, 0, 0.0, Evaluation.load(before).metrics()[metric]))
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if metric == "reward":
+        if fresh and metric in row:
             points.append(Point((row["iteration"] - 1) * per_iteration, tokens, seconds, row[metric]))
         tokens, seconds = row.get("num_tokens", 0), seconds + row["step_time"]  # num_tokens counts from the start
-        if metric != "reward" and metric in row:
+        if not fresh and metric in row:
             points.append(Point(row["iteration"] * per_iteration, tokens, seconds, row[metric]))
     return points
 
@@ -49,7 +49,8 @@ def read(folder: Path, metric: str, per_iteration: int) -> list[Point]:
 def area(points: list[Point]) -> float:
     """The area under the curve: the mean accuracy of the evaluations, without the one before training. 0 for a run
     that failed and has no points."""
-    return mean(point.accuracy for point in points if point.seconds) if points else 0.0
+    after = [point.accuracy for point in points if point.seconds]
+    return mean(after) if after else 0.0
 
 
 def first_at(points: list[Point], level: float) -> Point | None:

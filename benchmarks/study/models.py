@@ -14,7 +14,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +81,19 @@ def _count_text(question: str, answer: str, recipe: Recipe, rng: random.Random) 
 TEXTS: dict[str, Callable[[str, str, Recipe, random.Random], str]] = {"sums": _sum_text, "count": _count_text}
 
 
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold a lock while `target` is made: another study may make it at this moment."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def base_model(recipe: Recipe, folder: Path) -> Path:
     """The folder of the trained model, as model.name loads it. The first call trains it: less than a minute."""
     target = folder / "models" / recipe.key
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another study may train the same model at this moment
+    with locked(target):
         if not target.exists():
             unfinished = target.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)

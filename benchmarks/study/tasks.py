@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .models import Recipe, base_model, questions
+from .models import Recipe, base_model, locked, questions
 
 REWARD = "benchmarks.study.rewards:exact"
 FAST = (  # what every fast task has in common; a study may override it
@@ -65,28 +66,25 @@ class Task:
                 f"data.held_out_path={_write(problems / 'held_out.jsonl', asked[: self.held_out])}",
             ]
         own = [*FAST, f"model.name={model}", *paths, *self.overrides]
-        return own + [f"replay.preload={_log(self.logged, folder, own)}"] if self.logged else own
+        return own + [f"replay.preload={_log(self.logged, model, folder, own)}"] if self.logged else own
 
 
-def _log(count: int, folder: Path, settings: list[str]) -> Path:
-    """A file of `count` responses of the base model. Makes it with the trainer, whose weights stay where they are."""
-    path = folder / "problems" / f"log-{count}.jsonl"
-    if not path.exists():
-        from reval.config import load_config  # here, because worker processes import this module too
-        from reval.loop import train
+def _log(count: int, model: Path, folder: Path, settings: list[str]) -> Path:
+    """A file of `count` responses of the base model. The trainer makes it, with a step of no length."""
+    path = folder / "problems" / f"log-{model.name}-{count}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        if not path.exists():
+            from reval.config import load_config  # here, because worker processes import this module too
+            from reval.loop import train
 
-        run = folder / "problems" / f"log-{count}"
-        ours = (
-            "rollout.engine=hf",
-            "optim.lr=1e-12",
-            "evaluation.every=0",
-            "evaluation.samples=1",
-            "run.overwrite=true",
-        )
-        more = (f"run.iterations={count // 64}", f"run.dir={run}", "tracking.rollouts=true", "replay.batch_size=null")
-        train(load_config([], [*settings, *ours, *more, "run.threads=1", "run.display=plain", "run.save_every=0"]))
-        (run / "rollouts.jsonl").rename(path)
-        shutil.rmtree(run)
+            run = path.with_suffix(".run")
+            ours = ("rollout.engine=hf", f"run.iterations={count // 64}", f"run.dir={run}", "tracking.rollouts=true")
+            quiet = ("run.threads=1", "run.display=plain", "run.save_every=0", "run.overwrite=true")
+            short = ("optim.lr=1e-12", "evaluation.every=0", "evaluation.samples=1", "replay.batch_size=null")
+            train(load_config([], [*settings, *ours, *quiet, *short]))
+            (run / "rollouts.jsonl").rename(path)
+            shutil.rmtree(run)
     return path
 
 
@@ -95,7 +93,9 @@ def _write(path: Path, rows: list[tuple[str, str]]) -> Path:
     text = "".join(json.dumps({"prompt": question, "answer": answer}) + "\n" for question, answer in rows)
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(text)
+        unfinished.replace(path)
     return path
 
 

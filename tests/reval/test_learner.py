@@ -42,6 +42,7 @@ SETTINGS = [
     {"level": "trajectory"},
     {"level": "token"},
     {"level": "subtrajectory"},
+    {"taper": True, "value_gradient": False},
     {"name": "tba"},
     {"name": "grpo"},
     {"name": "grpo", "normalization": "token"},
@@ -52,7 +53,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(settings.values()))
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(map(str, settings.values())))
 def test_any_micro_batching_gives_the_same_gradient(tiny_config, trajectories, settings):
     """The behaviour policy is the reference, whose weights are others, so importance ratios are not 1."""
     config = replace(

@@ -40,6 +40,12 @@ CASES = {
         "reference.reset_every=1",
         "optim.micro_batch_tokens=20",
     ],
+    "tapered": [
+        "objective.taper=true",
+        "objective.value_gradient=false",
+        "reference.reset_every=1",
+        "optim.micro_batch_tokens=20",
+    ],
     "log Z of groups": ["objective.name=tba", "optim.micro_batch_tokens=20"],
     "one trajectory": [],
     "random weights": ["model.name=random:tests/reval/shape"],
