@@ -294,6 +294,15 @@ def test_settings_that_may_change_are_taken(tmp_path):
     assert last["iteration"] == 3 and last["buffer/size"] == 16
 
 
+def test_a_resume_that_now_resets_every_iteration_starts_with_its_policy_as_the_reference(tmp_path):
+    """Behaviour log-probs are those of the reference, so it must be the policy that generates the first responses."""
+    train(configured(tmp_path, "run.iterations=1"))
+    train(configured(tmp_path, "run.iterations=2", "run.resume=auto", "reference.reset_every=1"))
+    first, second = rows(tmp_path)
+    assert (first["reference/version"], second["reference/version"]) == (0, 2)
+    assert first["reval/log_ratio"] == second["reval/log_ratio"] == 0
+
+
 def test_a_generation_config_that_samples_without_saying_so_is_saved(tiny, tmp_path):
     model, _ = tiny
     model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
