@@ -177,7 +177,8 @@ class Display:
         self.note(f"metrics, samples, curves.png and the checkpoint are in {folder}")
 
     def _compare(self, before: Evaluation, after: Evaluation) -> None:
-        self._console.print(_answers(before, after, self._config.run.table))
+        if self._config.run.table:
+            self._console.print(_answers(before, after, self._config.run.table))
         first, then = before.metrics(), after.metrics()
         problems = sum(a.benchmark is None for a in after.answers)
         settings = self._config.evaluation
