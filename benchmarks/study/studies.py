@@ -89,6 +89,15 @@ def reval(name: str = "ReVal", *overrides: str, **grid: Any) -> Method:
     )
 
 
+def paper(*overrides: str, **grid: Any) -> Method:
+    """ReVal as in its paper: 0/1 rewards, a fixed reference, and V as the baseline."""
+    return Method(
+        name="ReVal, 0/1 rewards",
+        overrides=(*overrides, "reward.shaping=plain"),
+        grid=_grid(**{"beta": (0.05, 0.1)} | grid),
+    )
+
+
 def policy_gradient(name: str, objective: str, *overrides: str, **grid: Any) -> Method:
     """An objective of reval/policy_gradients.py. Its reused responses come from the same buffer as ReVal's."""
     return Method(name=name, overrides=(*FOLLOWING, f"objective.name={objective}", *overrides), grid=_grid(**grid))
@@ -107,6 +116,8 @@ def grpo(*overrides: str, **grid: Any) -> tuple[Method, Method]:
     )
 
 
+STEEP = (1e-3, 2e-3)
+"""Learning rates of the task `long`, on which every method was best with the largest one of an earlier grid."""
 SHORT = ("run.iterations=32", "optim.schedule=linear")
 SINGLE = ("rollout.prompts=64", "rollout.responses=1", "reward.shaping=batch_normalized")
 """One response a prompt. There is no group, so the mean is that of all responses of the iteration."""
@@ -151,8 +162,8 @@ def one_prompt(name: str) -> Study:
         name=name,
         task=TASKS[name],
         methods=(
-            *(reval(f"ReVal, K = {k}", **FIXED | {"k": (k,)}) for k in (1, 4, 8)),
-            *(policy_gradient(f"GRPO, K = {k}", "grpo", lr=(1e-3,), k=(k,)) for k in (1, 4, 8)),
+            *(reval(f"ReVal, K = {k}", **FIXED | {"k": (k,)}) for k in (1, 2, 4, 8)),
+            *(policy_gradient(f"GRPO, K = {k}", "grpo", lr=(1e-3,), k=(k,)) for k in (1, 2, 4, 8)),
         ),
         trials=1,
         rungs=(),
@@ -189,19 +200,30 @@ def _short(name: str, task: str, methods: Sequence[Method], trials: int = 2, *ov
 STUDIES = {
     study.name: study
     for study in (
-        _short("methods", "sums", (reval(), *grpo(), policy_gradient("TOPR", "topr")), 4, rungs=(1, 2)),
+        _short(
+            "methods",
+            "sums",
+            (reval(), paper(k=(4, 8)), *grpo(), policy_gradient("TOPR", "topr")),
+            4,
+            rungs=(1, 2),
+        ),
         _short("rare", "rare", (reval(k=(4,)), *grpo(k=(4,)))),
-        _short("long", "long", (reval(k=(4,)), *grpo(k=(4,)))),
+        _short(
+            "long",
+            "long",
+            (
+                reval(k=(4,), lr=STEEP, beta=(0.1,)),
+                policy_gradient("GRPO, K = 1", "grpo", k=(1,), lr=(1.5e-3, 3e-3)),
+                policy_gradient("GRPO with replay", "grpo", k=(4,), lr=STEEP),
+                policy_gradient("TOPR", "topr", k=(4,), lr=STEEP),
+            ),
+        ),
         _short(
             "one-response",
             "sums",
             (
                 reval("ReVal", *SINGLE, k=(4,)),
-                Method(
-                    name="ReVal, 0/1 rewards",
-                    overrides=(*SINGLE, "reward.shaping=plain", "replay.updates_per_iteration=4"),
-                    grid={"objective.beta": (0.05, 0.1), "optim.lr": RATES[1:3]},
-                ),
+                paper(*SINGLE, k=(4,)),
                 *grpo(*SINGLE, k=(4,)),
             ),
         ),
