@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.study.__main__ import arguments, main
 from benchmarks.study.cells import CELL, _digest, make, rekey, run_cell
-from benchmarks.study.conduct import Cells
+from benchmarks.study.conduct import Cells, _rollouts
 from benchmarks.study.curves import Point, area, first_at, read
 from benchmarks.study.halving import budget, search, survivors
 from benchmarks.study.models import TEXTS, Recipe, questions
@@ -24,7 +24,7 @@ from benchmarks.study.rewards import exact
 from benchmarks.study.runner import Runner
 from benchmarks.study.studies import STUDIES, Method, Study, Trial
 from benchmarks.study.tasks import TASKS, Task
-from reval.config import ModelConfig
+from reval.config import ModelConfig, load_config
 from reval.model.loading import load_model
 
 TINY = ["run.iterations=2", "evaluation.every=1", "data.held_out=2", "evaluation.greedy=false"]
@@ -223,6 +223,13 @@ def test_every_study_has_equal_budgets_and_settings_that_exist(name, tmp_path):
         assert len({cells.cell(trial, 0).folder for trial in method.trials(study.trials)}) == study.trials
 
 
+def test_without_generation_an_iteration_counts_what_it_draws():
+    config = load_config(["configs/tiny.yaml"])
+    assert _rollouts(config) == 16
+    drawn = ["rollout.engine=none", "replay.preload=a.jsonl", "replay.batch_size=24", "replay.updates_per_iteration=2"]
+    assert _rollouts(load_config(["configs/tiny.yaml"], drawn)) == 48
+
+
 # ---- The report ----------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +265,10 @@ def test_reward_is_that_of_the_policy_before_the_iteration(tmp_path):
     rows = [{"iteration": i, "reward": i / 10, "num_tokens": 100 * i, "step_time": 2.0} for i in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(tmp_path, "reward", 64) == [Point(0, 0, 0.0, 0.1), Point(64, 100, 2.0, 0.2)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(r | {"reval/log_ratio": r["reward"]}) + "\n" for r in rows)
+    )
+    assert read(tmp_path, "reval/log_ratio", 64) == read(tmp_path, "reward", 64), "also of the fresh responses"
 
 
 def test_a_whole_study_from_its_kept_runs(tmp_path, monkeypatch, capsys):

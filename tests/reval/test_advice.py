@@ -55,6 +55,10 @@ def test_a_reference_that_is_reset_soon_may_lag(every, says):
     assert any(watch([99.0] * ITERATIONS, f"reference.reset_every={every}")) == says
 
 
+def test_a_value_without_a_gradient_may_lag():
+    assert not any(watch([99.0] * ITERATIONS, "objective.value_gradient=false"))
+
+
 PUSHED_AGAIN = ["replay.updates_per_iteration=3", "reward.shaping=normalized", "reference.reset_every=1"]
 
 

@@ -206,6 +206,13 @@ def test_the_results_compare_what_was_answered_before_and_after(capsys):
     assert "held-out accuracy, greedy: 0.500 -> 1.000" in out and "aime24, avg@2: 0.000 -> 0.500" in out
 
 
+def test_no_table_without_rows(capsys):
+    run = Evaluation([answered("2 + 2", "4", 1.0)])
+    Display(settings(table=0)).results(run, run, "folder")
+    out = capsys.readouterr().out
+    assert "problem" not in out.partition("held-out accuracy")[0] and "held-out accuracy, greedy" in out
+
+
 def test_without_held_out_problems_the_accuracy_is_the_benchmarks(capsys):
     run = Evaluation([answered("2 + 2", "4", 1.0, "aime24")])
     Display(settings()).results(run, run, "folder")
