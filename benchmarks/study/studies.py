@@ -223,7 +223,7 @@ STUDIES = {
             "sums",
             (
                 reval("ReVal", *SINGLE, k=(4,)),
-                paper(*SINGLE, k=(4,)),
+                paper(*SINGLE, k=(4,), lr=(1e-3,)),
                 *grpo(*SINGLE, k=(4,)),
             ),
         ),
