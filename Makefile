@@ -30,7 +30,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py CMakeLists.txt $(wil
 	$(VLLM)/bin/pip install --quiet --upgrade -c constraints-vllm.txt pip setuptools wheel
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt torch
 	$(VLLM)/bin/pip install --quiet --no-deps -r constraints-vllm.txt
-	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e .
+	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e .[train]
 	touch $@
 
 # ReVal, then GRPO on as many rollouts, and both curves. Each demo replaces the results of the last one. make demo

@@ -27,7 +27,7 @@ def needs(module: str, *names: str, device: str = "") -> Callable[[str], str | N
         try:
             found = importlib.import_module(module)
         except Exception as error:  # an import may fail with any exception, and the exception is the reason
-            return f"{module} does not import: {type(error).__name__}: {error}; see pip install reval[bench]"
+            return f"{module} does not import: {type(error).__name__}: {error}; see make bench, which installs it"
         absent = [name for name in names if not hasattr(found, name)]
         return f"{module} has no {', '.join(absent)} in this version" if absent else None
 

@@ -1,6 +1,6 @@
 """Reads the rows of a data set as dictionaries: from a file, the Hugging Face hub or a reasoning_gym generator.
 
-Parquet files and the hub need the extra `data` (pip install 'reval[data]').
+Parquet files and the hub need the extra `data` (pip install 'reval-kernels[data]').
 """
 
 from __future__ import annotations
@@ -243,4 +243,6 @@ def _extra(module: str, why: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name != package:
             raise
-        raise ValueError(f"{why} needs the package {package}, of the extra `data`: pip install 'reval[data]'") from None
+        raise ValueError(
+            f"{why} needs the package {package}, of the extra `data`: pip install 'reval-kernels[data]'"
+        ) from None

@@ -14,10 +14,13 @@ from .losses import bellman_loss, linear_reval_loss, reval_loss, td_targets
 from .types import BellmanLoss, TDTargets, TokenValues
 from .values import linear_token_values, token_values
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BellmanLoss",
     "TDTargets",
     "TokenValues",
+    "__version__",
     "backends",
     "bellman_loss",
     "linear_reval_loss",

@@ -124,7 +124,7 @@ def check_installed(config: Config) -> None:
         if getattr(config.tracking, name) and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"tracking.{name} is true, but the package {name} is not installed: pip install {name} (or "
-                f"'reval[trackers]' for all of them), or set tracking.{name}=false"
+                f"'reval-kernels[trackers]' for all of them), or set tracking.{name}=false"
             )
 
 

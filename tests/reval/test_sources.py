@@ -118,7 +118,7 @@ def test_a_missing_extra_is_named(monkeypatch, module, read):
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr("reval.sources.importlib.import_module", refuse)
-    with pytest.raises(ValueError, match=rf"needs the package {package}, .* pip install 'reval\[data\]'"):
+    with pytest.raises(ValueError, match=rf"needs the package {package}, .* pip install 'reval-kernels\[data\]'"):
         list(read())
 
 
