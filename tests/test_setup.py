@@ -8,28 +8,34 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from reval_kernels.backends.cpu.build import library_name
 
 ROOT = Path(__file__).parents[1]
+CPU = Path("reval_kernels/backends/cpu")
+LIBRARY = library_name(torch.__version__)
 FAKE_CMAKE = """#!{python}
 import pathlib, sys
 if sys.argv[1] == "--build":
-    out = pathlib.Path(sys.argv[2], "output").read_text()
-    pathlib.Path(out, "libreval_kernels_cpu.so").write_text("new")
+    pathlib.Path(pathlib.Path(sys.argv[2], "output").read_text()).write_text("new")
 else:
     folder = pathlib.Path(sys.argv[sys.argv.index("-B") + 1])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "output").write_text(next(a for a in sys.argv if a.startswith("-DOUTPUT_DIR="))[13:])
+    (folder / "output").write_text(next(a for a in sys.argv if a.startswith("-DOUTPUT="))[9:])
 """
 
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     """A folder with sources, and a fake cmake."""
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path)
     for package in ("reval", "reval_kernels"):
         (tmp_path / package).mkdir()
         shutil.copy(ROOT / package / "__init__.py", tmp_path / package)
+    (tmp_path / CPU).mkdir(parents=True)
+    shutil.copy(ROOT / CPU / "build.py", tmp_path / CPU)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "cmake").write_text(FAKE_CMAKE.format(python=sys.executable))
     (tmp_path / "bin" / "cmake").chmod(0o755)
@@ -48,22 +54,22 @@ def run(sources: Path, build_cpu: str, *arguments: str) -> None:
 def in_wheel(sources: Path, build_cpu: str) -> set[str]:
     run(sources, build_cpu, "bdist_wheel", "--dist-dir", f"dist{build_cpu}")
     (wheel,) = (sources / f"dist{build_cpu}").iterdir()
+    assert wheel.name.split("-", 2)[2].startswith("py3-none-any" if build_cpu == "0" else "py3-none-linux")
     return {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
 
 
 def test_a_wheel_holds_what_was_built_for_it(sources):
     (sources / "reval" / "gone.py").write_text("")
     names = in_wheel(sources, "1")
-    assert {"libreval_kernels_cpu.so", "gone.py"} <= names and "not_built.txt" not in names
+    assert {LIBRARY, "gone.py"} <= names and "not_built.txt" not in names
     (sources / "reval" / "gone.py").unlink()
     names = in_wheel(sources, "0")
-    assert "not_built.txt" in names and not names & {"libreval_kernels_cpu.so", "gone.py"}
+    assert "not_built.txt" in names and not names & {LIBRARY, "gone.py"}
 
 
 def test_a_build_in_place_without_the_library_removes_the_old_one(sources):
-    package = sources / "reval_kernels" / "backends" / "cpu"
-    package.mkdir(parents=True)
+    (sources / CPU / "libreval_kernels_cpu-torch1.0.so").write_text("of another torch")
     run(sources, "1", "build_ext", "--inplace")
-    assert [path.name for path in package.iterdir()] == ["libreval_kernels_cpu.so"]
+    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", LIBRARY}
     run(sources, "0", "build_ext", "--inplace")
-    assert [path.name for path in package.iterdir()] == ["not_built.txt"]
+    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", "not_built.txt"}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("reval_kernels", "tests/reval_kernels", "pyproject.toml", "setup.py", "CMakeLists.txt")
+COPIED = ("reval_kernels", "tests/reval_kernels", "pyproject.toml", "setup.py", "README.md")
 CONFTEST = """
 from hypothesis import Phase, settings
 # One red test is enough, so hypothesis does not search for the smallest failing example.

@@ -1,6 +1,6 @@
 """C++ kernels for the CPU. They read the logits once forward and once backward, and write the gradient once.
 
-setup.py (CMakeLists.txt) builds the library beside this file. The library registers `torch.ops.reval_kernels_cpu` and
+build.py builds the library beside this file. The library registers `torch.ops.reval_kernels_cpu` and
 computes in float32. The portable backend takes float64 inputs, and logits whose last dimension is not contiguous.
 """
 
@@ -34,10 +34,11 @@ from ...contract import (
 from ...types import TokenValues
 from .. import portable
 from ..frozen_head import gradient_of_hidden
+from .build import NOTE, library_name
 
 DEVICES: tuple[str, ...] | None = ("cpu",)
 CHECKS_DATA: frozenset[str] = frozenset()
-LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name("libreval_kernels_cpu.so"))
+LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name(library_name(torch.__version__)))
 """The library. REVAL_CPU_LIBRARY names another build, for example the build with sanitizers."""
 
 
@@ -45,14 +46,22 @@ LIBRARY = Path(os.environ.get("REVAL_CPU_LIBRARY") or Path(__file__).with_name("
 def missing() -> str | None:
     """Why the library cannot be used. The first call loads the library."""
     if not LIBRARY.exists():
-        note = LIBRARY.with_name("not_built.txt")
-        why = note.read_text().strip() if note.exists() else "its C++ library has not been built"
-        return f"{why}; build it with: pip install --no-build-isolation -e . (needs torch, CMake and a C++ compiler)"
+        return f"{_why_no_library()}; build it with: python -m reval_kernels.build (needs CMake and a C++ compiler)"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"its C++ library does not load with torch {torch.__version__}: {error}; build it again"
     return None
+
+
+def _why_no_library() -> str:
+    note = LIBRARY.with_name(NOTE)
+    if note.exists():
+        return note.read_text().strip()
+    others = sorted(path.stem.partition("-torch")[2] for path in LIBRARY.parent.glob("libreval_kernels_cpu-torch*.so"))
+    if others:
+        return f"its C++ library was built for torch {', '.join(others)}, and this is torch {torch.__version__}"
+    return "its C++ library has not been built"
 
 
 def token_values(logits: Tensor, tokens: Tokens, transform: Transform, with_entropy: bool) -> RowValues:

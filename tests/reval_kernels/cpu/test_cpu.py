@@ -275,10 +275,17 @@ def test_what_is_said_when_it_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "library.so")
     cpu.missing.cache_clear()
     try:
-        assert cpu.missing().startswith("its C++ library has not been built; build it with: pip install")
+        assert cpu.missing().startswith("its C++ library has not been built; build it with: python -m")
         cpu.missing.cache_clear()
         (tmp_path / "not_built.txt").write_text("cmake was not found\n")
-        assert reval_kernels.backends()["cpu"].reason.startswith("cmake was not found; build it with: pip install")
+        assert reval_kernels.backends()["cpu"].reason.startswith("cmake was not found; build it with: python -m")
+        cpu.missing.cache_clear()
+        (tmp_path / "not_built.txt").unlink()
+        (tmp_path / "libreval_kernels_cpu-torch2.7.so").write_text("for another torch")
+        (tmp_path / "libreval_kernels_cpu-torch2.12.so").write_text("for another torch")
+        assert cpu.missing().startswith(
+            f"its C++ library was built for torch 2.12, 2.7, and this is torch {torch.__version__}"
+        )
         cpu.missing.cache_clear()
         (tmp_path / "library.so").write_text("no library")
         assert "does not load with torch" in cpu.missing()
@@ -292,15 +299,16 @@ def test_what_is_said_when_it_is_not_built(monkeypatch, tmp_path):
 @pytest.mark.parametrize("missing", ["cmake", "compiler"])
 def test_the_package_installs_without_a_compiler(missing, tmp_path):
     """setup.py does not fail. It writes a note with the reason instead of a library."""
-    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
         ROOT / "reval_kernels/backends/cpu",
         tmp_path / "reval_kernels/backends/cpu",
-        ignore=shutil.ignore_patterns("*.so", "*.txt"),
+        ignore=shutil.ignore_patterns("*.so", "not_built.txt"),
     )
     (tmp_path / "reval").mkdir()
-    (tmp_path / "reval/__init__.py").write_text('__version__ = "0"\n')
+    for package in ("reval", "reval_kernels"):
+        (tmp_path / package / "__init__.py").write_text('__version__ = "0"\n')
     (tmp_path / "README.md").write_text("")
     tools = tmp_path / "tools"
     tools.mkdir()
