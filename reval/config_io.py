@@ -238,9 +238,15 @@ def _read_file(path: Path, known: dict[str, Field]) -> dict[str, Any]:
     return values
 
 
+def installed(path: Path) -> Path:
+    """The path itself or, if no such file is there, the file of that name among the installed configs (configs/...)."""
+    ours = Path(__file__).parent / path
+    return ours if path.parts[:1] == ("configs",) and not path.exists() and ours.exists() else path
+
+
 def _read_text(path: Path, known: dict[str, Field]) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return installed(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         if str(path) in known:
             raise ConfigError(f"{path} is a setting and needs a value: {path}=...") from None
