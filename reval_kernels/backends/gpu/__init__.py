@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ __all__ = [
 
 DEVICES: tuple[str, ...] | None = ("cuda",)  # torch's name for AMD GPUs too
 CHECKS_DATA: frozenset[str] = frozenset({"token_values", "bellman_loss", "td_targets"})
+OLDEST_TRITON = (3, 6)
 LINEAR_CHUNK = 1 << 29
 """The number of logits in one chunk: 1 GiB in bf16, 3533 tokens of Qwen's vocabulary; half as many in float32. The
 reason is in docs/kernels.md."""
@@ -53,7 +55,16 @@ _FILES = {
 @functools.cache
 def missing() -> str | None:
     """Why the kernels cannot run: they need only Triton. `launch` checks that the tensors are on a GPU."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed (pip install triton)"
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # AMD's builds and nightly builds have other names
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {found} is too old: the kernels need {oldest} or newer, which torch 2.10 and newer bring"
+    return None
 
 
 def __getattr__(name: str) -> Any:

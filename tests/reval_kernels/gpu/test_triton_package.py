@@ -46,6 +46,16 @@ print(info["triton"].available, info["triton"].default_for, info["triton"].reaso
     assert run(code).strip() == "False () triton is not installed (pip install triton) True"
 
 
+def test_a_triton_that_is_too_old_is_named():
+    """torch 2.7 to 2.9 bring Triton 3.3 to 3.5, in which the kernels do not compile."""
+    code = """
+import importlib.metadata, reval_kernels
+importlib.metadata.version = lambda name: {"triton": "3.5.1"}[name]
+print(reval_kernels.backends()["triton"].reason)
+"""
+    assert run(code).startswith("triton 3.5.1 is too old: the kernels need 3.6 or newer")
+
+
 def test_cpu_tensors_are_refused_outside_the_interpreter():
     code = """
 import torch, reval_kernels
