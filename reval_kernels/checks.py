@@ -195,7 +195,7 @@ def bellman_arguments(
         number("normalizer", normalizer, wide_dtype(like), " or None")
     if isinstance(reference, TokenValues):
         names = ("reference.q", "reference.v", "reference.log_prob")
-        alike(names, reference[:3], FLOATS, shape, device)
+        alike(names, (reference.q, reference.v, reference.log_prob), FLOATS, shape, device)
     elif isinstance(reference, Tensor):
         tensor("reference", reference, FLOATS, [trajectories], device)
     else:

@@ -268,6 +268,6 @@ def _options(
 def _check_values(values: TokenValues) -> None:
     if not isinstance(values, TokenValues):
         raise TypeError(f"values must be TokenValues, got {type(values).__name__}")
-    q, v, log_prob = values[:3]
+    q, v, log_prob = values.q, values.v, values.log_prob  # torch.compile of torch 2.7 cannot slice a named tuple
     checks.tensor("values.q", q, checks.WIDE, None, None)
     checks.alike(("values.v", "values.log_prob"), (v, log_prob), (q.dtype,), q.shape, q.device)
