@@ -25,9 +25,13 @@ from . import torch_private
 P = ParamSpec("P")
 R = TypeVar("R")
 
+NAMESPACE = str(__package__).replace(".", "_")
+"""The ops are torch.ops.<NAMESPACE>: reval_kernels. A copy of the package that was imported under another name, as
+Hugging Face's `kernels` does, has ops of its own. With equal names, its ops would replace ours in silence."""
+
 
 def grouped_op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], GroupedOp[P, R]]:
-    """Register a function as the op reval_kernels::<name>. `mutates` names the flat arguments that it overwrites."""
+    """Register a function as the op <NAMESPACE>::<name>. `mutates` names the flat arguments that it overwrites."""
     return lambda function: GroupedOp(name, function, mutates)
 
 
@@ -63,7 +67,7 @@ class GroupedOp(Generic[P, R]):
             inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in flat.items()
         ]
         setattr(run, "__signature__", inspect.Signature(parameters, return_annotation=_flat_result(returned)))  # noqa: B010
-        self.definition = torch.library.custom_op(f"reval_kernels::{name}", run, mutates_args=mutates)
+        self.definition = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates)
 
     def __call__(self, *groups: P.args, **none: P.kwargs) -> R:
         assert not none, "an op takes positional arguments only"
@@ -127,7 +131,7 @@ class GroupedOp(Generic[P, R]):
 
         functions = {"forward": staticmethod(forward), "backward": staticmethod(padded(self._inputs + 1))}
         # the profiler shows the name of the class
-        graph = type(f"reval_kernels::{self.name}", (torch.autograd.Function,), functions)
+        graph = type(f"{NAMESPACE}::{self.name}", (torch.autograd.Function,), functions)
         self._apply = torch_private.plain_apply(graph)
 
     def register_no_gradient(self, message: str) -> None:
