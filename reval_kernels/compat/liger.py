@@ -69,7 +69,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         outputs = _outputs(values)
         if selected_token_ids is not None:
             z = _logits_of(_input, weight, selected_token_ids, mask) / temperature
-            outputs += ((z - values.v[:, None]).where(mask[:, None], 0),)
+            outputs += (z - values.v[:, None],)  # both are 0 where masked out
         return outputs if len(outputs) > 1 else outputs[0]
 
 

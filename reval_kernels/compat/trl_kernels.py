@@ -183,13 +183,11 @@ def _statistics(
     flat = head._replace(hidden=head.hidden.flatten(0, -2))
     chunked = ChunkedHead(flat, Needs(False, False, False))
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.autocast(head.hidden.device.type, enabled=False):
-        # one chunk at least: the results of no token have dtypes too
-        for start in range(0, max(len(flat.hidden), 1), chunked.size):
-            at = slice(start, start + chunked.size)
-            z = chunked.logits(at).mul_(logit_scale)
-            z = (z if softcap is None else (z / softcap).tanh_().mul_(softcap)).div_(temperature)
-            squares = z.softmax(-1).square_().sum(-1).log_()
-            found.append((squares, z.mean(-1), z.argmax(-1) == targets.flatten()[at]))
+    for start in range(0, max(len(flat.hidden), 1), chunked.size):  # one chunk at least, from which results get dtypes
+        at = slice(start, start + chunked.size)
+        z = chunked.logits(at).mul_(logit_scale)
+        z = (z if softcap is None else (z / softcap).tanh_().mul_(softcap)).div_(temperature)
+        squares = z.softmax(-1).square_().sum(-1).log_()
+        found.append((squares, z.mean(-1), z.argmax(-1) == targets.flatten()[at]))
     parts = [torch.cat(part).view(targets.shape) for part in zip(*found, strict=True)]
     return dict(zip(OPTIONAL_OUTPUTS[1:], parts, strict=True))
