@@ -3,8 +3,9 @@
     python -m benchmarks.contracts
 
 Prints the tables of docs/coming_from.md: for each situation the largest error of log-prob and entropy in nats, and of
-the gradient over its largest true entry, for random upstream gradients of both. The truth is plain PyTorch in float64. TRL's and Liger's PyTorch functions run as they are,
-and TRL's Triton kernel in Triton's interpreter: this shows its arithmetic on a machine without a GPU, not its speed.
+the gradient over its largest true entry, for random upstream gradients of both. The truth is plain PyTorch in float64.
+TRL's and Liger's PyTorch functions run as they are, and TRL's Triton kernel in Triton's interpreter: this shows its
+arithmetic on a machine without a GPU, not its speed.
 `make bench` installs TRL and Liger; without them, only our column has numbers.
 
 Letters: N tokens, V words, D features.

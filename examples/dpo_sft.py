@@ -41,8 +41,10 @@ def counting(direction: int) -> Tensor:
 
 
 def values_of(model: LlamaForCausalLM, tokens_BT: Tensor) -> TokenValues:
-    """Q, V and log pi of every response token. The state of token t is the hidden state that has read tokens 0 to t - 1;
-    the prompt has one token, so every token but the first is a response token."""
+    """Q, V and log pi of every response token.
+
+    The state of token t is the hidden state that has read tokens 0 to t - 1. The prompt is the first token.
+    """
     hidden = model.base_model(tokens_BT[:, :-1]).last_hidden_state
     return linear_token_values(hidden, model.get_output_embeddings().weight, tokens_BT[:, 1:])
 
