@@ -1,4 +1,4 @@
-"""The examples: the size and the imports that one_file.py promises, a run that learns; a run with environment.py."""
+"""The examples: the size and the imports that one_file.py promises, a run that learns; a run of each of the others."""
 
 import ast
 import os
@@ -91,3 +91,28 @@ def test_the_environment_of_ones_own_answers():
     assert task.step("c") == ([{"role": "user", "content": "c??"}], 1 - 2 / 3, True)
     task.reset({"word": "abc"})
     assert task.step(" cba\n") == ([], 1.0, True)
+
+
+@pytest.mark.parametrize("name", ["grpo_log_probs", "dpo_sft"])
+def test_the_examples_of_losses_need_no_trainer(name):
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= 140 and not re.search(r"^(from|import) reval\b", source, re.MULTILINE)
+
+
+def test_grpo_with_its_log_prob_line_replaced(capsys):
+    """The same loss and gradients, at a fraction of the memory."""
+    example = runpy.run_path(str(ROOT / "examples" / "grpo_log_probs.py"))
+    example["main"](tokens=64, vocabulary=8192)
+    found = re.findall(r"loss (\S+)  peak +(\S+) MiB", capsys.readouterr().out)
+    (before, peak_before), (after, peak_after) = [tuple(map(float, pair)) for pair in found]
+    assert abs(before - after) <= 1e-5 and abs(before) > 1e-3
+    assert peak_before > 8 * 63 * 8192 * 4 / 2**20  # at least one tensor of logits
+    assert peak_after < peak_before / 2
+
+
+def test_dpo_and_sft_on_the_same_token_values():
+    """DPO with the SFT term makes the chosen responses likely; DPO alone does not (probabilities 0.88 and 0.02)."""
+    train = runpy.run_path(str(ROOT / "examples" / "dpo_sft.py"))["train"]
+    after_sft, after_dpo = train(steps=60, sft=1.0, seed=0)
+    assert after_sft > 0.6 and after_dpo > 0.7
+    assert train(steps=60, sft=0.0, seed=0)[1] < 0.2

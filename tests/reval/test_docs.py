@@ -67,6 +67,36 @@ def test_code_in_the_method_runs():
     exec(compile(block, "docs/method.md", "exec"), {})
 
 
+def test_the_code_in_coming_from_runs_with_either_import():
+    """Each block runs. Where the other library is installed, it runs with that library's import too, which the tables
+    name; what it computes is close."""
+    page = "docs/coming_from.md"
+    imports = re.findall(r"^\| `(from \S+ import \w+)` \| `(from \S+ import \w+)` \|$", prose(page), re.MULTILINE)
+    modules = {after.split()[1]: before.split()[1] for before, after in imports}
+    shown = blocks(page)
+    assert len(shown) == 3 and len(imports) == 8
+    for _, after in imports:
+        exec(after, {})
+    for block in shown:
+        torch.manual_seed(0)
+        ours: dict = {}
+        exec(compile(block, page, "exec"), ours)
+        line = re.search(r"^from reval_kernels\.\S+ import .*$", block, re.MULTILINE)
+        assert line
+        before = line[0].replace(module := line[0].split()[1], modules[module]).replace(", chunked_log_probs", "")
+        try:
+            exec(before, {})
+        except ImportError:
+            continue
+        torch.manual_seed(0)
+        theirs: dict = {}
+        code = block.replace(line[0], before).partition("# The same with log Z")[0]
+        exec(compile(code, page, "exec"), theirs)
+        for name in ("log_probs", "entropies", "top_log_probs", "nll", "entropy", "selected"):
+            if name in theirs:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_the_loss_in_extending_equals_huber_and_trains(tmp_path, monkeypatch, tiny, tiny_config, trajectories):
     from reval import objectives
     from reval.batching import collate
