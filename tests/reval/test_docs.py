@@ -78,23 +78,24 @@ def test_the_code_in_coming_from_runs_with_either_import():
     for _, after in imports:
         exec(after, {})
     for block in shown:
-        torch.manual_seed(0)
-        ours: dict = {}
-        exec(compile(block, page, "exec"), ours)
-        line = re.search(r"^from reval_kernels\.\S+ import .*$", block, re.MULTILINE)
-        assert line
-        before = line[0].replace(module := line[0].split()[1], modules[module]).replace(", chunked_log_probs", "")
+        exec(compile(block, page, "exec"), {})
+        code = block.partition("\n# The same with log Z")[0].replace(", chunked_log_probs", "")  # TRL has no log Z
+        [line] = re.findall(r"^from reval_kernels\.\S+ import .*$", code, re.MULTILINE)
+        before = line.replace(line.split()[1], modules[line.split()[1]])
         try:
             exec(before, {})
         except ImportError:
             continue
-        torch.manual_seed(0)
-        theirs: dict = {}
-        code = block.replace(line[0], before).partition("# The same with log Z")[0]
-        exec(compile(code, page, "exec"), theirs)
-        for name in ("log_probs", "entropies", "top_log_probs", "nll", "entropy", "selected"):
-            if name in theirs:
-                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4, msg=name)
+        results: list[dict] = []
+        for one in (code, code.replace(line, before)):
+            torch.manual_seed(0)
+            results.append({})
+            exec(compile(one, page, "exec"), results[-1])
+        ours, theirs = results
+        named = {"log_probs", "entropies", "top_log_probs", "nll", "entropy", "is_top1", "selected"} & ours.keys()
+        assert len(named) >= 3
+        for name in named:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_in_extending_equals_huber_and_trains(tmp_path, monkeypatch, tiny, tiny_config, trajectories):
