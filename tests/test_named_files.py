@@ -41,6 +41,7 @@ ALLOWED = {
     ],
     "a build or a benchmark writes it": [
         "not_built.txt",
+        "metadata.json",
         "-times.png",
         "-curves.png",
         "-overhead.json",
