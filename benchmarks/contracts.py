@@ -34,7 +34,7 @@ def load(module: str, name: str) -> Callable | None:
         found = getattr(__import__(module, fromlist=[name]), name)
     except Exception:
         return None
-    return found.apply if isinstance(found, type) else found
+    return getattr(found, "apply", found)
 
 
 # --- situations -----------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def errors(function: Function | None, definition: Function, given: list[Tensor],
     if function is None:
         return "not installed"
     truth, found = results(definition, wide, *rest), results(function, given, *rest)
-    scales = [1, 1, truth[2].abs().max()]
+    scales = [torch.ones(()), torch.ones(()), truth[2].abs().max()]
     each = [float(((x.double() - y).abs() / s).max()) for x, y, s in zip(found, truth, scales, strict=True)]
     dtypes = {str(x.dtype).removeprefix("torch.") for x in found[:2]}
     return " / ".join("NaN" if e != e else f"{e:.0e}" for e in each) + f", {' and '.join(sorted(dtypes))}"

@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,11 +98,11 @@ def main(tokens: int, vocabulary: int) -> None:
     losses, gradients, peaks = [], [], []
     for name, function in (("before", log_probs_before), ("after", log_probs_after)):
         step(function, policy, batch)  # warm up: the gradients exist from here on
-        peaks.append(peak_mib(lambda function=function: step(function, policy, batch)))
+        peaks.append(peak_mib(partial(step, function, policy, batch)))
         start = time.perf_counter()
         losses.append([step(function, policy, batch) for _ in range(STEPS)][-1])
         seconds = (time.perf_counter() - start) / STEPS
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
         print(f"{name:6s}  loss {losses[-1]:.6f}  peak {peaks[-1]:5.0f} MiB  {seconds:5.2f} s a step")
     difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     print(f"losses differ by {abs(losses[0] - losses[1]):.0e}, gradients by {difference:.0e} of their norm;", end=" ")

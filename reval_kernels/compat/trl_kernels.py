@@ -172,7 +172,8 @@ class ChunkedLogProbFunction:
         if set(outputs) - {"entropy"}:
             head = HeadInputs(hidden.detach(), weight.detach(), None if bias is None else bias.detach(), "exact")
             more = _statistics(head, targets, temperature, final_logit_softcapping, logit_scale)
-        return found.logprobs, found.entropy, *(more[n] if n in outputs else None for n in OPTIONAL_OUTPUTS[1:])
+        squares, mean, top = (more[n] if n in outputs else None for n in OPTIONAL_OUTPUTS[1:])
+        return found.logprobs, found.entropy, squares, mean, top
 
 
 @torch.no_grad()
@@ -185,7 +186,7 @@ def _statistics(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, max(len(flat.hidden), 1), chunked.size):  # one chunk at least, from which results get dtypes
         at = slice(start, start + chunked.size)
-        z = chunked.logits(at).mul_(logit_scale)
+        z = chunked.logits((at,)).mul_(logit_scale)  # type: ignore[arg-type]  # a slice in place of a tensor
         z = (z if softcap is None else (z / softcap).tanh_().mul_(softcap)).div_(temperature)
         squares = z.softmax(-1).square_().sum(-1).log_()
         found.append((squares, z.mean(-1), z.argmax(-1) == targets.flatten()[at]))
