@@ -3,14 +3,16 @@
 A language model's logits are soft Q-values, and their logsumexp is the state value V (ReVal, arXiv 2603.23355).
 `token_values` and `linear_token_values` compute Q, V and log pi from a model's outputs. `td_targets` and `bellman_loss`
 compute targets and losses from these values. `reval_loss` and `linear_reval_loss` do both steps in one call.
-`reference` holds the definitions in plain PyTorch. A second-order gradient and forward mode (torch.func.jvp) raise
-RuntimeError; the functions of `reference` have both.
+`actions_and_mask` and `until_end` make actions and mask from the tokens of a model. `reference` holds the definitions in
+plain PyTorch. A second-order gradient and forward mode (torch.func.jvp) raise RuntimeError; the functions of
+`reference` have both.
 """
 
 from . import flops as _flops  # noqa: F401  # registers the formulas
 from . import reference
 from .backends import backends
 from .losses import bellman_loss, linear_reval_loss, reval_loss, td_targets
+from .tokens import actions_and_mask, until_end
 from .types import BellmanLoss, TDTargets, TokenValues
 from .values import linear_token_values, token_values
 
@@ -21,6 +23,7 @@ __all__ = [
     "TDTargets",
     "TokenValues",
     "__version__",
+    "actions_and_mask",
     "backends",
     "bellman_loss",
     "linear_reval_loss",
@@ -29,4 +32,5 @@ __all__ = [
     "reval_loss",
     "td_targets",
     "token_values",
+    "until_end",
 ]

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals
 
@@ -23,6 +24,54 @@ class TokenValues(NamedTuple):
     """log pi(a|s) = q - v, computed without subtracting two large numbers."""
     entropy: Tensor | None = None
     """Entropy of pi(.|s) in nats; None unless with_entropy is true."""
+
+    def returns(self, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """V(s_1) + sum_h log pi(a_h|s_h) of each trajectory.
+
+        Of the reference policy, this is all that `bellman_loss` needs at level "trajectory", so one number stands for a
+        whole trajectory in a replay buffer. Of the policy, it is the sum of the endogenous rewards of a response.
+
+        Args:
+            mask: [B, T] or [N] bool, true where the token is an action; None: every token is one.
+            cu_seqlens: [B + 1] int32 or int64, for packed tokens: 0, ..., N.
+
+        Returns:
+            [B] in the dtype of the values, summed in float64 and rounded once. 0 for a trajectory without actions.
+            Differentiable in v and log_prob.
+
+        Raises:
+            ValueError: the values are neither padded [B, T] nor packed [N] with cu_seqlens, or the mask has another
+                shape than they have.
+
+        Examples:
+            >>> import torch
+            >>> from reval_kernels import token_values
+            >>> values = token_values(torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long))
+            >>> mask = torch.tensor([[False, True, True], [False, False, False]])
+            >>> values.returns(mask)  # log 10 - 2 log 10, and a trajectory without actions
+            tensor([-2.3026,  0.0000])
+            >>> packed = TokenValues(*(x[0] for x in values[:3]))
+            >>> packed.returns(cu_seqlens=torch.tensor([0, 1, 3]))
+            tensor([ 0.0000, -2.3026])
+        """
+        if self.v.dim() != (2 if cu_seqlens is None else 1):
+            wanted = "[B, T] without cu_seqlens" if cu_seqlens is None else "[N] with cu_seqlens"
+            raise ValueError(f"the values must have shape {wanted}, got {list(self.v.shape)}")
+        mask = torch.ones_like(self.v, dtype=torch.bool) if mask is None else mask
+        if mask.shape != self.v.shape:
+            raise ValueError(f"mask must have shape {list(self.v.shape)}, got {list(mask.shape)}")
+        before = mask.cumsum(-1) - mask.int()  # actions before each token, of all trajectories if packed
+        if cu_seqlens is None:
+            first = mask & (before == 0)
+        else:
+            token = torch.arange(len(mask), device=mask.device)
+            trajectory = torch.searchsorted(cu_seqlens[1:], token, right=True)
+            first = mask & (before == before[cu_seqlens[:-1].long()[trajectory]])
+        terms = self.log_prob.double().where(mask, 0) + self.v.double().where(first, 0)
+        if cu_seqlens is None:
+            return terms.sum(1).to(self.v.dtype)
+        sums = terms.new_zeros(len(cu_seqlens) - 1).index_add(0, trajectory, terms)
+        return sums.to(self.v.dtype)
 
 
 class TDTargets(NamedTuple):
