@@ -1,4 +1,4 @@
-# make demo | test | bench | study | lint: each target first installs its packages in .venv. test-vllm uses .venv-vllm.
+# make demo | test | bench | study | docs | lint: each target first installs its packages in .venv. test-vllm uses .venv-vllm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo dist test test-gpu test-oldest-triton test-vllm bench study lint sanitize mutate clean
+.PHONY: setup demo dist test test-gpu test-oldest-triton test-vllm bench study docs lint sanitize mutate clean
 
 setup: $(READY)
 
@@ -94,6 +94,11 @@ $(BENCH_READY): $(READY)
 STUDY ?= methods
 study: $(READY)
 	$(BIN)/python -m benchmarks.study $(STUDY)
+
+# The documentation as a site in build/site, which opens without a server and loads nothing from other hosts.
+docs: $(READY)
+	$(BIN)/python tools/site.py
+	$(BIN)/zensical build --clean --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 A language model's logits are soft Q-values, and their logsumexp is the state value V (ReVal, arXiv 2603.23355).
 `token_values` and `linear_token_values` compute Q, V and log pi from a model's outputs. `td_targets` and `bellman_loss`
 compute targets and losses from these values. `reval_loss` and `linear_reval_loss` do both steps in one call.
-`actions_and_mask` and `until_end` make actions and mask from the tokens of a model. `reference` holds the definitions in
-plain PyTorch. A second-order gradient and forward mode (torch.func.jvp) raise RuntimeError; the functions of
+`actions_and_mask` and `until_end` make actions and mask from the tokens of a model. `reference` holds the definitions
+in plain PyTorch. A second-order gradient and forward mode (torch.func.jvp) raise RuntimeError; the functions of
 `reference` have both.
 """
 
