@@ -114,7 +114,11 @@ def link(match: re.Match[str], path: str) -> str:
 
 def settings_page() -> str:
     """Every setting with its default, type and meaning, from reval/config.py."""
-    lines = ["# Settings", "", "`section.setting=value` on the command line, or YAML. `reval train --help` prints this."]
+    lines = [
+        "# Settings",
+        "",
+        "`section.setting=value` on the command line, or YAML. `reval train --help` prints this.",
+    ]
     for section, kind in get_type_hints(Config).items():
         docs = config_io.field_docs(kind)
         lines += ["", f"## {section}", "", f"{kind.__doc__}"]
