@@ -127,7 +127,7 @@ def reference_returns(reference: LlamaForCausalLM, tokens_BT: Tensor, mask_BH: T
     """
     head = reference.get_output_embeddings().weight
     values = linear_token_values(states(reference, tokens_BT), head, tokens_BT[:, P:], mask=mask_BH)
-    return values.v[:, 0] + values.log_prob.sum(1)  # log_prob is 0 where the mask is false
+    return values.returns(mask_BH)
 
 
 def recompute_returns(buffer: deque[Trajectory], reference: LlamaForCausalLM) -> deque[Trajectory]:

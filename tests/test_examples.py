@@ -1,4 +1,4 @@
-"""The examples: the size and the imports that one_file.py promises, a run that learns; a run of each of the others."""
+"""The examples: the size and the imports that one_file.py promises, a run that learns; a run of each other example."""
 
 import ast
 import os
@@ -63,6 +63,35 @@ def test_the_policy_learns():
     before, after = map(float, found.groups())
     assert before < 0.1
     assert after > 0.7
+
+
+SHORT = {
+    "offline.py": r"accuracy: 0\.3\d in the log, .*\naccuracy: 0\.[6-9]\d after training with ReVal\n$",
+    "own_loss.py": r"best policy has 0\.95 .*\nright actions: 0\.[3-6]\d with the square, 0\.7\d with Huber",
+    "score_corpus.py": r"^of the 55 texts with the highest score, 5[0-5] are right\n",
+    "vocabulary_parallel.py": r"500 of 1001 words, loss (\d+\.\d+), as of one process \(\1\)",
+}
+"""Examples that take no data and end by themselves, with what they print."""
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_example_prints_what_it_found(name):
+    """Each also checks itself: gradients of the own loss, sums of endogenous rewards, the loss of one process."""
+    source = (ROOT / "examples" / name).read_text()
+    assert len(source.splitlines()) <= 150
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
+    assert imported <= {"torch", "reval_kernels"} | sys.stdlib_module_names
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(SHORT[name], done.stdout, re.DOTALL), done.stdout
+
+
+def test_the_index_lists_every_example():
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert set(re.findall(r"`(\w+\.\w+)`", page)) >= {p.name for p in EXAMPLE.parent.glob("*.[pj]*")}
 
 
 def test_an_environment_of_ones_own(tmp_path):
