@@ -92,9 +92,7 @@ def main(options: argparse.Namespace, path: Path) -> None:
     for _ in range(options.steps // 2):
         rows = torch.randperm(len(tokens_BT))[:BATCH]
         step(policy, optimizer, -values_of(rows).log_prob.sum() / mask[rows].sum())
-    print(
-        f"accuracy: {(rewards_B > 0).float().mean():.2f} in the log, {accuracy(policy):.2f} of the policy that imitates it"
-    )
+    print(f"accuracy: {(rewards_B > 0).float().mean():.2f} in the log, {accuracy(policy):.2f} of its imitation")
 
     # The reference enters the loss as one number for each trajectory, so it runs once over the log, and never again.
     with torch.no_grad():

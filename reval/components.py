@@ -20,7 +20,7 @@ from .model.loading import load_model
 from .model.saving import whole_weights
 from .model.sharding import unsharded
 from .rewards import RewardPool, check_columns
-from .rollout import RolloutEngine, make_rollout
+from .rollout import RolloutEngine, make_rollout, own_engine
 from .rollout.actor import Actor
 from .rollout.none import NoRollout
 from .sources import check_files
@@ -139,16 +139,24 @@ def _rollout_engine(
 
     The hf engine generates with the policy itself, without a copy, if all of this holds: one process (no shards),
     nothing is generated while the policy trains (rollout.ahead=0), the engine never uses older weights
-    (rollout.sync_every=1), and the weights that generate have the policy's dtype.
+    (rollout.sync_every=1), and the weights that generate have the policy's dtype. An engine of the user that shares
+    the policy's weights needs all of this.
     """
     if not config.generates:
         if not answering:
             return NoRollout()
         config = replace(config, rollout=replace(config.rollout, engine="hf"))
     settings, dtype = config.rollout, rollout_dtype(config)
-    alike = settings.engine == "hf" and dtype == model.dtype
-    if alike and world.size == 1 and not settings.ahead and settings.sync_every == 1:
+    own = own_engine(settings.engine)
+    shares = own.shares_weights if own is not None else settings.engine == "hf"
+    alike = dtype == model.dtype and world.size == 1 and not settings.ahead and settings.sync_every == 1
+    if shares and alike:
         return make_rollout(config, model, tokenizer)
+    if shares and own is not None:
+        raise ValueError(
+            f"rollout.engine {settings.engine!r} generates with the policy itself (shares_weights is true). This needs "
+            "one process, rollout.ahead=0, rollout.sync_every=1 and a rollout.dtype that is model.dtype"
+        )
     engine = make_rollout(config, unsharded(model, dtype), tokenizer, device=model.device)
     engine.sync(whole_weights(model))
     return engine

@@ -20,6 +20,7 @@ __all__ = ["Config", "ConfigError", "load_config"]
 BUILT_IN_REWARDS = ("number", "math", "reasoning_gym")
 BUILT_IN_ENVIRONMENTS = ("calculator", "guessing", "gymnasium", "openenv", "trl")
 MOST_TURNS = 255  # a turn's number has 8 bits of the seed of its sampling
+ENGINES = ("auto", "hf", "vllm", "none")
 OBJECTIVES = ("reval", "tbrm", "regression", "tba", "grpo", "topr", "asymre", "kimi")
 GROUPED = ("centered", "normalized", "soft_centered")  # shapings that compare the responses to one prompt
 Shaping = Literal["plain", "centered", "normalized", "soft_centered", "batch_normalized", "plus_minus_one"]
@@ -69,6 +70,7 @@ PATHS = {
     "data.path",
     "data.held_out_path",
     "reward.function",
+    "rollout.engine",
     "objective.name",
     "replay.preload",
     "evaluation.benchmarks",
@@ -220,11 +222,14 @@ class DataConfig(_Section):
 class RolloutConfig(_Section):
     """generating responses"""
 
-    engine: Literal["auto", "hf", "vllm", "none"] = "auto"
+    engine: str = "auto"
     """Rollout engine. hf: transformers' model generates in this process. vllm: vLLM generates, with its own copy of the
     weights (docs/rollouts.md). auto: vllm where a version that fits is installed, else hf. On the GPU of the
     trainer, vllm takes rollout.vllm_gpu_memory of it, see rollout.vllm_sleep. none: training generates
-    nothing and uses the rollouts of replay.preload alone; hf answers the evaluation problems, if there are any."""
+    nothing and uses the rollouts of replay.preload alone; hf answers the evaluation problems, if there are any. Or a
+    class of your own: module:Class or file.py:Class (docs/extending.md)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the constructor of an engine of your own."""
     prompts: int = 128
     """Number of prompts per iteration."""
     responses: int = 8
@@ -263,6 +268,11 @@ class RolloutConfig(_Section):
     """Further arguments of vllm.LLM. Example: rollout.vllm_options.max_model_len=4096 sets max_model_len."""
 
     def _check(self) -> None:
+        own = all(self.engine.rpartition(":")[::2])
+        self._need(
+            own or self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}, module:Class or file.py:Class"
+        )
+        self._need(own or not self.options, "options", "{} unless rollout.engine is a class of your own")
         allowed = "at least 1 (rollout.engine=none trains without generating, on the rollouts of replay.preload)"
         self._need(self.prompts >= 1, "prompts", allowed)
         self._at_least(1, "responses", "max_new_tokens", "batch_size", "sync_every")

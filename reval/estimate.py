@@ -237,10 +237,10 @@ def _rollout_dtype(config: Config) -> str:
 
 
 def _engine(config: Config) -> str:
-    """The rollout engine. For `auto`: vllm if it is installed, of whichever version. For `none`: hf, which answers the
-    evaluation problems."""
+    """The rollout engine: hf, vllm or own. For `auto`: vllm if it is installed, of whichever version. For `none`: hf,
+    which answers the evaluation problems."""
     if config.rollout.engine != "auto":
-        return "vllm" if config.rollout.engine == "vllm" else "hf"
+        return {"vllm": "vllm", "hf": "hf", "none": "hf"}.get(config.rollout.engine, "own")
     return "vllm" if config.model.name != "tiny" and importlib.util.find_spec("vllm") else "hf"
 
 
@@ -265,10 +265,10 @@ def _cache(config: Config, shape: Shape, gpus: int) -> Items:
 
 
 def _no_engine(config: Config) -> bool:
-    """Whether nothing of the engine is in this sum: vLLM takes a fraction of the GPU (`_vllm`), and a run that
-    generates nothing and has nothing to answer has no engine."""
+    """Whether nothing of the engine is in this sum: vLLM takes a fraction of the GPU (`_vllm`), what an
+    engine of the user takes is not known, and a run that generates nothing and has nothing to answer has no engine."""
     answers = config.data.held_out or config.data.held_out_path or config.evaluation.benchmarks
-    return _engine(config) == "vllm" or not (config.generates or answers)
+    return _engine(config) in ("vllm", "own") or not (config.generates or answers)
 
 
 def tokens(config: Config) -> Iterator[str]:
@@ -335,6 +335,8 @@ def report(config: Config, gpus: int) -> str:
         lines.append("Peaks at other moments: " + ", ".join(f"{size:.2f} in {name}" for name, size in others.items()))
         if _engine(config) == "vllm":
             lines.append(f"          {_vllm(config, shape, largest)}")
+        if _engine(config) == "own":
+            lines.append(f"          without rollout.engine {config.rollout.engine!r}, whose memory is not known")
     return "".join(f"# {line}\n" for line in (*lines, *tokens(config)))
 
 

@@ -29,6 +29,7 @@ from .objectives import FUSED
 from .policy_gradients import value_objective
 from .replay import Trajectory
 from .rewards import RewardError
+from .rollout import own_engine
 from .rollout.probe import choose, log_probs, mismatch, worst
 from .rollout_log import rollout_rows
 from .run_folder import (
@@ -63,6 +64,7 @@ def train(config: Config) -> dict[str, float]:
     check_installed(config)  # this and the other checks come before the model, because loading it takes long
     if config.objective.name not in FUSED:
         value_objective(config.objective.name)
+    own_engine(config.rollout.engine)
     config = with_dtypes(config)
     refuse_running(Path(config.run.dir))
     checkpoint = find_checkpoint(config)

@@ -39,8 +39,8 @@ optim.weight_decay
 reference.offload reference.reset_every
 replay.batch_size replay.capacity replay.draw replay.preload replay.preload_shaping replay.updates_per_iteration
 reward.function reward.shaping reward.timeout reward.workers
-rollout.ahead rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.probe_tokens
-rollout.prompts rollout.responses rollout.sync_every rollout.temperature rollout.timeout
+rollout.ahead rollout.batch_size rollout.dtype rollout.engine rollout.max_new_tokens rollout.options
+rollout.probe_tokens rollout.prompts rollout.responses rollout.sync_every rollout.temperature rollout.timeout
 rollout.vllm_devices rollout.vllm_gpu_memory rollout.vllm_mode rollout.vllm_options
 rollout.vllm_sleep
 run.best_metric run.dir run.display run.iterations run.overwrite run.resume run.save_every run.save_total_limit run.seed
@@ -216,7 +216,10 @@ def test_an_override_is_read_as_its_setting_s_type(override, value):
         ("run.overwrite=1", "run.overwrite must be true or false; got 1"),
         ("run.dir=", "run.dir must be a folder; got ''"),
         ("run.display=curses", "run.display must be one of auto, rich, plain; got 'curses'"),
-        ("rollout.engine=sglang", "rollout.engine must be one of auto, hf, vllm, none; got 'sglang'"),
+        (
+            "rollout.engine=sglang",
+            "rollout.engine must be one of auto, hf, vllm, none, module:Class or file.py:Class; got 'sglang'",
+        ),
         ("rollout.dtype=float16", "rollout.dtype must be one of same, bfloat16, float32, auto; got 'float16'"),
         ("rollout.sync_every=0", "rollout.sync_every must be at least 1; got 0"),
         ("rollout.ahead=-1", "rollout.ahead must be at least 0; got -1"),

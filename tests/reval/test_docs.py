@@ -170,8 +170,9 @@ def test_the_rollout_engine_in_extending_has_every_method_of_the_protocol():
     exec(compile(block_with("docs/extending.md", "class Echo"), "docs/extending.md", "exec"), names)
     wanted = {name for name in vars(RolloutEngine) if not name.startswith("_")} | {*RolloutEngine.__annotations__}
     assert wanted <= {name for name in vars(names["Echo"]) if not name.startswith("_")}
-    [[first, second]] = names["Echo"]().generate([[5, 6]], responses=2, max_new_tokens=4, temperature=1.0, seed=0)
-    assert first.token_ids == second.token_ids == [6] and first.finished
+    echo = names["Echo"](None, None, times=2)
+    [[first, second]] = echo.generate([[5, 6]], responses=2, max_new_tokens=4, temperature=1.0, seed=0)
+    assert first.token_ids == second.token_ids == [6, 6] and first.finished
 
 
 def block_with(page: str, start: str, language: str = "python") -> str:
