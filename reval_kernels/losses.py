@@ -54,6 +54,17 @@ def td_targets(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
+
+    Examples:
+        >>> import torch
+        >>> from reval_kernels import td_targets, token_values
+        >>> actions = torch.zeros(1, 2, dtype=torch.long)  # 1 trajectory of 2 actions
+        >>> values = token_values(torch.zeros(1, 2, 10), actions)  # uniform: Q = 0, V = log 10
+        >>> targets = td_targets(values, values, torch.tensor([1.0]), beta=0.5)
+        >>> targets.endogenous_reward  # Q - V of the next state, which is 0 at the end
+        tensor([[-2.3026,  0.0000]])
+        >>> targets.error  # the policy is its reference, so only r / beta is left, at the last action
+        tensor([[ 0., -2.]])
     """
     if not isinstance(reference, TokenValues):
         raise TypeError(f"reference must be TokenValues (returns are not enough), got {type(reference).__name__}")
@@ -116,6 +127,18 @@ def bellman_loss(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
+
+    Examples:
+        >>> import torch
+        >>> from reval_kernels import bellman_loss, token_values
+        >>> actions = torch.zeros(2, 3, dtype=torch.long)
+        >>> values = token_values(torch.zeros(2, 3, 10, requires_grad=True), actions)
+        >>> reference = token_values(torch.zeros(2, 3, 10), actions)
+        >>> bellman_loss(values, reference, torch.tensor([1.0, 0.0]), beta=0.5).residual.detach()
+        tensor([-2.,  0.])
+        >>> loss, _ = bellman_loss(values, reference.returns(), torch.tensor([1.0, 0.0]), beta=0.5)
+        >>> loss.item()  # the returns alone are enough at level "trajectory"
+        2.0
     """
     _check_values(values)
     checks.bellman_arguments(values.q.shape, values.q, reference, rewards, mask, cu_seqlens, beta, normalizer)
@@ -164,6 +187,17 @@ def reval_loss(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
+
+    Examples:
+        >>> import torch
+        >>> from reval_kernels import reval_loss
+        >>> logits = torch.zeros(2, 3, 10, requires_grad=True)
+        >>> actions = torch.zeros(2, 3, dtype=torch.long)
+        >>> returns = torch.full((2,), -4.6052)  # of a uniform reference: log 10 - 3 log 10
+        >>> loss, residual = reval_loss(logits, actions, returns, torch.tensor([1.0, 0.0]), beta=0.5)
+        >>> loss.backward()
+        >>> logits.grad[0, :2, 0]  # of the action's logit: Q(s_1, a_1) shall rise by 1, log pi(a_2|s_2) too
+        tensor([-2.0000, -1.8000])
     """
     values = token_values(
         logits,
@@ -228,6 +262,17 @@ def linear_reval_loss(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU wrong values in the data (actions, cu_seqlens) fail a device-side assert instead, as in `token_values`.
+
+    Examples:
+        >>> import torch
+        >>> from reval_kernels import linear_reval_loss
+        >>> hidden, head = torch.zeros(5, 4, requires_grad=True), torch.randn(10, 4)
+        >>> ends = torch.tensor([0, 2, 5])  # packed: trajectories of 2 and 3 tokens
+        >>> returns = torch.tensor([-2.3026, -4.6052])
+        >>> actions, rewards = torch.zeros(5, dtype=torch.long), torch.tensor([1.0, 0.0])
+        >>> loss, residual = linear_reval_loss(hidden, head, actions, returns, rewards, cu_seqlens=ends, beta=0.5)
+        >>> residual.round(decimals=3)
+        tensor([-2.,  0.])
     """
     checks.head_arguments(hidden, weight, bias, precision)
     checks.token_arguments(actions, hidden, mask, temperature, softcap)

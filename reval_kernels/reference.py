@@ -4,6 +4,14 @@ The functions work in every floating dtype up to float64, on every device, with 
 backend with this file in float64. The only source of this file is docs/method.md (arXiv 2603.23355, with the
 corrections noted there). Arguments and results are those of the functions of the same name in `reval_kernels`.
 
+Example: a fused result against its definition.
+
+    >>> import torch
+    >>> from reval_kernels import reference, token_values
+    >>> logits, actions = torch.randn(2, 3, 10), torch.randint(10, (2, 3))
+    >>> torch.allclose(token_values(logits, actions).v, reference.token_values(logits, actions).v)
+    True
+
 Letters: `...` is [B, T] (padded) or [N] (packed), M unmasked tokens, V words of the vocabulary, D features, B
 trajectories.
 """

@@ -37,6 +37,7 @@ def actions_and_mask(
 
     Examples:
         >>> import torch
+        >>> from reval_kernels import actions_and_mask
         >>> ids = torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]])  # the second is padded with 0
         >>> actions, mask = actions_and_mask(ids, torch.tensor([2, 1]), attention_mask=ids != 0)
         >>> actions
@@ -89,6 +90,7 @@ def until_end(tokens: Tensor, end_tokens: int | list[int]) -> Tensor:
 
     Examples:
         >>> import torch
+        >>> from reval_kernels import until_end
         >>> until_end(torch.tensor([[4, 2, 2], [4, 5, 6]]), 2)
         tensor([[ True,  True, False],
                 [ True,  True,  True]])

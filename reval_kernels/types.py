@@ -45,7 +45,7 @@ class TokenValues(NamedTuple):
 
         Examples:
             >>> import torch
-            >>> from reval_kernels import token_values
+            >>> from reval_kernels import TokenValues, token_values
             >>> values = token_values(torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long))
             >>> mask = torch.tensor([[False, True, True], [False, False, False]])
             >>> values.returns(mask)  # log 10 - 2 log 10, and a trajectory without actions

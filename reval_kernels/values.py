@@ -57,6 +57,16 @@ def token_values(
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On a
             GPU the CPU does not wait for checks of the data. There, an action outside [0, V) or a temperature that is
             not positive fails a device-side assert: a RuntimeError at some later call.
+
+    Examples:
+        >>> import torch
+        >>> from reval_kernels import token_values
+        >>> logits = torch.tensor([[[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]])  # 1 trajectory, 2 tokens, 3 words
+        >>> values = token_values(logits, torch.tensor([[2, 1]]))
+        >>> values.q, values.v
+        (tensor([[2., 0.]]), tensor([[2.4076, 3.0949]]))
+        >>> values.log_prob
+        tensor([[-0.4076, -3.0949]])
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise ValueError(f"logits must be a tensor of shape [..., V], got {getattr(logits, 'shape', type(logits))}")
@@ -121,6 +131,14 @@ def linear_token_values(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit; the message names the argument. On
             a GPU, a wrong action or temperature may fail a device-side assert, as in `token_values`.
+
+    Examples:
+        >>> import torch
+        >>> from reval_kernels import linear_token_values
+        >>> hidden, head = torch.ones(1, 2, 4), torch.eye(3, 4)  # 1 trajectory, 2 tokens; 3 words
+        >>> mask = torch.tensor([[False, True]])
+        >>> linear_token_values(hidden, head, torch.tensor([[-100, 2]]), mask=mask).v
+        tensor([[0.0000, 2.0986]])
     """
     checks.head_arguments(hidden, weight, bias, precision)
     checks.token_arguments(actions, hidden, mask, temperature, softcap)

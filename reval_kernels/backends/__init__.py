@@ -27,7 +27,18 @@ class BackendInfo(NamedTuple):
 
 
 def backends() -> dict[str, BackendInfo]:
-    """All backends by name: whether each can run here, its default devices, and the reason if it cannot run."""
+    """All backends by name: whether each can run here, its default devices, and the reason if it cannot run.
+
+    Returns:
+        BackendInfo(available, default_for, reason) by name, in order of preference.
+
+    Examples:
+        >>> from reval_kernels import backends
+        >>> list(backends())
+        ['triton', 'cpu', 'portable']
+        >>> backends()["portable"].available
+        True
+    """
     found: dict[str, BackendInfo] = {}
     claimed: set[str] = set()
     for name, backend in BACKENDS.items():
