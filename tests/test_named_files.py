@@ -40,6 +40,8 @@ ALLOWED = {
         *"iteration-*.jsonl evaluations/*.jsonl evaluation-2.jsonl evaluation*.jsonl".split(),
     ],
     "a build or a benchmark writes it": [
+        "index.md",
+        "settings.md",
         "not_built.txt",
         "metadata.json",
         "-times.png",
@@ -52,7 +54,7 @@ ALLOWED = {
     ).split(),
     "the user provides it, or an example makes it up": (
         "CONFIG.yaml MORE.yaml FILE.png mine.yaml problems.jsonl my/set.jsonl t0.7.jsonl t1.0.jsonl "
-        "path/to/file.py file.py huber.yaml"
+        "path/to/file.py file.py huber.yaml ddp.py fsdp.py"
     ).split(),
     "a library has it: transformers, the CHAMP data set, the compiler": (
         "config.json tokenizer.json tokenizer_config.json vocab.json vocab.txt tekken.json v0.json immintrin.h"
