@@ -36,7 +36,8 @@ def loss_and_gradients(head: Tensor, group: dist.ProcessGroup | None = None) -> 
     head.requires_grad_()
     values = linear_token_values(hidden, head, actions, mask=mask, process_group=group)
     loss, _ = bellman_loss(values, returns, rewards, mask=mask, beta=0.1)
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, head))
+    d_hidden, d_head = torch.autograd.grad(loss, (hidden, head))
+    return loss.detach(), d_hidden, d_head
 
 
 def work(rank: int, meeting: str) -> None:

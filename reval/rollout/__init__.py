@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import ENGINES, Config, ConfigError
 from ..user_code import find
@@ -19,7 +19,7 @@ PARTS = [name for name in (*RolloutEngine.__annotations__, *vars(RolloutEngine))
 """What an engine must have: the attributes and methods of the protocol."""
 
 
-def own_engine(name: str) -> type[RolloutEngine] | None:
+def own_engine(name: str) -> Any:
     """The user's class that `rollout.engine` names, or None for an engine of the trainer.
 
     Raises ConfigError if there is no such class, or if it lacks a part of the protocol.
@@ -60,7 +60,7 @@ def make_rollout(
                 f"rollout.engine {settings.engine!r} is made by {own.__name__}(model, tokenizer, **rollout.options), "
                 f"which does not fit its constructor: {error}"
             ) from error
-        return own(model, tokenizer, **settings.options)  # type: ignore[call-arg]  # a protocol has no constructor
+        return own(model, tokenizer, **settings.options)
     if settings.engine == "hf":
         from .hf import HFRollout
 
