@@ -125,7 +125,7 @@ def settings_page() -> str:
         for field in fields(kind):
             default = config_io.default_of(field)
             shown = default if isinstance(default, str) else config_io.show(default)
-            text = re.sub(r"([*<>\[\]`])", r"\\\1", docs[field.name])
+            text = re.sub(r"([*<>\[\]])", r"\\\1", docs[field.name])
             text = re.sub(r"\bdocs/(\w+\.md)", r"[docs/\1](\1)", text)
             lines += ["", f"### {section}.{field.name}", ""]
             lines += [f"Default `{shown}`; {config_io.describe(field.type)}.", "", text]
