@@ -33,6 +33,13 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
+def test_settings_and_buffer_load_no_torch():
+    """docs/python.md says so."""
+    code = "import sys, reval.config, reval.replay; print({'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("program", ["ddp.py", "fsdp.py"])
 def test_the_programs_of_the_recipes_run_in_two_processes(program, tmp_path):
