@@ -1,0 +1,1 @@
+"""ReVal inside other trainers."""
