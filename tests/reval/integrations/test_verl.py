@@ -1,0 +1,306 @@
+"""reval.integrations.verl against the real verl, on a CPU. `make test-peers` installs verl; elsewhere most of it skips.
+
+The engine is verl's own FSDP2 engine with one process and gloo, on a model of 20 thousand weights.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=os.environ | env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_without_verl_the_package_imports_and_the_plugin_names_what_to_install():
+    code = (
+        "import sys; sys.modules['verl'] = None\n"
+        "import reval.integrations.replay\n"
+        "try: import reval.integrations.verl\n"
+        "except ImportError as error: print(error)"
+    )
+    assert "pip install verl==0.9.1" in run(code)
+
+
+verl = pytest.importorskip("verl", reason="verl is not installed: make test-peers")
+import verl_cpu  # noqa: E402, F401  # before verl's engines
+
+from omegaconf import OmegaConf  # noqa: E402
+from reval.integrations.verl import register  # noqa: E402
+from reval_kernels import reference  # noqa: E402
+
+register()
+from tensordict import TensorDict  # noqa: E402
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_fn  # noqa: E402
+from verl.trainer.ppo.v1 import get_trainer_cls  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.utils.config import omega_conf_to_dataclass, validate_config  # noqa: E402
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead  # noqa: E402
+from verl.workers.utils.losses import ppo_loss  # noqa: E402
+from verl.workers.utils.padding import response_from_nested  # noqa: E402
+
+from reval.integrations.verl.engine import ReValEngine  # noqa: E402
+from reval.integrations.verl.loss import ReValLossConfig, given, reval_policy_loss  # noqa: E402
+from reval.integrations.verl.trainer import ReplayConfig, ReValTrainer  # noqa: E402
+
+VOCABULARY = 40
+SHAPES = [(5, 4), (3, 7), (6, 1), (4, 6)]
+"""Prompt and response of each trajectory: other lengths each, and one response of one token."""
+
+
+# the plugin
+
+
+@pytest.mark.parametrize(("vendor", "loaded"), [("reval", True), ("", False)])
+def test_verl_loads_the_plugin_by_its_entry_point_and_only_if_asked(vendor, loaded):
+    """Loading verl's engines fixes its platform, so a plugin that nobody asked for must not load them."""
+    code = (
+        "import sys, verl\n"
+        "print('reval.integrations.verl' in sys.modules, 'verl.workers.engine' in sys.modules, 'reval.integrations.verl.trainer' in sys.modules)"
+    )
+    assert run(code, VERL_ENGINE_VENDOR=vendor) == f"True {loaded} {loaded}"
+
+
+def test_another_version_of_verl_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(verl, "__version__", "0.10.0")
+    with pytest.raises(ImportError, match="knows verl 0.9.0 and 0.9.1, got 0.10.0"):
+        register()
+
+
+def test_the_names_are_in_verls_registries():
+    assert get_policy_loss_fn("reval") is reval_policy_loss
+    assert get_trainer_cls("reval") is ReValTrainer
+    assert "reval" in ADV_ESTIMATOR_REGISTRY
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_vendor_lookup(monkeypatch, backend, device):
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", device)
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "reval")
+    assert EngineRegistry.get_engine_cls("language_model", backend) is ReValEngine
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    assert EngineRegistry.get_engine_cls("value_model", backend) is not ReValEngine  # a critic stays verl's
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "nvidia")
+    assert EngineRegistry.get_engine_cls("language_model", backend) is FSDPEngineWithLMHead
+
+
+# the loss
+
+
+def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def micro_batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> TensorDict:
+    """A batch as verl's actor gets it. The second trajectory has two tokens of a tool in its response."""
+    g = torch.Generator().manual_seed(seed)
+    sequences = [torch.randint(0, VOCABULARY, (p + r,), generator=g) for p, r in SHAPES]
+    masks = [torch.ones(r, dtype=torch.int64) for _, r in SHAPES]
+    masks[1][2:4] = 0
+    rewards = torch.tensor([1.0, 0.0, -1.0, 0.5], dtype=dtype)
+
+    def noise() -> torch.Tensor:
+        return nested([torch.randn(r, generator=g, dtype=dtype) for _, r in SHAPES])
+
+    fields = {
+        "input_ids": nested(sequences),
+        "position_ids": nested([torch.arange(len(s)) for s in sequences]),
+        "prompts": nested([s[:p] for s, (p, _) in zip(sequences, SHAPES, strict=True)]),
+        "responses": nested([s[p:] for s, (p, _) in zip(sequences, SHAPES, strict=True)]),
+        "response_mask": nested(masks),
+        "loss_mask": nested(masks),
+        "old_log_probs": noise(),
+        "ref_log_prob": noise(),
+        "ref_state_values": noise(),
+        "advantages": nested([r * m for r, m in zip(rewards, masks, strict=True)]),
+    }
+    data = TensorDict(fields, batch_size=len(SHAPES))
+    tu.assign_non_tensor(data, temperature=1.3, global_batch_size=len(SHAPES), micro_batch_size_per_gpu=2)
+    tu.assign_non_tensor(data, use_remove_padding=False, use_dynamic_bsz=False, use_fused_kernels=False)
+    return data
+
+
+def actor(**options) -> OmegaConf:
+    """verl's ActorConfig with our loss and verl's defaults."""
+    with_defaults = {"beta": 0.3} | options
+    return omega_conf_to_dataclass(
+        OmegaConf.create(
+            {
+                "_target_": "verl.workers.config.FSDPActorConfig",
+                "strategy": "fsdp2",
+                "rollout_n": 2,
+                "ppo_micro_batch_size_per_gpu": 2,
+                "use_kl_loss": True,
+                "kl_loss_coef": 0.0,
+                "kl_loss_type": "kl",
+                "policy_loss": {"_target_": "reval.integrations.verl.loss.ReValLossConfig"} | with_defaults,
+            }
+        )
+    )
+
+
+def expected_loss(logits: torch.Tensor, data: TensorDict, **options) -> torch.Tensor:
+    """The definition, trajectory by trajectory: packed logits [N, V] of all tokens, at temperature 1.3."""
+    actions = torch.roll(data["input_ids"].values(), -1)
+    values = reference.token_values(logits, actions, temperature=1.3)
+    offsets, dtype, total = data["input_ids"].offsets().tolist(), logits.dtype, 0.0
+    rows = zip(SHAPES, offsets, *(data[k].unbind() for k in FIELDS), strict=False)
+    for (p, r), start, mask, ref_log_prob, ref_v, advantages in rows:
+        states = slice(start + p - 1, start + p + r - 1)  # the state of a token is the position before it
+        own = [x[states][None] for x in values[:3]]
+        ref = [x.to(dtype)[None] for x in (ref_v + ref_log_prob, ref_v, ref_log_prob)]
+        total = total + reference.bellman_loss(
+            type(values)(*own), type(values)(*ref), advantages[:1].to(dtype), mask=mask[None].bool(), **options
+        ).loss
+    return total / len(SHAPES)
+
+
+FIELDS = ("response_mask", "ref_log_prob", "ref_state_values", "advantages")
+
+
+def loss_of_verl(data: TensorDict, output: dict, config, dp_size: int = 1) -> torch.Tensor:
+    tu.assign_non_tensor(data, dp_size=dp_size, batch_num_tokens=int(data["response_mask"].values().sum()))
+    with given(output, data):
+        return ppo_loss(config=config, model_output=output, data=data)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"level": "trajectory"}, {"level": "token", "semi_gradient": True}, {"level": "subtrajectory"}],
+    ids=lambda o: o["level"],
+)
+def test_loss_and_gradient_on_nested_tensors_are_those_of_the_definition(options, padding):
+    """verl's ppo_loss with our policy loss, on what our engine makes of logits in float64."""
+    data, config = micro_batch(dtype=torch.float64), actor(**options)
+    tu.assign_non_tensor(data, use_remove_padding=not padding)
+    offsets = data["input_ids"].offsets()
+    packed = torch.randn(int(offsets[-1]), VOCABULARY, dtype=torch.float64, requires_grad=True)
+    logits = packed[None]
+    if padding:
+        logits = torch.nested.to_padded_tensor(torch.nested.nested_tensor_from_jagged(packed, offsets), 7.0)
+    args = {"input_ids_rmpad_rolled": torch.roll(data["input_ids"].values(), -1), "pad_size": 0}
+    args["temperature_rmpad"] = torch.full((len(packed),), 1.3)
+    args["temperature"] = torch.full((len(SHAPES),), 1.3)
+    engine = object.__new__(ReValEngine)
+    engine.use_ulysses_sp = False
+    output = engine.prepare_model_outputs(type("Output", (), {"logits": logits}), args, data, None)
+    assert set(output) == {"log_probs", "state_values"}
+    loss, metrics = loss_of_verl(data, output, config)
+    (gradient,) = torch.autograd.grad(loss, packed)
+    other = packed.detach().requires_grad_()
+    wanted = expected_loss(other, data, beta=0.3, **options)
+    (expected,) = torch.autograd.grad(wanted, other)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)  # the temperature is float32 in verl
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    assert gradient[0].count_nonzero() == 0  # a token of the prompt
+    assert {"actor/reval_residual_abs", "actor/reval_v_gap", "actor/pg_loss"} <= set(metrics)
+
+
+def test_calibrated_start_has_loss_and_gradient_zero():
+    data, config = micro_batch(), actor()
+    logs, v = (torch.randn(int(data["input_ids"].offsets()[-1])) for _ in range(2))
+    output = {
+        k: torch.nested.nested_tensor_from_jagged(x.requires_grad_(), data["input_ids"].offsets())
+        for k, x in (("log_probs", logs), ("state_values", v))
+    }
+    data["ref_log_prob"] = response_from_nested(output["log_probs"].detach(), data["response_mask"])
+    data["ref_state_values"] = response_from_nested(output["state_values"].detach(), data["response_mask"])
+    data["advantages"] = nested([x * 0 for x in data["advantages"].unbind()])
+    loss, _ = loss_of_verl(data, output, config)
+    assert loss == 0 and all(g.count_nonzero() == 0 for g in torch.autograd.grad(loss, (logs, v)))
+
+
+def made_output(data: TensorDict) -> dict[str, torch.Tensor]:
+    offsets = data["input_ids"].offsets()
+    draws = torch.Generator().manual_seed(3)
+    names = ("log_probs", "state_values")
+    return {
+        k: torch.nested.nested_tensor_from_jagged(torch.randn(int(offsets[-1]), generator=draws), offsets)
+        for k in names
+    }
+
+
+def test_the_loss_counts_ranks_mini_batches_and_padding_rows_as_verl_does():
+    data, config = micro_batch(), actor()
+    output = made_output(data)
+    one = loss_of_verl(data, output, config)[0]
+    assert torch.equal(loss_of_verl(data, output, config, dp_size=2)[0], 2 * one)
+    tu.assign_non_tensor(data, global_batch_size=2 * len(SHAPES))
+    torch.testing.assert_close(loss_of_verl(data, output, config)[0], one / 2)
+    masks = [m * 0 if i == 2 else m for i, m in enumerate(data["response_mask"].unbind())]
+    data["response_mask"] = nested(masks)  # verl pads a batch with rows whose mask is 0
+    assert 0 < loss_of_verl(data, output, config)[0] < one / 2
+
+
+def test_what_is_missing_is_named():
+    data, config = micro_batch(), actor()
+    output = made_output(data)
+    tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=16)
+    with pytest.raises(RuntimeError, match="VERL_ENGINE_VENDOR=reval"):
+        ppo_loss(config=config, model_output=output, data=data)
+    with pytest.raises(ValueError, match="ref_state_values: set trainer.v1.trainer_mode=reval"):
+        loss_of_verl(data.exclude("ref_state_values"), output, config)
+    with pytest.raises(ValueError, match="rollout_correction=null"):
+        data["rollout_is_weights"] = data["advantages"]
+        loss_of_verl(data, output, config)
+    with pytest.raises(TypeError, match="_target_=reval.integrations.verl.loss.ReValLossConfig, got PolicyLossConfig"):
+        plain = actor()
+        object.__setattr__(plain, "policy_loss", ReValLossConfig.__base__(loss_mode="reval"))
+        loss_of_verl(data.exclude("rollout_is_weights"), output, plain)
+    for wrong in ({"beta": None}, {"beta": 0}, {"level": "word"}):
+        with pytest.raises(ValueError, match="actor_rollout_ref.actor.policy_loss"):
+            ReValLossConfig(**{"beta": 0.1} | wrong)
+
+
+def test_advantage_estimator_puts_the_reward_on_every_action():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    rewards = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -1.0]])
+    found, _ = ADV_ESTIMATOR_REGISTRY["reval"](token_level_rewards=rewards, response_mask=mask, config=None, index=[0, 0])
+    assert found.tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, -1.0]]
+
+
+# the settings
+
+
+def composed(*overrides: str):
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "examples" / "verl"), version_base=None):
+        return compose("reval", overrides=["trainer.n_gpus_per_node=1", *overrides])
+
+
+def test_the_example_config_is_one_that_verl_accepts():
+    config = composed()
+    validate_config(config=config, use_reference_policy=True, use_critic=False)
+    assert isinstance(omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss, ReValLossConfig)
+    trainer = ReValTrainer(config)
+    assert trainer.options == ReplayConfig(updates=2, capacity=5120, max_staleness_versions=None, seed=0)
+    assert trainer.use_reference_policy and not trainer.use_critic
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR == "reval"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actor_rollout_ref.actor.use_kl_loss=false", "use_kl_loss=true, kl_loss_coef=0 and kl_loss_type=kl"),
+        ("actor_rollout_ref.actor.kl_loss_coef=0.1", "got True, 0.1 and kl"),
+        ("trainer.v1.reval.updates=0", "trainer.v1.reval.updates must be at least 1, got 0"),
+        ("trainer.v1.reval.max_staleness_versions=-1", "max_staleness_versions must be at least 0"),
+        ("+trainer.v1.reval.parameter_sync_step=2", "parameter_sync_step must be 1, got 2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        ReValTrainer(composed(override))
