@@ -19,7 +19,7 @@ def run(code: str, **env: str) -> str:
         [sys.executable, "-W", "ignore", "-c", code], env=os.environ | env, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout + done.stderr
 
 
 def test_without_verl_the_package_imports_and_the_plugin_names_what_to_install():
@@ -35,16 +35,23 @@ def test_without_verl_the_package_imports_and_the_plugin_names_what_to_install()
 verl = pytest.importorskip("verl", reason="verl is not installed: make test-peers")
 import verl_cpu  # noqa: E402, F401  # before verl's engines
 
+from functools import partial  # noqa: E402
+
 from omegaconf import OmegaConf  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from verl_cpu import save_tiny_model  # noqa: E402
+
 from reval.integrations.verl import register  # noqa: E402
 from reval_kernels import reference  # noqa: E402
 
 register()
 from tensordict import TensorDict  # noqa: E402
+from verl.trainer.config import CheckpointConfig  # noqa: E402
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_fn  # noqa: E402
 from verl.trainer.ppo.v1 import get_trainer_cls  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.config import omega_conf_to_dataclass, validate_config  # noqa: E402
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig  # noqa: E402
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import response_from_nested  # noqa: E402
@@ -66,9 +73,16 @@ def test_verl_loads_the_plugin_by_its_entry_point_and_only_if_asked(vendor, load
     """Loading verl's engines fixes its platform, so a plugin that nobody asked for must not load them."""
     code = (
         "import sys, verl\n"
-        "print('reval.integrations.verl' in sys.modules, 'verl.workers.engine' in sys.modules, 'reval.integrations.verl.trainer' in sys.modules)"
+        "names = ('reval.integrations.verl', 'reval.integrations.verl.trainer', 'verl.workers.engine')\n"
+        "print('loaded:', *(name in sys.modules for name in names))"
     )
-    assert run(code, VERL_ENGINE_VENDOR=vendor) == f"True {loaded} {loaded}"
+    assert f"loaded: True {loaded} {loaded}" in run(code, VERL_ENGINE_VENDOR=vendor, VERL_PLATFORM="")
+
+
+def test_a_plugin_that_fails_says_so():
+    """verl logs the exception of a plugin at level DEBUG, and would later only say: unknown trainer."""
+    out = run("import verl", VERL_ENGINE_VENDOR="reval", VERL_PLATFORM="toaster")
+    assert "VERL_ENGINE_VENDOR=reval, but ReVal's plugin failed: Unknown platform 'toaster'" in out
 
 
 def test_another_version_of_verl_is_refused_by_name(monkeypatch):
@@ -269,6 +283,112 @@ def test_advantage_estimator_puts_the_reward_on_every_action():
     rewards = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -1.0]])
     found, _ = ADV_ESTIMATOR_REGISTRY["reval"](token_level_rewards=rewards, response_mask=mask, config=None, index=[0, 0])
     assert found.tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, -1.0]]
+
+
+# the engine
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("model"))
+    save_tiny_model(folder, VOCABULARY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def engine(model_folder, process_group) -> ReValEngine:
+    """verl's registry builds it, as in a worker of verl."""
+    model = HFModelConfig(
+        path=model_folder, enable_gradient_checkpointing=False, override_config={"attn_implementation": "sdpa"}
+    )
+    model.model_type = "language_model"
+    settings = FSDPEngineConfig(
+        strategy="fsdp2", mixed_precision={"param_dtype": "fp32"}, use_torch_compile=False, use_dynamic_bsz=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_ENGINE_VENDOR", "reval")
+        made = EngineRegistry.new(
+            "language_model",
+            "fsdp2",
+            model_config=model,
+            engine_config=settings,
+            optimizer_config=FSDPOptimizerConfig(lr=3e-3, total_training_steps=100, weight_decay=0.0),
+            checkpoint_config=CheckpointConfig(),
+        )
+    made.initialize()
+    return made
+
+
+def plain_logits(model, data: TensorDict) -> torch.Tensor:
+    """Packed logits [N, V] of the Hugging Face model, one sequence at a time."""
+    return torch.cat([model(input_ids=ids[None]).logits[0] for ids in data["input_ids"].unbind()])
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_engine_returns_v_log_probs_and_entropy_of_the_model(engine, model_folder, padding):
+    data = micro_batch()
+    tu.assign_non_tensor(data, use_remove_padding=not padding, calculate_entropy=True)
+    with engine.eval_mode():
+        found = engine.infer_batch(data)["model_output"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    wanted = reference.token_values(
+        plain_logits(model, data), torch.roll(data["input_ids"].values(), -1), temperature=1.3, with_entropy=True
+    )
+    for name, values in (("state_values", wanted.v), ("log_probs", wanted.log_prob), ("entropy", wanted.entropy)):
+        assert torch.equal(found[name].offsets(), data["input_ids"].offsets())
+        packed = torch.nested.nested_tensor_from_jagged(values.float(), data["input_ids"].offsets())
+        ours, theirs = (response_from_nested(x, data["response_mask"]).values() for x in (found[name], packed))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probs_are_those_of_verls_own_engine(engine):
+    data = micro_batch()
+    with engine.eval_mode():
+        ours = engine.infer_batch(data)["model_output"]
+        engine.__class__ = FSDPEngineWithLMHead
+        theirs = engine.infer_batch(data)["model_output"]
+    torch.testing.assert_close(ours["log_probs"].values(), theirs["log_probs"].values(), rtol=1e-5, atol=1e-5)
+    assert set(theirs) == {"log_probs"}
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_backward_through_verls_engine_is_the_gradient_of_the_definition(engine, model_folder, padding):
+    """Two micro-batches, verl's ppo_loss, FSDP2; the other side is autograd through the plain model in float64."""
+    data = micro_batch()
+    tu.assign_non_tensor(data, use_remove_padding=not padding)
+    with engine.train_mode():
+        out = engine.forward_backward_batch(data, partial(ppo_loss, config=actor()))
+        found = {name: w.grad.full_tensor().clone() for name, w in engine.module.named_parameters()}
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    loss = expected_loss(plain_logits(model, data), data, beta=0.3)
+    loss.backward()
+    torch.testing.assert_close(sum(out["loss"]), float(loss), rtol=1e-4, atol=0)
+    for name, weight in model.named_parameters():
+        scale = weight.grad.abs().max().item()
+        torch.testing.assert_close(found[name].double(), weight.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+def test_verls_train_batch_fits_the_residuals(engine):
+    """The same off-policy batch again and again, as replay does: the residuals go to 0."""
+    data, losses = micro_batch(), []
+    for _ in range(60):
+        with engine.train_mode():
+            losses.append(sum(engine.train_batch(data, partial(ppo_loss, config=actor()))["loss"]))
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_options_that_need_another_pass_over_the_logits_are_refused(engine):
+    data = micro_batch()
+    tu.assign_non_tensor(data, calculate_sum_pi_squared=True)
+    with engine.eval_mode(), pytest.raises(NotImplementedError, match="calculate_sum_pi_squared"):
+        engine.infer_batch(data)
 
 
 # the settings

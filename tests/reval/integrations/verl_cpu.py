@@ -89,3 +89,16 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self):
         raise RuntimeError("a CPU has no cudart")
+
+
+def save_tiny_model(folder: str, vocabulary: int) -> None:
+    """A random model of the shape of Qwen2 with 20 thousand weights, and a tokenizer with a word for each number."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=False, **shape)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2", unk_token="0").save_pretrained(folder)
