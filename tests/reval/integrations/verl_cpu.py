@@ -76,13 +76,10 @@ class PlatformCPU(PlatformBase):
         pass
 
     def ray_resource_name(self):
-        return "CPU"
+        return "GPU"  # Ray counts these; ray.init(num_gpus=...) says how many
 
     def ray_noset_envvars(self):
         return []
-
-    def ray_resource_options(self, num_gpus):
-        return {"num_cpus": num_gpus}
 
     def is_ipc_supported(self):
         return False
