@@ -7,11 +7,14 @@ CPU := reval_kernels/backends/cpu
 BENCH_READY := $(VENV)/.ready-bench
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
+VERL := .venv-verl
+VERL_READY := $(VERL)/.ready
 # Several processes share the cores. Waiting threads must sleep instead of spin.
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo dist test test-gpu test-oldest-triton test-vllm bench study docs lint sanitize mutate clean
+.PHONY: setup demo dist test test-gpu test-oldest-triton test-vllm test-peers test-peers-main test-peers-verl bench study
+.PHONY: docs lint sanitize mutate clean
 
 setup: $(READY)
 
@@ -32,6 +35,14 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt setup.py $(wildcard $(CPU)/*.
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt torch
 	$(VLLM)/bin/pip install --quiet --no-deps -r constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e .[train]
+	touch $@
+
+$(VERL_READY): pyproject.toml constraints-verl.txt setup.py CMakeLists.txt $(wildcard reval_kernels/backends/cpu/*.cpp reval_kernels/backends/cpu/*.h)
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/pip install --quiet --upgrade -c constraints-verl.txt pip setuptools wheel
+	$(VERL)/bin/pip install --quiet -c constraints-verl.txt torch
+	$(VERL)/bin/pip install --quiet --no-deps -r constraints-verl.txt
+	$(VERL)/bin/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 # ReVal, then GRPO on as many rollouts, and both curves. Each demo replaces the results of the last one. make demo
@@ -79,6 +90,20 @@ test-gpu: $(READY)
 test-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m pytest tests/reval/test_rollout_vllm.py
 
+# Tests against the real packages of others. What cannot be installed says so in a line, and the rest goes on. -k: also
+# when the tests of one environment fail, those of the next run.
+test-peers: $(READY)
+	@$(BIN)/python tools/peers.py build/peers
+	@$(MAKE) --no-print-directory -k test-peers-main test-peers-verl
+
+test-peers-main: $(READY)
+	@$(MAKE) --no-print-directory $(BENCH_READY) || echo "test-peers: the extra bench (TRL, Liger) could not be installed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/reval/integrations tests/reval/test_trl_loss.py $(wildcard tests/reval_kernels/test_compat*.py)
+
+test-peers-verl:
+	@$(MAKE) --no-print-directory $(VERL_READY) || { echo "test-peers: verl 0.9.1 could not be installed"; exit 0; } && \
+	  OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest -n 0 tests/reval/integrations/test_verl.py
+
 # make bench BENCH="--quick". python -m benchmarks --help lists all options.
 bench: $(BENCH_READY)
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -119,4 +144,4 @@ mutate: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutate.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(VERL) build *.egg-info
