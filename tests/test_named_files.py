@@ -59,6 +59,11 @@ ALLOWED = {
     "a library has it: transformers, the CHAMP data set, the compiler": (
         "config.json tokenizer.json tokenizer_config.json vocab.json vocab.txt tekken.json v0.json immintrin.h"
     ).split(),
+    "another trainer has it (docs/hooks.md)": (
+        "lm_head.py src/prime_rl/trainer/rl/loss.py openrlhf/models/loss.py openrlhf/trainer/ray/ppo_actor.py "
+        "skyrl/backends/skyrl_train/utils/ppo_utils.py slime/backends/megatron_utils/loss.py "
+        "nemo_rl/algorithms/grpo.py nemo_rl/algorithms/loss/interfaces.py torchtitan/experiments/rl/losses/dapo.py"
+    ).split(),
 }
 
 

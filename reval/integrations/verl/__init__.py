@@ -11,7 +11,9 @@ import os
 try:
     import verl
 except ImportError as error:
-    raise ImportError("reval.integrations.verl needs verl 0.9: pip install verl==0.9.1 'TransferQueue>=0.1.10'") from error
+    raise ImportError(
+        "reval.integrations.verl needs verl 0.9: pip install verl==0.9.1 'TransferQueue>=0.1.10'"
+    ) from error
 
 VENDOR = "reval"
 VERSIONS = ("0.9.0", "0.9.1")
@@ -22,10 +24,11 @@ def register() -> None:
     """Add policy loss `reval`, advantage estimator `reval`, trainer `reval` and the engines to verl's registries.
 
     Raises:
-        ImportError: a version of verl that is not one of VERSIONS, or a package that verl's v1 trainer needs is missing.
+        ImportError: a version of verl that is not one of VERSIONS, or a package that verl's trainer needs is missing.
     """
-    if verl.__version__ not in VERSIONS:
-        raise ImportError(f"reval.integrations.verl knows verl {' and '.join(VERSIONS)}, got {verl.__version__}")
+    found = str(vars(verl).get("__version__"))
+    if found not in VERSIONS:
+        raise ImportError(f"reval.integrations.verl knows verl {' and '.join(VERSIONS)}, got {found}")
     from . import engine, loss, trainer  # noqa: F401  # each registers itself
 
 

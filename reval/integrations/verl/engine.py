@@ -15,13 +15,10 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from reval_kernels import token_values
 
-from . import VENDOR
 from .loss import given
 
 
-@EngineRegistry.register(
-    model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "cpu"], vendor=VENDOR
-)
+@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "cpu"], vendor="reval")
 class ReValEngine(FSDPEngineWithLMHead):
     """FSDPEngineWithLMHead, but the model output has `state_values`, V(s_t) of each token, beside `log_probs`.
 
@@ -48,7 +45,7 @@ class ReValEngine(FSDPEngineWithLMHead):
 
         for name in ("use_fused_kernels", "calculate_sum_pi_squared", "distillation_use_topk"):
             if option(name):
-                raise NotImplementedError(f"the engine with VERL_ENGINE_VENDOR={VENDOR} does not support {name}")
+                raise NotImplementedError(f"the engine with VERL_ENGINE_VENDOR=reval does not support {name}")
         logits = output.logits.full_tensor() if isinstance(output.logits, DTensor) else output.logits
         with_entropy = option("calculate_entropy")
         offsets = micro_batch["input_ids"].offsets()

@@ -84,8 +84,8 @@ def reval_policy_loss(
     Raises:
         RuntimeError, TypeError, ValueError: the engine, a setting or a field of the data is missing.
     """
-    options = getattr(config, "policy_loss", None)
-    if not isinstance(options, ReValLossConfig):
+    options = config.policy_loss if config is not None else None
+    if config is None or not isinstance(options, ReValLossConfig) or options.beta is None:
         target = f"{ReValLossConfig.__module__}.{ReValLossConfig.__name__}"
         raise TypeError(f"loss_mode=reval needs actor.policy_loss._target_={target}, got {type(options).__name__}")
     if rollout_is_weights is not None:

@@ -66,8 +66,8 @@ class ReValTrainer(PPOTrainerSync):
         actor = config.actor_rollout_ref.actor
         if not actor.use_kl_loss or actor.kl_loss_coef != 0 or actor.kl_loss_type != "kl":
             raise ValueError(
-                "trainer_mode=reval needs actor_rollout_ref.actor.use_kl_loss=true, kl_loss_coef=0 and kl_loss_type=kl: "
-                "then verl loads the reference, and adds no KL term to the loss, which has one of its own; got "
+                "trainer_mode=reval needs actor_rollout_ref.actor.use_kl_loss=true, kl_loss_coef=0 and "
+                "kl_loss_type=kl: then verl loads the reference, and adds no KL term to a loss that has its own; got "
                 f"{actor.use_kl_loss}, {actor.kl_loss_coef} and {actor.kl_loss_type}"
             )
         self.replay = ReplayIndex(self.options.capacity, self.options.max_staleness_versions, self.options.seed)

@@ -41,7 +41,8 @@ HOOKS = {
             "prime-rl",
             "src/prime_rl/trainer/rl/loss.py",
             "LossInputs",
-            "trainer_logprobs, inference_logprobs, ref_logprobs, advantages, loss_mask, loss_weights=field(default=None)",
+            "trainer_logprobs, inference_logprobs, ref_logprobs, advantages, loss_mask, "
+            "loss_weights=field(default=None)",
         ),
         Hook("prime-rl", "src/prime_rl/trainer/rl/loss.py", "LossOutputs", "loss, metrics"),
         Hook("prime-rl", "src/prime_rl/trainer/rl/loss.py", "setup_rl_loss_fn", "loss_config"),
@@ -296,9 +297,7 @@ def test_skyrl(monkeypatch, data):
     def register_policy_loss(name):
         return lambda function: registered.setdefault(name, function)
 
-    module(
-        monkeypatch, "skyrl.backends.skyrl_train.utils.ppo_utils", register_policy_loss=register_policy_loss
-    )
+    module(monkeypatch, "skyrl.backends.skyrl_train.utils.ppo_utils", register_policy_loss=register_policy_loss)
     scope = block("SkyRL")
     accepts(registered["regression"], HOOKS["SkyRL"][0].signature)
     log_probs, old, advantages, mask = batch_of(data)

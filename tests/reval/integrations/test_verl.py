@@ -33,10 +33,9 @@ def test_without_verl_the_package_imports_and_the_plugin_names_what_to_install()
 
 
 verl = pytest.importorskip("verl", reason="verl is not installed: make test-peers")
-import verl_cpu  # noqa: E402, F401  # before verl's engines
-
 from functools import partial  # noqa: E402
 
+import verl_cpu  # noqa: E402, F401  # before verl's engines
 from omegaconf import OmegaConf  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from verl_cpu import save_tiny_model  # noqa: E402
@@ -174,9 +173,12 @@ def expected_loss(logits: torch.Tensor, data: TensorDict, **options) -> torch.Te
         states = slice(start + p - 1, start + p + r - 1)  # the state of a token is the position before it
         own = [x[states][None] for x in values[:3]]
         ref = [x.to(dtype)[None] for x in (ref_v + ref_log_prob, ref_v, ref_log_prob)]
-        total = total + reference.bellman_loss(
-            type(values)(*own), type(values)(*ref), advantages[:1].to(dtype), mask=mask[None].bool(), **options
-        ).loss
+        total = (
+            total
+            + reference.bellman_loss(
+                type(values)(*own), type(values)(*ref), advantages[:1].to(dtype), mask=mask[None].bool(), **options
+            ).loss
+        )
     return total / len(SHAPES)
 
 
@@ -281,7 +283,9 @@ def test_what_is_missing_is_named():
 def test_advantage_estimator_puts_the_reward_on_every_action():
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     rewards = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -1.0]])
-    found, _ = ADV_ESTIMATOR_REGISTRY["reval"](token_level_rewards=rewards, response_mask=mask, config=None, index=[0, 0])
+    found, _ = ADV_ESTIMATOR_REGISTRY["reval"](
+        token_level_rewards=rewards, response_mask=mask, config=None, index=[0, 0]
+    )
     assert found.tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, -1.0]]
 
 

@@ -93,7 +93,9 @@ def save_tiny_model(folder: str, vocabulary: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=False, **shape)).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="0"))

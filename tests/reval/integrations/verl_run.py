@@ -1,8 +1,9 @@
 """A real run of verl's trainer `reval` on a CPU, but for the generation: python verl_run.py FOLDER STEPS
 
-Real are Ray, TransferQueue, the worker groups with verl's FSDP2 engine for actor and reference, advantages, checkpoints.
-vLLM is not: `Uniform` stands in for verl's agent loops. It writes random responses into the queue in the form in which
-verl's AgentLoopWorkerTQ does, which an off-policy loss may train on. So no weights are sent to a rollout engine.
+Real are Ray, TransferQueue, the worker groups with verl's FSDP2 engine for actor and reference, advantages, and
+checkpoints. vLLM is not: `Uniform` stands in for verl's agent loops. It writes random responses into the queue in the
+form in which verl's AgentLoopWorkerTQ does, and an off-policy loss may train on them. So no weights are sent to a
+rollout engine.
 
 It prints a line of JSON for each step: the metrics, and the keys of the trajectories of each update.
 """
@@ -23,10 +24,13 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl_cpu import save_tiny_model
 
 VOCABULARY, PROMPTS, RESPONSES = 40, 4, 2
+PARTITION = "reval_replay"
 ReValTrainer = get_trainer_cls("reval")
+RolloutReplicaRegistry.register("none", lambda: object)  # verl looks up the class, and makes no instance
 
 
 class Uniform:
@@ -105,13 +109,16 @@ class Trainer(ReValTrainer):
         self.trained: list = []
         batch = super().step(metrics, timing_raw)
         wanted = ("actor/loss", "actor/grad_norm", "actor/reval_residual_abs", "actor/lr", "replay/size")
-        row = {"step": self.global_steps, "trained": self.trained, "stored": len((tq.kv_list() or {}).get(PARTITION, {}))}
-        row |= {k: float(v) for k, v in metrics.items() if k.removeprefix("replay/") in wanted or k.startswith("replay")}
+        row = {
+            "step": self.global_steps,
+            "trained": self.trained,
+            "stored": len((tq.kv_list() or {}).get(PARTITION, {})),
+        }
+        row |= {
+            k: float(v) for k, v in metrics.items() if k.removeprefix("replay/") in wanted or k.startswith("replay")
+        }
         print("ROW", json.dumps(row), flush=True)
         return batch
-
-
-PARTITION = "reval_replay"
 
 
 def settings(folder: Path, steps: int):
@@ -133,6 +140,10 @@ def settings(folder: Path, steps: int):
         "actor_rollout_ref.actor.optim.lr=1e-3",
         f"actor_rollout_ref.rollout.n={RESPONSES}",
         "reward.num_workers=1",
+        "actor_rollout_ref.rollout.name=none",
+        "actor_rollout_ref.rollout.nnodes=1",  # verl's check for rollouts elsewhere; nothing is started
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "trainer.device=cpu",
         "trainer.n_gpus_per_node=1",
         "trainer.v1.reval.updates=3",
         "trainer.v1.reval.max_staleness_versions=2",
