@@ -3,6 +3,7 @@
 The engine is verl's own FSDP2 engine with one process and gloo, on a model of 20 thousand weights.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -20,16 +21,6 @@ def run(code: str, **env: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
-
-
-def test_without_verl_the_package_imports_and_the_plugin_names_what_to_install():
-    code = (
-        "import sys; sys.modules['verl'] = None\n"
-        "import reval.integrations.replay\n"
-        "try: import reval.integrations.verl\n"
-        "except ImportError as error: print(error)"
-    )
-    assert "pip install verl==0.9.1" in run(code)
 
 
 verl = pytest.importorskip("verl", reason="verl is not installed: make test-peers")
@@ -428,3 +419,40 @@ def test_the_example_config_is_one_that_verl_accepts():
 def test_settings_that_cannot_work_are_refused(override, message):
     with pytest.raises(ValueError, match=message):
         ReValTrainer(composed(override))
+
+
+# the trainer
+
+
+def run_of_the_trainer(folder: Path, steps: int) -> list[dict]:
+    """verl_run.py in a process of its own: the rows that it prints."""
+    here = Path(__file__).parent
+    env = {"VERL_USE_EXTERNAL_MODULES": "verl_cpu", "VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "reval"}
+    env |= {"PYTHONPATH": f"{here}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(here / "verl_run.py"), str(folder), str(steps)]
+    done = subprocess.run(command, env=os.environ | env, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_trainer_replays_evicts_and_resumes(tmp_path):
+    """Two steps with a checkpoint, then two more from it. Batches of 8 trajectories, 3 updates, 2 versions of lag."""
+    rows = run_of_the_trainer(tmp_path, 2)
+    assert [row["step"] for row in rows] == [1, 2]
+    rows += run_of_the_trainer(tmp_path, 4)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    admitted: list[set[str]] = []
+    for row in rows:
+        (first, new), *replayed = row["trained"]
+        assert first == "train" and len(set(new)) == 8 and len(replayed) == 2
+        admitted.append(set(new))
+        held = set().union(*admitted[-3:])  # of this version and of the two before
+        for partition, keys in replayed:
+            assert partition == "reval_replay" and len(set(keys)) == 8 and set(keys) <= held
+        assert row["stored"] == row["replay/size"] == len(held)
+        assert row["actor/grad_norm"] > 0 and row["replay/actor/reval_residual_abs"] > 0
+    drawn = {key for row in rows[2:] for _, keys in row["trained"][1:] for key in keys}
+    assert drawn & (admitted[0] | admitted[1])  # a resumed run replays what was generated before
+    assert len({row["actor/lr"] for row in rows}) == 1

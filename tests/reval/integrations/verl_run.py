@@ -9,6 +9,7 @@ It prints a line of JSON for each step: the metrics, and the keys of the traject
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ class Uniform:
             "input_ids": ids,
             "position_ids": torch.arange(len(ids)),
             "rm_scores": scores,
+            "rollout_log_probs": torch.full(response.shape, -math.log(VOCABULARY - 3)),
             "num_turns": 2,
             "multi_modal_inputs": {},
         }
