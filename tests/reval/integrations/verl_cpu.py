@@ -27,6 +27,12 @@ class PlatformCPU(PlatformBase):
         memory_reserved=lambda: 0,
         mem_get_info=lambda: (0, 0),
         current_device=lambda: torch.device("cpu"),
+        get_device_name=lambda *_: "CPU",
+        get_rng_state=torch.get_rng_state,
+        set_rng_state=torch.set_rng_state,
+        ipc_collect=lambda: None,
+        set_device=lambda *_: None,
+        device_count=lambda: 1,
         is_available=lambda: True,
     )
 
