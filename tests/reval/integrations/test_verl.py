@@ -299,6 +299,10 @@ def process_group():
 
 @pytest.fixture
 def engine(model_folder, process_group) -> ReValEngine:
+    return made_engine(model_folder)
+
+
+def made_engine(model_folder: str) -> ReValEngine:
     """verl's registry builds it, as in a worker of verl."""
     model = HFModelConfig(
         path=model_folder, enable_gradient_checkpointing=False, override_config={"attn_implementation": "sdpa"}
@@ -365,6 +369,24 @@ def test_backward_through_verls_engine_is_the_gradient_of_the_definition(engine,
     loss = expected_loss(plain_logits(model, data), data, beta=0.3)
     loss.backward()
     torch.testing.assert_close(sum(out["loss"]), float(loss), rtol=1e-4, atol=0)
+    for name, weight in model.named_parameters():
+        scale = weight.grad.abs().max().item()
+        torch.testing.assert_close(found[name].double(), weight.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path):
+    """FSDP averages over the ranks, and verl's losses count them."""
+    save_tiny_model(str(tmp_path / "model"), VOCABULARY)
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{here}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "ignore", here / "verl_ranks.py", str(rank), tmp_path], env=env)
+        for rank in range(2)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    data, found = micro_batch(), torch.load(tmp_path / "gradients.pt")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    expected_loss(plain_logits(model, data), data, beta=0.3).backward()
     for name, weight in model.named_parameters():
         scale = weight.grad.abs().max().item()
         torch.testing.assert_close(found[name].double(), weight.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)

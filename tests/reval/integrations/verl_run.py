@@ -42,8 +42,8 @@ class Uniform:
 
     def generate_sequences(self, prompts) -> None:
         step = self.trainer.global_steps
+        g = torch.Generator().manual_seed(step)
         for uid in prompts["uid"]:
-            g = torch.Generator().manual_seed(step)
             rows = [self.trajectory(uid, i, g) for i in range(RESPONSES)]
             tags = [
                 {"status": "success", "prompt_len": 4, "response_len": len(r["responses"])}
