@@ -398,7 +398,7 @@ def test_verls_train_batch_fits_the_residuals(engine):
     for _ in range(20):
         with engine.train_mode():
             losses.append(sum(engine.train_batch(data, partial(ppo_loss, config=actor()))["loss"]))
-    assert losses[-1] < 0.2 * losses[0], losses
+    assert losses[-1] < 0.5 * losses[0], losses
 
 
 def test_options_that_need_another_pass_over_the_logits_are_refused(engine):
