@@ -10,7 +10,7 @@ step. verl saves and restores the queue with its checkpoints, so a resumed run h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -62,6 +62,9 @@ class ReValTrainer(PPOTrainerSync):
             ValueError: settings with which the policy loss `reval` cannot work.
         """
         given = OmegaConf.to_container(config.trainer.v1.get("reval") or OmegaConf.create())
+        names = [field.name for field in fields(ReplayConfig)]
+        if unknown := given.keys() - set(names):
+            raise ValueError(f"trainer.v1.reval has no setting {min(unknown)}; it has {', '.join(names)}")
         self.options = ReplayConfig(**given)
         actor = config.actor_rollout_ref.actor
         if not actor.use_kl_loss or actor.kl_loss_coef != 0 or actor.kl_loss_type != "kl":

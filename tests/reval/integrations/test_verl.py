@@ -435,6 +435,7 @@ def test_the_example_config_is_one_that_verl_accepts():
         ("actor_rollout_ref.actor.kl_loss_coef=0.1", "got True, 0.1 and kl"),
         ("trainer.v1.reval.updates=0", "trainer.v1.reval.updates must be at least 1, got 0"),
         ("trainer.v1.reval.max_staleness_versions=-1", "max_staleness_versions must be at least 0"),
+        ("+trainer.v1.reval.staleness=2", "trainer.v1.reval has no setting staleness; it has updates, capacity"),
         ("+trainer.v1.reval.parameter_sync_step=2", "parameter_sync_step must be 1, got 2"),
     ],
 )
