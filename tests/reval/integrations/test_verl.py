@@ -50,6 +50,7 @@ from reval.integrations.verl.engine import ReValEngine  # noqa: E402
 from reval.integrations.verl.loss import ReValLossConfig, given, reval_policy_loss  # noqa: E402
 from reval.integrations.verl.trainer import ReplayConfig, ReValTrainer  # noqa: E402
 
+pytestmark = pytest.mark.timeout(1800)  # each import of verl takes seconds, and minutes on a busy machine
 VOCABULARY = 40
 SHAPES = [(5, 4), (3, 7), (6, 1), (4, 6)]
 """Prompt and response of each trajectory: other lengths each, and one response of one token."""
@@ -460,7 +461,6 @@ def run_of_the_trainer(folder: Path, steps: int) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_trainer_replays_evicts_and_resumes(tmp_path):
     """Two steps with a checkpoint, then two more from it. Batches of 8 trajectories, 3 updates, 2 versions of lag."""
     rows = run_of_the_trainer(tmp_path, 2)
