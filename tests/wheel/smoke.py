@@ -7,7 +7,8 @@ backends that computed.
 import torch
 
 import reval_kernels
-from reval_kernels import reference
+from reval_kernels import actions_and_mask, hf, reference, until_end
+from reval_kernels.compat import liger, trl_kernels, trl_utils
 
 B, T, D, V = 3, 5, 16, 33
 torch.manual_seed(0)
@@ -27,7 +28,8 @@ ARGUMENTS = {
     "linear_reval_loss": ((hidden, head, actions, returns, rewards), bellman),
 }
 TYPES = ["BellmanLoss", "TDTargets", "TokenValues"]
-assert set(reval_kernels.__all__) == {*ARGUMENTS, *TYPES, "__version__", "backends", "reference"}, (
+HELPERS = ["actions_and_mask", "until_end"]
+assert set(reval_kernels.__all__) == {*ARGUMENTS, *TYPES, *HELPERS, "__version__", "backends", "reference"}, (
     "a name without a call"
 )
 
@@ -59,6 +61,30 @@ def check(name):
         torch.testing.assert_close(ours.double(), definition, rtol=1e-4, atol=1e-5)
 
 
+def check_helpers():
+    """Actions and mask from tokens, and the calls of TRL and Liger on all rows."""
+    ids = torch.tensor([[5, 6, 7, 8], [5, 9, 2, 2]])
+    _, response = actions_and_mask(ids, torch.tensor([2, 1]), attention_mask=until_end(ids, 2))
+    assert response.tolist() == [[False, True, True], [True, True, False]]
+    torch.testing.assert_close(ref.returns(mask)[:2], (ref.log_prob.sum(1) + ref.v[range(B), [0, 1, 0]])[:2])
+    log_prob = reference.linear_token_values(hidden, head, actions).log_prob
+    ours = [
+        trl_utils.selective_log_softmax(hidden @ head.T, actions),
+        trl_kernels.selective_log_softmax_and_entropy(hidden @ head.T, actions)[0],
+        trl_kernels.chunked_log_probs(hidden, head, None, actions, 1.0).logprobs,
+        -liger.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden.flatten(0, 1), head, actions.flatten()).view(
+            B, T
+        ),
+    ]
+    for x in ours:
+        torch.testing.assert_close(x, log_prob, rtol=1e-4, atol=1e-5)
+    try:
+        hf.token_values_of(torch.nn.Linear(2, 2), ids)
+    except TypeError as error:
+        assert "causal language model" in str(error)
+
+
 for name in ARGUMENTS:
     check(name)
+check_helpers()
 print("checked", reval_kernels.__version__, *[k for k, info in reval_kernels.backends().items() if info.available])
