@@ -1,0 +1,450 @@
+"""The head of a model of transformers, and functions computed there, in the place of the logits.
+
+A causal language model calls its head once: logits = head(hidden). `at_head` calls the model as it is, with the head's
+`forward` replaced: the replacement computes the caller's function of the hidden states and the head's weight, and
+returns stand-in logits of one state. So all that a model's call does, happens: FSDP2 gathers the weights and DDP
+averages the gradients, autocast, gradient checkpointing, adapters and hooks act. What the model does between its body
+and its head has happened to the hidden states already. What it does to the logits is seen on the stand-in (`measure`).
+
+Nothing of transformers is imported: a model is what has `get_output_embeddings`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Result = TypeVar("Result")
+PROBES = 13
+"""The powers of 2 from 1/16 on that are logits of a stand-in."""
+
+
+class Transform(NamedTuple):
+    """What a model does to the output of its head: logits = softcap(output[:words]) / temperature."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+    words: int | None = None
+    """None: all words."""
+
+
+class OutputHead(NamedTuple):
+    """logits = softcap(hidden @ weight.T + bias) / temperature.
+
+    V is the size of the vocabulary, D the width of the hidden states.
+
+    The fields are keyword arguments of the kernels: linear_token_values(hidden, actions=actions, **head._asdict()).
+    """
+
+    weight: Tensor
+    """[V, D]"""
+    bias: Tensor | None
+    """[V]"""
+    softcap: float | None
+    """c in c * tanh(logits / c). None: no softcap."""
+    temperature: float
+    """The inverse of the model's logit scale. It belongs to the model and is not the sampling temperature."""
+    precision: str = "exact"
+    """The least precision of the products, as in `linear_token_values`."""
+
+
+_measured: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model inside DistributedDataParallel, torch.compile and peft's wrappers.
+
+    Raises TypeError for a module that is none.
+    """
+    inner = model
+    while True:
+        if hasattr(inner, "_orig_mod"):  # torch.compile(model)
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):  # peft
+            inner = inner.get_base_model()
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        else:
+            break
+    if not (isinstance(inner, nn.Module) and hasattr(inner, "get_output_embeddings") and hasattr(inner, "config")):
+        raise TypeError(
+            "model must be a causal language model of transformers, or one inside DistributedDataParallel, "
+            f"torch.compile or a PeftModel; got {type(inner).__name__}"
+        )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise TypeError(f"model must have a decoder alone; {type(inner).__name__} has an encoder too")
+    return inner
+
+
+def head_layer(model: Any) -> Any:
+    """The layer that computes the logits.
+
+    Raises ValueError for a head with an adapter, and for what has no weight.
+    """
+    inner = causal_lm(model)
+    layer, name = inner.get_output_embeddings(), type(inner).__name__
+    if hasattr(layer, "modules_to_save"):  # peft trains a copy of the whole head
+        active = list(layer.active_adapters)
+        copies = not layer.disable_adapters and [layer.modules_to_save[a] for a in active if a in layer.modules_to_save]
+        layer = copies[0] if copies else layer.original_module
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            f"the head of {name} is adapted ({type(layer).__module__}.{type(layer).__name__}); values come from the "
+            "head's weight, which is not all of an adapted head. Leave the head ('lm_head') out of the adapter's "
+            "target_modules, or train a copy of it: modules_to_save=['lm_head']"
+        )
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise ValueError(
+            f"{name} has no head with one weight (get_output_embeddings() is {type(layer).__name__}); values need a "
+            "causal language model whose logits are hidden @ weight.T"
+        )
+    return layer
+
+
+def head_of(model: Any) -> OutputHead:
+    """The head of a causal language model.
+
+    The first call for a model runs it on one token, to see what it does to its logits (`measure`).
+
+    Args:
+        model: a causal language model of transformers; also inside DistributedDataParallel, torch.compile or peft.
+
+    Returns:
+        OutputHead, whose weight and bias are the model's parameters. With FSDP2 they may be DTensors; inside `at_head`
+        they are whole.
+
+    Raises:
+        TypeError, ValueError: the model is not a causal language model, or its head is none that OutputHead describes.
+    """
+    inner = causal_lm(model)
+    layer = head_layer(inner)
+    if inner not in _measured:
+        with torch.no_grad():
+            ids = torch.zeros(1, 1, dtype=torch.long, device=layer.weight.device)
+            at_head(model, lambda hidden, head: (), input_ids=ids)
+    return describe(layer, _measured[inner])
+
+
+def describe(layer: Any, transform: Transform) -> OutputHead:
+    """The head, from the layer and what the model does to the layer's output."""
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if transform.words is not None:
+        weight, bias = weight[: transform.words], None if bias is None else bias[: transform.words]
+    return OutputHead(weight, bias, transform.softcap, transform.temperature)
+
+
+def at_head(model: Any, function: Callable[[Tensor, OutputHead], Result], **inputs: Any) -> Result:
+    """Call model(**inputs) up to its head, and return function(hidden, head).
+
+    The function runs inside the model's call, where FSDP2 has gathered the head's weight, and outside of autocast. Its
+    results are differentiable, and a backward through them is a backward through the model's output.
+
+        loss = at_head(model, lambda hidden, head: linear_reval_loss(hidden[:, :-1], actions=..., **head._asdict()).loss)
+
+    Args:
+        model: a causal language model of transformers; also inside DistributedDataParallel, torch.compile or peft.
+        function: takes the input of the head, [B, T, D], and an OutputHead. It returns a tensor or a (named) tuple of
+            tensors and other values.
+        inputs: the arguments of the model. use_cache is false if it is not given.
+
+    The first call for a model measures what it does to its logits. If it does something, the model is called again.
+
+    Raises:
+        TypeError, ValueError: the model or its head is none that OutputHead describes.
+    """
+    return at_sharded_head(model, lambda hidden, head, group: function(hidden, _unsharded(model, head, group)), inputs)
+
+
+def _unsharded(model: Any, head: OutputHead, group: ProcessGroup | None) -> OutputHead:
+    if group is not None:
+        raise ValueError(
+            f"the head of {type(causal_lm(model)).__name__} is split over {group.size()} ranks by tensor parallelism; "
+            "of the functions here token_values_of alone computes with such a head"
+        )
+    return head
+
+
+def at_sharded_head(
+    model: Any, function: Callable[[Tensor, OutputHead, ProcessGroup | None], Result], inputs: dict[str, Any]
+) -> Result:
+    """`at_head` with a function of (hidden, head, process group). There is a group if each rank of it has a slice of
+    the head's words."""
+    inner = causal_lm(model)
+    for name in ("labels", "logits_to_keep", "num_logits_to_keep"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name} must not be given: the model computes no logits here, so it has no use for them")
+    if "use_cache" in inspect.signature(type(inner).forward).parameters:
+        inputs = {"use_cache": False} | inputs
+    layer = head_layer(inner)
+    known = _measured.get(inner)
+    call = _Call(layer, type(inner).__name__, function, known or Transform(), known is None)
+    logits = call.run(model, inputs)
+    if known is None:
+        found = measure(call, logits)
+        _measured[inner] = found
+        if found != call.transform:
+            call = _Call(layer, call.name, function, found)
+            logits = call.run(model, inputs)
+    return _passed_through(call.result, logits)
+
+
+class _Call:
+    """One call of a model whose head does not compute logits."""
+
+    def __init__(self, layer: Any, name: str, function: Callable[..., Any], transform: Transform, probing: bool = False):
+        self.layer, self.name, self.function, self.transform = layer, name, function, transform
+        self.probing = probing
+        self.result: Any = None
+        self.calls = 0
+
+    def run(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The stand-in logits, as they come out of the model."""
+        token = _current.set(self)
+        try:
+            with _replaced(self.layer):
+                out = model(**inputs)
+        finally:
+            _current.reset(token)
+        if self.calls != 1:
+            raise ValueError(
+                f"{self.name} called its head {self.calls} times in a forward pass; values need a model that calls it "
+                "once, with the states of all tokens"
+            )
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        return logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What the head computes in this call: keep function(hidden, head), return stand-in logits [1, 1, V]."""
+        self.calls += 1
+        given = hidden
+        hidden, weight, bias, group, mesh = _local(self.name, self.layer, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.probing:
+                _check_linear(self.name, self.layer, given, weight)
+            head = describe(types.SimpleNamespace(weight=weight, bias=bias), self.transform)
+            result = self.function(hidden, head, group)
+        words = self.layer.weight.shape[0]
+        stand_in = stand_in_logits(words, hidden.device) if self.probing else _zeros(words, hidden.device)
+        self.result, stand_in = _joined(result, stand_in)
+        if mesh is None:
+            return stand_in
+        from torch.distributed.tensor import DTensor, Replicate
+
+        return DTensor.from_local(stand_in, mesh, [Replicate()])
+
+
+_current: ContextVar[_Call | None] = ContextVar("reval_call", default=None)
+_lock = threading.Lock()
+_replacements: dict[nn.Module, tuple[int, Any]] = {}
+"""The heads with a replaced forward: the number of calls now running, and the `forward` that the instance had."""
+
+
+@contextlib.contextmanager
+def _replaced(layer: Any) -> Iterator[None]:
+    """Within the block `layer.forward` is `_forward`. Blocks may overlap, in one thread or several."""
+    with _lock:
+        count, own = _replacements.get(layer, (0, vars(layer).get("forward")))
+        _replacements[layer] = (count + 1, own)
+        layer.forward = types.MethodType(_forward, layer)
+    try:
+        yield
+    finally:
+        with _lock:
+            count, own = _replacements.pop(layer)
+            if count > 1:
+                _replacements[layer] = (count - 1, own)
+            elif own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+@torch.compiler.disable
+def _forward(layer: Any, hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+    call = _current.get()
+    if call is not None and call.layer is layer and not args and not options:
+        return call.head(hidden)
+    return _own_forward(layer)(hidden, *args, **options)
+
+
+def _own_forward(layer: Any) -> Any:
+    """The forward that the layer has outside of `_replaced`."""
+    own = _replacements.get(layer, (0, None))[1]
+    return types.MethodType(type(layer).forward, layer) if own is None else own
+
+
+def _local(name: str, layer: Any, hidden: Any) -> tuple[Tensor, Tensor, Tensor | None, Any, Any]:
+    """hidden, weight and bias as this rank has them, the group that shares the vocabulary, and the mesh of a DTensor.
+
+    Raises ValueError for a DTensor that is not split by words over one dimension.
+    """
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if not hasattr(weight, "placements"):
+        return hidden, weight, bias, None, None
+    placements, mesh = weight.placements, weight.device_mesh
+    hidden_placements = getattr(hidden, "placements", None)
+    split = len(placements) == 1 and placements[0].is_shard(0)
+    if not (split or all(p.is_replicate() for p in placements)) or any(
+        not p.is_replicate() for p in hidden_placements or ()
+    ):
+        raise ValueError(
+            f"the head of {name} is a DTensor with placements {placements} while it computes, and its input has "
+            f"{hidden_placements}; values need a whole head (FSDP2 gathers it if the wrapped model itself is called), or "
+            "tensor parallelism over one dimension with a head split by words (Shard(0)) and a replicated input: "
+            "ColwiseParallel(output_layouts=Replicate())"
+        )
+    if hidden_placements is not None:
+        hidden = hidden.to_local()
+    weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+    return hidden, weight, bias, mesh.get_group() if split else None, mesh if hidden_placements is not None else None
+
+
+# --- what a model does to its logits ---------------------------------------------------------------------------------
+
+
+def stand_in_logits(words: int, device: torch.device) -> Tensor:
+    """Logits [1, 1, V] of one state, float64, all different: 0, powers of 2, then evenly spaced from -128 to 128."""
+    x = torch.linspace(-128, 128, words, dtype=torch.float64)
+    powers = 2.0 ** (torch.arange(min(PROBES, words - 1), dtype=torch.float64) - 4)
+    x[0] = 0
+    x[1 : 1 + len(powers)] = powers
+    return x[None, None].to(device)
+
+
+def _zeros(words: int, device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, words, dtype=torch.float64, device=device)
+
+
+def measure(call: Any, logits: Tensor) -> Transform:
+    """What the model did to `stand_in_logits`.
+
+    It may scale them, apply c * tanh(x / c), and drop the last words. Raises ValueError for anything else.
+    """
+    words = call.layer.weight.shape[0]
+    y = logits.detach().double().flatten().cpu()
+    x = stand_in_logits(words, torch.device("cpu")).flatten()[: len(y)]
+    eps = torch.finfo(logits.dtype).eps
+    if logits.shape[:-1] != (1, 1) or not 2 <= len(y) <= words or not y.isfinite().all():
+        raise ValueError(_unknown(call, f"turned logits of shape [1, 1, {words}] into {list(logits.shape)}"))
+    kept = None if len(y) == words else len(y)
+    for softcap, scale in _candidates(x, y):
+        expected = (x if softcap is None else softcap * torch.tanh(x / softcap)) * scale
+        if not torch.allclose(y, expected, rtol=16 * eps, atol=16 * eps * float(y.abs().max())):
+            continue
+        if eps > 1e-3 and (softcap, scale) != (None, 1.0):
+            raise ValueError(
+                f"the logits of {call.name} come out as {logits.dtype}, too coarse to measure its softcap or scale; "
+                "call reval_kernels.hf.head_of(model) once before the model is wrapped (FSDP2's output_dtype)"
+            )
+        return Transform(_short(softcap, eps), _inverse(scale, eps), kept)
+    raise ValueError(_unknown(call, f"turned {x[-1]:.4g} into {y[-1]:.4g}, and {x[1]:.4g} into {y[1]:.4g}"))
+
+
+def _candidates(x: Tensor, y: Tensor) -> Iterator[tuple[float | None, float]]:
+    """(c, s) in y = s * c * tanh(x / c). None: no softcap."""
+    yield None, 1.0
+    yield None, float(y[-1] / x[-1])
+    # tanh(2u) / tanh(u) = 2 / (1 + tanh(u)^2): two logits x and 2x give u = x / c. Best where tanh bends most.
+    last = min(PROBES, len(x) - 1)
+    if last < 2:
+        return
+    ratio = y[2 : last + 1] / y[1:last]
+    at = int((ratio - 1.3).abs().argmin())
+    t = (2 / ratio[at] - 1).clamp(1e-9, 1 - 1e-9).sqrt()
+    c = float(x[1 + at] / torch.atanh(t))
+    yield c, float(y[1 + at] / (c * t))
+
+
+def _short(x: float | None, eps: float) -> float | None:
+    """`x` without its rounding error: the shortest decimal number near it, if there is one."""
+    if x is None:
+        return None
+    for digits in range(1, 9):
+        if abs(float(f"{x:.{digits}g}") - x) <= 64 * eps * abs(x):
+            return float(f"{x:.{digits}g}")
+    return x
+
+
+def _inverse(scale: float, eps: float) -> float:
+    """1 / scale. One of the two is a short decimal number in a configuration."""
+    short: Any = _short(scale, eps)
+    inverse: Any = _short(1 / scale, eps) if scale else float("inf")
+    return 1 / short if len(repr(short)) <= len(repr(inverse)) else inverse
+
+
+def _unknown(call: Any, what: str) -> str:
+    return (
+        f"{call.name} does more to its logits than a scale, a softcap and dropping the last words: it {what}. Values "
+        "depend on the logits exactly. reval_kernels.token_values takes any logits: token_values(model(...).logits, ...)"
+    )
+
+
+@torch.no_grad()
+def _check_linear(name: str, layer: Any, hidden: Any, weight: Tensor) -> None:
+    """Raise ValueError if the layer's output for one state is not hidden @ weight.T + bias."""
+    row = hidden[:1, :1]
+    own, plain = _own_forward(layer)(row), nn.functional.linear(row, layer.weight, getattr(layer, "bias", None))
+    own, plain = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (own, plain))
+    close = own.shape == plain.shape and torch.allclose(
+        own.double(), plain.double(), rtol=0, atol=64 * torch.finfo(weight.dtype).eps * float(plain.abs().max())
+    )
+    if not close:
+        raise ValueError(
+            f"the head of {name} ({type(layer).__name__}) is no matrix: its output differs from hidden @ weight.T + "
+            "bias. reval_kernels.token_values takes any logits: token_values(model(...).logits, ...)"
+        )
+
+
+# --- gradients through the model's output ----------------------------------------------------------------------------
+
+
+class _Joint(torch.autograd.Function):
+    """The identity of several tensors as one node of the graph: no gradient passes before all of them have come."""
+
+    @staticmethod
+    def forward(ctx, carrier, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.carrier = carrier.shape, carrier.dtype, carrier.device
+        return carrier.clone(), *(x.clone() for x in tensors)
+
+    @staticmethod
+    def backward(ctx, d_carrier, *gradients):
+        if d_carrier is None:
+            shape, dtype, device = ctx.carrier
+            d_carrier = torch.zeros(shape, dtype=dtype, device=device)
+        return d_carrier, *gradients
+
+
+def _joined(result: Any, carrier: Tensor) -> tuple[Any, Tensor]:
+    """`result` and `carrier` behind one node. Only tensors of `result` that need a gradient change."""
+    items = list(result) if isinstance(result, tuple) else [result]
+    where = [i for i, x in enumerate(items) if isinstance(x, Tensor) and x.requires_grad]
+    if not where or not torch.is_grad_enabled():
+        return result, carrier
+    carrier, *tensors = _Joint.apply(carrier, *(items[i] for i in where))
+    for i, x in zip(where, tensors, strict=True):
+        items[i] = x
+    if not isinstance(result, tuple):
+        return items[0], carrier
+    return (type(result)(*items) if hasattr(result, "_fields") else tuple(items)), carrier
+
+
+def _passed_through(result: Any, logits: Tensor) -> Any:
+    """`result`, whose backward first goes through the model's output.
+
+    FSDP2 gathers weights for the backward when a gradient reaches the output of the module that they belong to, and DDP
+    finds unused parameters from there. The stand-in logits carry a gradient of zeros on this way.
+    """
+    return _joined(result, logits)[0]
