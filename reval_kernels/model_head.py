@@ -341,7 +341,8 @@ def measure(call: Any, logits: Tensor) -> Transform:
     kept = None if len(y) == words else len(y)
     for softcap, scale in _candidates(x, y):
         expected = (x if softcap is None else softcap * torch.tanh(x / softcap)) * scale
-        if not torch.allclose(y, expected, rtol=16 * eps, atol=16 * eps * float(y.abs().max())):
+        near = torch.allclose(y, expected, rtol=16 * eps, atol=16 * eps * float(y.abs().max()))
+        if not near or scale <= 0:
             continue
         if eps > 1e-3 and (softcap, scale) != (None, 1.0):
             raise ValueError(
@@ -380,7 +381,7 @@ def _short(x: float | None, eps: float) -> float | None:
 def _inverse(scale: float, eps: float) -> float:
     """1 / scale. One of the two is a short decimal number in a configuration."""
     short: Any = _short(scale, eps)
-    inverse: Any = _short(1 / scale, eps) if scale else float("inf")
+    inverse: Any = _short(1 / scale, eps)
     return 1 / short if len(repr(short)) <= len(repr(inverse)) else inverse
 
 
