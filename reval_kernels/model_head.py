@@ -197,7 +197,17 @@ def at_sharded_head(
         if found != call.transform:
             call = _Call(layer, call.name, function, found)
             logits = call.run(model, inputs)
+    if not torch.is_grad_enabled():
+        _reshard(model)
     return _passed_through(call.result, logits)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free the weights that FSDP2 keeps for a backward. Without this, zero_grad() and the optimizer would see gathered
+    weights as the model's parameters after a pass without gradient, and the next gradients would be lost."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
 
 
 class _Call:
@@ -208,6 +218,8 @@ class _Call:
         self.probing = probing
         self.result: Any = None
         self.calls = 0
+        self.split = False
+        """Whether this rank has a slice of the words."""
 
     def run(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The stand-in logits, as they come out of the model."""
@@ -230,6 +242,7 @@ class _Call:
         self.calls += 1
         given = hidden
         hidden, weight, bias, group, mesh = _local(self.name, self.layer, hidden)
+        self.split = group is not None
         with torch.autocast(hidden.device.type, enabled=False):
             if self.probing:
                 _check_linear(self.name, self.layer, given, weight)
@@ -336,7 +349,8 @@ def measure(call: Any, logits: Tensor) -> Transform:
     y = logits.detach().double().flatten().cpu()
     x = stand_in_logits(words, torch.device("cpu")).flatten()[: len(y)]
     eps = torch.finfo(logits.dtype).eps
-    if logits.shape[:-1] != (1, 1) or not 2 <= len(y) <= words or not y.isfinite().all():
+    least = words if call.split else 2  # a slice of split logits looks like dropped words
+    if logits.shape[:-1] != (1, 1) or not least <= len(y) <= words or not y.isfinite().all():
         raise ValueError(_unknown(call, f"turned logits of shape [1, 1, {words}] into {list(logits.shape)}"))
     kept = None if len(y) == words else len(y)
     for softcap, scale in _candidates(x, y):
