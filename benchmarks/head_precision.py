@@ -30,8 +30,8 @@ from transformers.utils import logging
 
 from reval.config import ModelConfig
 from reval.model.builtin import SMOLLM2
-from reval.model.head import head_of
 from reval.model.loading import load_model
+from reval_kernels.hf import head_of
 
 from .report import stamp
 

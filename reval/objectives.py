@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from reval_kernels import TokenValues, linear_reval_loss, linear_token_values
+from reval_kernels.hf import OutputHead
 
 from .batching import Batch
 from .config import ObjectiveConfig
-from .model.head import OutputHead
 
 
 class Totals(NamedTuple):

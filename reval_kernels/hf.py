@@ -23,14 +23,22 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .model_head import OutputHead, at_head, at_sharded_head, causal_lm, head_of
+from .model_head import (
+    OutputHead,
+    at_head,
+    at_sharded_head,
+    causal_lm,
+    head_of,
+    note_transform,
+    transform_of,
+)
 from .types import TokenValues
 from .values import linear_token_values
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["OutputHead", "at_head", "head_of", "token_values_of"]
+__all__ = ["OutputHead", "at_head", "head_of", "note_transform", "token_values_of", "transform_of"]
 
 IDS = (torch.int64, torch.int32)
 FLAGS = (torch.bool, torch.int64, torch.int32, torch.uint8, *checks.FLOATS)

@@ -31,7 +31,7 @@ PROBES = 13
 """The powers of 2 from 1/16 on that are logits of a stand-in."""
 
 
-class Transform(NamedTuple):
+class LogitTransform(NamedTuple):
     """What a model does to the output of its head: logits = softcap(output[:words]) / temperature."""
 
     softcap: float | None = None
@@ -60,7 +60,7 @@ class OutputHead(NamedTuple):
     """The least precision of the products, as in `linear_token_values`."""
 
 
-_measured: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
 
 def causal_lm(model: Any) -> Any:
@@ -128,16 +128,28 @@ def head_of(model: Any) -> OutputHead:
     Raises:
         TypeError, ValueError: the model is not a causal language model, or its head is none that OutputHead describes.
     """
+    return describe(head_layer(model), transform_of(model))
+
+
+def transform_of(model: Any) -> LogitTransform:
+    """What a model does to the output of its head. The first call for a model runs it on one token."""
     inner = causal_lm(model)
-    layer = head_layer(inner)
     if inner not in _measured:
         with torch.no_grad():
-            ids = torch.zeros(1, 1, dtype=torch.long, device=layer.weight.device)
+            ids = torch.zeros(1, 1, dtype=torch.long, device=head_layer(inner).weight.device)
             at_head(model, lambda hidden, head: (), input_ids=ids)
-    return describe(layer, _measured[inner])
+    return _measured[inner]
 
 
-def describe(layer: Any, transform: Transform) -> OutputHead:
+def note_transform(model: Any, transform: LogitTransform) -> None:
+    """Say what a model does to the output of its head, so that it is not measured: another process has done so.
+
+    All ranks of a wrapped model must know it, or none: a rank that measures may call the model once more.
+    """
+    _measured[causal_lm(model)] = transform
+
+
+def describe(layer: Any, transform: LogitTransform) -> OutputHead:
     """The head, from the layer and what the model does to the layer's output."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if transform.words is not None:
@@ -189,7 +201,7 @@ def at_sharded_head(
         inputs = {"use_cache": False} | inputs
     layer = head_layer(inner)
     known = _measured.get(inner)
-    call = _Call(layer, type(inner).__name__, function, known or Transform(), known is None)
+    call = _Call(layer, type(inner).__name__, function, known or LogitTransform(), known is None)
     logits = call.run(model, inputs)
     if known is None:
         found = measure(call, logits)
@@ -213,7 +225,9 @@ def _reshard(model: nn.Module) -> None:
 class _Call:
     """One call of a model whose head does not compute logits."""
 
-    def __init__(self, layer: Any, name: str, function: Callable[..., Any], transform: Transform, probing: bool = False):
+    def __init__(
+        self, layer: Any, name: str, function: Callable[..., Any], transform: LogitTransform, probing: bool = False
+    ):
         self.layer, self.name, self.function, self.transform = layer, name, function, transform
         self.probing = probing
         self.result: Any = None
@@ -340,7 +354,7 @@ def _zeros(words: int, device: torch.device) -> Tensor:
     return torch.zeros(1, 1, words, dtype=torch.float64, device=device)
 
 
-def measure(call: Any, logits: Tensor) -> Transform:
+def measure(call: Any, logits: Tensor) -> LogitTransform:
     """What the model did to `stand_in_logits`.
 
     It may scale them, apply c * tanh(x / c), and drop the last words. Raises ValueError for anything else.
@@ -363,7 +377,7 @@ def measure(call: Any, logits: Tensor) -> Transform:
                 f"the logits of {call.name} come out as {logits.dtype}, too coarse to measure its softcap or scale; "
                 "call reval_kernels.hf.head_of(model) once before the model is wrapped (FSDP2's output_dtype)"
             )
-        return Transform(_short(softcap, eps), _inverse(scale, eps), kept)
+        return LogitTransform(_short(softcap, eps), _inverse(scale, eps), kept)
     raise ValueError(_unknown(call, f"turned {x[-1]:.4g} into {y[-1]:.4g}, and {x[1]:.4g} into {y[1]:.4g}"))
 
 

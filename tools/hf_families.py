@@ -12,14 +12,8 @@ Then it compares rows with padding on the left, and two sequences packed into on
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -11,16 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from reval_kernels import TokenValues, linear_token_values
+from reval_kernels.hf import OutputHead, at_head
 
 from ..batching import Batch
 from ..config import ModelConfig
 from .attention import attention_for, layout_of
 from .dtypes import head_precision
-from .head import OutputHead, head_of
 
 Result = TypeVar("Result")
 
@@ -44,36 +43,32 @@ def with_hidden(
 ) -> Result:
     """Run the forward pass and return function(hidden states [M, D], head).
 
-    With several processes, FSDP shards the model: `head.weight` is then whole only while `function` runs. For token
-    values alone, call `token_values`.
+    The hidden states are those of the states of all actions, in the type that the transformer computes in. With several
+    processes, FSDP shards the model: `head.weight` is then whole only while `function` runs. For token values alone,
+    call `token_values`.
     """
-
-    def forward() -> Result:
-        precision = config.head_precision  # a run's settings name it; settings made by hand may say auto
-        precision = head_precision(config) if precision == "auto" else precision
-        return function(hidden_states(model, batch, config), head_of(model)._replace(precision=precision))
-
-    run_gathered: Any = getattr(model, "run_gathered", None)  # model/sharding.py adds this method to a sharded model
-    out = forward() if run_gathered is None else run_gathered(forward)
-    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
-        model.reshard()  # no backward pass follows, in which FSDP would free the head's weight
-    return out
-
-
-def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
-    """The last hidden states [M, D] of the states of all actions, in the type that the transformer computes in."""
     if config.compute_dtype == "auto":
         raise ValueError(
             "model.compute_dtype must be float32 or bfloat16 by now; got auto, which reval.model.dtypes.with_dtypes "
             "replaces for the device"
         )
+    precision = config.head_precision  # a run's settings name it; settings made by hand may say auto
+    precision = head_precision(config) if precision == "auto" else precision
     bf16 = config.compute_dtype == "bfloat16" and config.dtype == "float32"
     cast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    body: Any = model.base_model
-    inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions}
     if batch.tree is not None:
         inputs["layout"] = layout_of(batch.tree, model.device)
     if batch.token_mask is not None:
         inputs["attention_mask"] = batch.token_mask
+
+    def of_actions(hidden: Tensor, head: OutputHead) -> Result:
+        return function(hidden.flatten(0, 1)[batch.states], head._replace(precision=precision))
+
     with cast, attention_for(model, batch.tree):
-        return body(**inputs).last_hidden_state.flatten(0, 1)[batch.states]
+        return at_head(model, of_actions, **inputs)
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, config: ModelConfig) -> Tensor:
+    """The last hidden states [M, D] of the states of all actions, as the head gets them."""
+    return with_hidden(model, batch, config, lambda hidden, head: hidden)

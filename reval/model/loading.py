@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from reval_kernels.hf import head_of, note_transform, transform_of
+
 from ..config import LoraConfig, ModelConfig
 from ..distributed import World
 from .builtin import SMOLLM2, random_model, smollm2_checkpoint, tiny_model
 from .dtypes import compute_dtype, device_of
-from .head import check_head
 from .lora import add_adapters, load_adapters
 from .packing import note_packing, packing_of
 from .shapes import RANDOM
@@ -79,14 +80,14 @@ def _load(
     else:
         path = smollm2_checkpoint() if name == SMOLLM2 else name
         tokenizer = _tokenizer(path, "model.name" if name == config.name else "the checkpoint")
-        # check_head runs the model on the CPU, before it moves to a GPU. Other attentions may need a GPU.
+        # head_of runs the model on the CPU, before it moves to a GPU. Other attentions may need a GPU.
         everywhere = config.attn_implementation in ("sdpa", "eager")
         attention = config.attn_implementation if everywhere else "sdpa"
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         except SafetensorError as error:
             raise ValueError(f"the weights of the model {str(path)!r} cannot be read: {error}") from error
-    check_head(model)
+    head_of(model)  # raises for a head that the losses cannot compute
     packing_of(model)  # while the model is whole and on the CPU
     if model.config._attn_implementation != config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
@@ -135,8 +136,11 @@ def _main_first(
         except (ValueError, OSError, ImportError) as caught:  # ImportError: the attention's package is missing
             error = str(caught)
     kind = None if model is None else (type(model), model.config, model.generation_config)
-    packing = None if model is None else packing_of(model)
-    error, kind, packing, tokenizer = world.broadcast((error, kind, packing, tokenizer))
-    if kind is None or packing is None or tokenizer is None:
+    looked = None if model is None else (packing_of(model), transform_of(model))
+    error, kind, looked, tokenizer = world.broadcast((error, kind, looked, tokenizer))
+    if kind is None or looked is None or tokenizer is None:
         raise ValueError(error)
-    return model or note_packing(empty(*kind), packing), tokenizer
+    if model is None:
+        model = note_packing(empty(*kind), looked[0])
+        note_transform(model, looked[1])
+    return model, tokenizer

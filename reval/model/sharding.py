@@ -1,14 +1,13 @@
 """Sharding a model over the processes with FSDP2 (`torch.distributed.fsdp.fully_shard`), and gathering its weights.
 
-Every process keeps a slice of every parameter. A layer's parameters are gathered while the layer computes. The losses
-read the head's weight, which belongs to no layer. `shard` therefore gives the model a method `run_gathered(function)`:
-it runs `function` as a forward pass of the whole model, in which the parameters outside the layers are whole.
+Every process keeps a slice of every parameter. A layer's parameters are gathered while the layer computes, and those
+outside the layers, such as the head's, while the whole model does. The losses read the head's weight, so they are
+computed inside the model's call (`at_head` in reval_kernels/model_head.py).
 """
 
 from __future__ import annotations
 
 import copy
-import types
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -74,8 +72,6 @@ def shard(
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    setattr(model, "run_gathered", types.MethodType(lambda self, function: function(), model))  # noqa: B010
-    register_fsdp_forward_method(model, "run_gathered")
     for name, parameter in model.named_parameters() if fill else ():
         _take(parameter, whole.pop(name, None))
     for buffer in model.buffers():

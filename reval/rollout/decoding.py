@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..model.head import OutputHead, head_of
+from reval_kernels.hf import OutputHead, head_of
+
 from .cache import GROUPED, Slots, is_plain
 from .protocol import RolloutError
 from .sampling import sample

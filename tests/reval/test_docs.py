@@ -104,9 +104,9 @@ def test_the_loss_in_extending_equals_huber_and_trains(tmp_path, monkeypatch, ti
     from reval.batching import collate
     from reval.learner import Learner
     from reval.model.forward import hidden_states, token_values
-    from reval.model.head import head_of
     from reval.policy_gradients import value_objective
     from reval.reference_policy import ReferencePolicy, reference_of
+    from reval_kernels.hf import head_of
 
     (tmp_path / "losses.py").write_text(block_with("docs/extending.md", "def huber"))
     (tmp_path / "huber.yaml").write_text(block_with("docs/extending.md", "losses.py:huber", "yaml"))

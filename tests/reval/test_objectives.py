@@ -20,11 +20,11 @@ from reval.config import ConfigError, ObjectiveConfig, ReferenceConfig, load_con
 from reval.learner import Learner
 from reval.loop import train
 from reval.model.forward import hidden_states, token_values
-from reval.model.head import head_of
 from reval.model.loading import load_model
 from reval.objectives import FUSED, Reference, Totals
 from reval.policy_gradients import FROM_VALUES, value_objective
 from reval.reference_policy import ReferencePolicy, reference_of
+from reval_kernels.hf import head_of
 
 BETA = 0.3
 TOTALS = Totals(trajectories=7, actions=61, longest=32)

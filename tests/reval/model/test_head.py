@@ -1,22 +1,18 @@
-"""The output head: each transformation of the logits is either applied exactly or refused, and the error names it."""
+"""A model whose head the losses cannot compute is refused when it is loaded; the trainer's values are those of the
+model's own logits. tests/reval_kernels/test_hf.py tests the head itself."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from reval.batching import Form, collate
 from reval.config import ModelConfig
-from reval.model.forward import hidden_states
-from reval.model.head import OutputHead, check_head, head_of
-from reval_kernels import linear_token_values, token_values
+from reval.model import loading
+from reval.model.forward import action_values
+from reval.model.loading import load_model
+from reval_kernels import token_values
 
 SMALL = {
     "vocab_size": 50,
@@ -37,54 +33,32 @@ MODELS = {
 }
 
 
-def make(config):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
+@pytest.mark.parametrize("form", [Form.PADDED, Form.JOINED])
 @pytest.mark.parametrize("name", MODELS)
-def test_values_from_the_head_equal_values_from_the_models_logits(name, trajectories):
-    model = make(MODELS[name])
-    check_head(model)
+def test_values_are_those_of_the_models_own_logits(name, form, trajectories):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     members = trajectories(5, vocabulary=50)
-    head, batch = head_of(model), collate(members, model.device, Form.PADDED)
+    batch = collate(members, model.device, form)
     with torch.no_grad():
         rows = []
         for t in members:  # one trajectory at a time, so that there is no padding
             ids = torch.from_numpy(t.token_ids).long()[None]
             rows.append(model(input_ids=ids).logits[0, :-1][torch.from_numpy(t.action_mask[1:])])
         expected = token_values(torch.cat(rows), batch.actions)
-        hidden = hidden_states(model, batch, ModelConfig())
-        got = linear_token_values(hidden, actions=batch.actions, **head._asdict())
+        got = action_values(model, batch, ModelConfig())
     for a, b in zip(got[:3], expected[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    if name != "plain":
-        assert head != OutputHead(head.weight, None, None, 1.0)
 
 
-def test_a_bias_is_applied():
-    model = make(MODELS["plain"])
-    model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
-    check_head(model)
-    assert head_of(model).bias is model.lm_head.bias
+def test_a_head_that_does_more_is_refused_when_the_model_is_loaded(monkeypatch, tiny_config):
+    made = loading.tiny_model
 
+    def with_hook(seed):
+        model, tokenizer = made(seed)
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output.clamp(-1, 1))
+        return model, tokenizer
 
-def test_an_unknown_transformation_of_the_logits_is_refused():
-    model = make(MODELS["plain"])
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.1)
-    with pytest.raises(ValueError, match="does more to its logits than bias, final_logit_softcapping, logit_scale"):
-        check_head(model)
-
-
-def test_a_lora_head_is_refused_by_name():
-    model = make(MODELS["plain"])
-    model.lm_head.base_layer = torch.nn.Linear(32, 50)
-    with pytest.raises(ValueError, match="head of LlamaForCausalLM is adapted by LoRA"):
-        head_of(model)
-
-
-def test_softcap_and_scale_together_are_refused():
-    model = make(MODELS["softcap"])
-    model.config.logit_scale = 2.0
-    with pytest.raises(ValueError, match="both final_logit_softcapping and a logit scale"):
-        head_of(model)
+    monkeypatch.setattr(loading, "tiny_model", with_hook)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits than a scale, a softcap"):
+        load_model(tiny_config.model)
