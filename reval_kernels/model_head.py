@@ -23,21 +23,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .logit_transform import LogitTransform, measure, stand_in_logits
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
-PROBES = 13
-"""The powers of 2 from 1/16 on that are logits of a stand-in."""
-
-
-class LogitTransform(NamedTuple):
-    """What a model does to the output of its head: logits = softcap(output[:words]) / temperature."""
-
-    softcap: float | None = None
-    temperature: float = 1.0
-    words: int | None = None
-    """None: all words."""
 
 
 class OutputHead(NamedTuple):
@@ -163,7 +154,7 @@ def at_head(model: Any, function: Callable[[Tensor, OutputHead], Result], **inpu
     The function runs inside the model's call, where FSDP2 has gathered the head's weight, and outside of autocast. Its
     results are differentiable, and a backward through them is a backward through the model's output.
 
-        loss = at_head(model, lambda hidden, head: linear_reval_loss(hidden[:, :-1], actions=..., **head._asdict()).loss)
+        at_head(model, lambda hidden, head: linear_token_values(hidden, actions=a, **head._asdict()), input_ids=ids)
 
     Args:
         model: a causal language model of transformers; also inside DistributedDataParallel, torch.compile or peft.
@@ -204,7 +195,7 @@ def at_sharded_head(
     call = _Call(layer, type(inner).__name__, function, known or LogitTransform(), known is None)
     logits = call.run(model, inputs)
     if known is None:
-        found = measure(call, logits)
+        found = measure(call.name, layer.weight.shape[0], logits, split=call.split)
         _measured[inner] = found
         if found != call.transform:
             call = _Call(layer, call.name, function, found)
@@ -328,8 +319,8 @@ def _local(name: str, layer: Any, hidden: Any) -> tuple[Tensor, Tensor, Tensor |
     ):
         raise ValueError(
             f"the head of {name} is a DTensor with placements {placements} while it computes, and its input has "
-            f"{hidden_placements}; values need a whole head (FSDP2 gathers it if the wrapped model itself is called), or "
-            "tensor parallelism over one dimension with a head split by words (Shard(0)) and a replicated input: "
+            f"{hidden_placements}; values need a whole head (FSDP2 gathers it if the wrapped model itself is called), "
+            "or tensor parallelism over one dimension with a head split by words (Shard(0)) and a replicated input: "
             "ColwiseParallel(output_layouts=Replicate())"
         )
     if hidden_placements is not None:
@@ -338,86 +329,8 @@ def _local(name: str, layer: Any, hidden: Any) -> tuple[Tensor, Tensor, Tensor |
     return hidden, weight, bias, mesh.get_group() if split else None, mesh if hidden_placements is not None else None
 
 
-# --- what a model does to its logits ---------------------------------------------------------------------------------
-
-
-def stand_in_logits(words: int, device: torch.device) -> Tensor:
-    """Logits [1, 1, V] of one state, float64, all different: 0, powers of 2, then evenly spaced from -128 to 128."""
-    x = torch.linspace(-128, 128, words, dtype=torch.float64)
-    powers = 2.0 ** (torch.arange(min(PROBES, words - 1), dtype=torch.float64) - 4)
-    x[0] = 0
-    x[1 : 1 + len(powers)] = powers
-    return x[None, None].to(device)
-
-
 def _zeros(words: int, device: torch.device) -> Tensor:
     return torch.zeros(1, 1, words, dtype=torch.float64, device=device)
-
-
-def measure(call: Any, logits: Tensor) -> LogitTransform:
-    """What the model did to `stand_in_logits`.
-
-    It may scale them, apply c * tanh(x / c), and drop the last words. Raises ValueError for anything else.
-    """
-    words = call.layer.weight.shape[0]
-    y = logits.detach().double().flatten().cpu()
-    x = stand_in_logits(words, torch.device("cpu")).flatten()[: len(y)]
-    eps = torch.finfo(logits.dtype).eps
-    least = words if call.split else 2  # a slice of split logits looks like dropped words
-    if logits.shape[:-1] != (1, 1) or not least <= len(y) <= words or not y.isfinite().all():
-        raise ValueError(_unknown(call, f"turned logits of shape [1, 1, {words}] into {list(logits.shape)}"))
-    kept = None if len(y) == words else len(y)
-    for softcap, scale in _candidates(x, y):
-        expected = (x if softcap is None else softcap * torch.tanh(x / softcap)) * scale
-        near = torch.allclose(y, expected, rtol=16 * eps, atol=16 * eps * float(y.abs().max()))
-        if not near or scale <= 0:
-            continue
-        if eps > 1e-3 and (softcap, scale) != (None, 1.0):
-            raise ValueError(
-                f"the logits of {call.name} come out as {logits.dtype}, too coarse to measure its softcap or scale; "
-                "call reval_kernels.hf.head_of(model) once before the model is wrapped (FSDP2's output_dtype)"
-            )
-        return LogitTransform(_short(softcap, eps), _inverse(scale, eps), kept)
-    raise ValueError(_unknown(call, f"turned {x[-1]:.4g} into {y[-1]:.4g}, and {x[1]:.4g} into {y[1]:.4g}"))
-
-
-def _candidates(x: Tensor, y: Tensor) -> Iterator[tuple[float | None, float]]:
-    """(c, s) in y = s * c * tanh(x / c). None: no softcap."""
-    yield None, 1.0
-    yield None, float(y[-1] / x[-1])
-    # tanh(2u) / tanh(u) = 2 / (1 + tanh(u)^2): two logits x and 2x give u = x / c. Best where tanh bends most.
-    last = min(PROBES, len(x) - 1)
-    if last < 2:
-        return
-    ratio = y[2 : last + 1] / y[1:last]
-    at = int((ratio - 1.3).abs().argmin())
-    t = (2 / ratio[at] - 1).clamp(1e-9, 1 - 1e-9).sqrt()
-    c = float(x[1 + at] / torch.atanh(t))
-    yield c, float(y[1 + at] / (c * t))
-
-
-def _short(x: float | None, eps: float) -> float | None:
-    """`x` without its rounding error: the shortest decimal number near it, if there is one."""
-    if x is None:
-        return None
-    for digits in range(1, 9):
-        if abs(float(f"{x:.{digits}g}") - x) <= 64 * eps * abs(x):
-            return float(f"{x:.{digits}g}")
-    return x
-
-
-def _inverse(scale: float, eps: float) -> float:
-    """1 / scale. One of the two is a short decimal number in a configuration."""
-    short: Any = _short(scale, eps)
-    inverse: Any = _short(1 / scale, eps)
-    return 1 / short if len(repr(short)) <= len(repr(inverse)) else inverse
-
-
-def _unknown(call: Any, what: str) -> str:
-    return (
-        f"{call.name} does more to its logits than a scale, a softcap and dropping the last words: it {what}. Values "
-        "depend on the logits exactly. reval_kernels.token_values takes any logits: token_values(model(...).logits, ...)"
-    )
 
 
 @torch.no_grad()

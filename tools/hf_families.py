@@ -1,7 +1,7 @@
 """python tools/hf_families.py: which causal language models of transformers does reval_kernels.hf support?
 
 For every architecture of AutoModelForCausalLM it builds a tiny model with random weights, and compares
-`token_values_of` with `token_values` of the model's own logits: values, and the gradient of every parameter, in float32.
+`token_values_of` with `token_values` of the model's own logits: values, and the gradients of all weights, in float32.
 Then it compares rows with padding on the left, and two sequences packed into one row, with each sequence alone.
 
     python tools/hf_families.py                          # all, 2 minutes

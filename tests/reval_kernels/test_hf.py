@@ -1,4 +1,4 @@
-"""reval_kernels.hf against token_values of the models' own logits, in float64: values, and gradients of all parameters."""
+"""reval_kernels.hf against token_values of the models' own logits, in float64: values and gradients of all weights."""
 
 import copy
 import threading
@@ -82,7 +82,7 @@ def own_values(model, ids, *, actions=None, mask=None, temperature=1.0, with_ent
     return reference.token_values(logits, actions, **options)
 
 
-# --- values and gradients ----------------------------------------------------------------------------------------------
+# --- values and gradients ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -180,7 +180,7 @@ def test_no_tensor_is_as_large_as_the_logits():
     assert words * 32 <= largest[0] < words * length  # the head's gradient is the largest
 
 
-# --- padding and packing -----------------------------------------------------------------------------------------------
+# --- padding and packing ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "positions learned"])
@@ -220,7 +220,7 @@ def test_packed_sequences_have_the_values_that_they_have_alone():
         token_values_of(model, torch.cat(rows, 1), cu_seq_lens_q=torch.tensor([0, 5, 7, 16]))
 
 
-# --- what a model does to its logits -----------------------------------------------------------------------------------
+# --- what a model does to its logits ----------------------------------------------------------------------------------
 
 
 def test_the_transform_is_measured_once():
@@ -293,7 +293,7 @@ def test_a_head_that_is_no_matrix_is_refused():
     assert_same(model, token_values_of(model, made_ids()), own_values(model, made_ids()))
 
 
-# --- arguments and models that are refused -----------------------------------------------------------------------------
+# --- arguments and models that are refused ----------------------------------------------------------------------------
 
 
 def test_wrong_arguments():
@@ -347,7 +347,7 @@ def test_states_of_another_shape_are_refused():
         token_values_of(model, made_ids())
 
 
-# --- the model comes back as it was ------------------------------------------------------------------------------------
+# --- the model comes back as it was -----------------------------------------------------------------------------------
 
 
 def test_the_forward_of_the_head_always_comes_back():
@@ -385,7 +385,7 @@ def test_threads_do_not_meet():
     assert "forward" not in vars(model.lm_head) and not model_head._replacements
 
 
-# --- wrappers ----------------------------------------------------------------------------------------------------------
+# --- wrappers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
@@ -425,7 +425,10 @@ def test_autocast_ends_at_the_head():
     model, ids = make("softcap", torch.float32), made_ids()
     with torch.autocast("cpu", torch.bfloat16):
         values = token_values_of(model, ids)
-        hidden, head = at_head(model, lambda hidden, head: (hidden, head), input_ids=ids)
+        hidden, head, product = at_head(
+            model, lambda hidden, head: (hidden, head, hidden.float() @ head.weight.T), input_ids=ids
+        )
+        assert hidden.dtype == torch.bfloat16 and product.dtype == torch.float32
     logits = head.softcap * torch.tanh(hidden.float() @ head.weight.T / head.softcap)
     torch.testing.assert_close(values, reference.token_values(logits[:, :-1], ids[:, 1:]), rtol=1e-5, atol=1e-5)
     assert values.v.dtype == torch.float32
