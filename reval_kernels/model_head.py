@@ -208,6 +208,7 @@ def at_sharded_head(
 def _reshard(model: nn.Module) -> None:
     """Free the weights that FSDP2 keeps for a backward. Without this, zero_grad() and the optimizer would see gathered
     weights as the model's parameters after a pass without gradient, and the next gradients would be lost."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()

@@ -41,20 +41,30 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128, "max_seq_len": 128, "seq_length": 128,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "moe_k": 2, "n_group": 1, "topk_group": 1,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
     "is_decoder": True, "use_cache": False,
     "final_logit_softcapping": 2.0, "logits_soft_cap": 2.0, "output_logit_soft_cap": 2.0, "logit_scale": 0.3,
     "logits_scaling": 1.7, "lm_head_multiplier": 0.3, "logits_mup_width_multiplier": 1.7,
 }  # fmt: skip
 """Settings of a tiny model; a configuration takes those that it has. What acts on logits differs from 1."""
+LATENT: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 16}
+"""Multi-head latent attention: queries and keys have a part with positions and a part without."""
 OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "youtu", "glm4_moe_lite"), LATENT | {"head_dim": 8}),
+    **dict.fromkeys(("deepseek_v2", "minicpm3"), LATENT | {"head_dim": 8}),
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa"), LATENT | {"index_topk": 4, "index_n_heads": 4, "index_head_dim": 16}
+    ),
+    "kimi_linear": {"num_experts_per_token": 2},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": WORDS},
+    "gemma4_text": {"vocab_size_per_layer_input": WORDS, "global_head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "attn_layer_indices": [1]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},
-    "zamba": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"]},
-    "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"]},
 }
 """Settings that single architectures need in addition."""
 

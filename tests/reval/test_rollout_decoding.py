@@ -36,7 +36,9 @@ def made(kind: str, **settings) -> PreTrainedModel:
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256}
     torch.manual_seed(0)
     config = getattr(transformers, kind + "Config")(**sizes | settings)
-    return getattr(transformers, kind + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM"))(config).eval()
+    model = getattr(transformers, kind + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM"))(config).eval()
+    decoding.head_of(model)  # the first call for a model runs it; the trainer calls it when it loads the model
+    return model
 
 
 @torch.no_grad()
