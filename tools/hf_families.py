@@ -12,8 +12,14 @@ Then it compares rows with padding on the left, and two sequences packed into on
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,3 +190,53 @@ def packing(model: PreTrainedModel, ids: Tensor) -> str:
 def _line(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) < 160 else text[:157] + "..."
+
+
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+
+
+def table(found: list[Found]) -> str:
+    """The results as Markdown: a row for each architecture that was built, then what was not built."""
+    rows = [
+        "| model type | class | token values | what it does to its logits | left padding | packed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for x in found:
+        if x.state != "not built":
+            state = x.state if not x.why else f"{x.state}: {x.why}"
+            rows.append(f"| {x.kind} | {x.name} | {state} | {x.transform} | {x.left} | {x.packed} |")
+    counts = Counter(x.state for x in found)
+    missing = ", ".join(x.kind for x in found if x.state == "not built")
+    told = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    return f"transformers {transformers.__version__}: {told}.\n\n" + "\n".join(rows) + f"\n\nNot built: {missing}.\n"
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE", help="default: all")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--page", type=Path, help=f"write the table between {BEGIN} and {END} of this page")
+    args = parser.parse_args(words)
+    for kind in set(args.kinds) - set(ARCHITECTURES):
+        parser.error(f"transformers {transformers.__version__} has no causal language model {kind!r}")
+    return args
+
+
+def main(words: list[str] | None = None) -> int:
+    args, found = arguments(words), []
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    for kind in args.kinds or ARCHITECTURES:
+        found.append(check(kind))
+        x = found[-1]
+        print(f"{x.state:10} {x.kind:24} {x.transform:14} {x.left:5} {x.packed:5} {x.why}".rstrip(), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps([vars(x) for x in found], indent=1) + "\n", encoding="utf-8")
+    if args.page:
+        before, _, rest = args.page.read_text(encoding="utf-8").partition(BEGIN)
+        args.page.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    return int(any(x.state == "WRONG" for x in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

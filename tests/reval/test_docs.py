@@ -26,7 +26,7 @@ SECTIONS = {name.partition(".")[0] for name in SETTINGS}
 CITING = ("reval", "reval_kernels", "tests")
 OTHERS = {"data.train_batch_size", "data.train_files", "data.val_files"}  # settings of verl
 FILE_ENDINGS = {"py", "md", "yaml", "jsonl", "json", "parquet", "safetensors", "txt", "png", "cpp", "h"}
-SOURCES = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "reval").rglob("*.py"))
+SOURCES = "".join(p.read_text("utf-8") for package in CITING[:2] for p in (ROOT / package).rglob("*.py"))
 
 page = pytest.mark.parametrize("page", PAGES)
 
@@ -61,6 +61,15 @@ def test_readme_code_runs():
     for block in shown:
         exec(compile(block, "README.md", "exec"), names)
     assert names["loss"].requires_grad and names["hidden"].grad.abs().sum() > 0
+
+
+def test_code_in_huggingface_runs():
+    """DDP, FSDP2 and peft included, in one process."""
+    names: dict = {}
+    for block in blocks("docs/huggingface.md"):
+        exec(compile(block, "docs/huggingface.md", "exec"), names)
+    assert all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
+    assert names["adapted"].base_model.model.lm_head.weight.grad is None
 
 
 def test_code_in_the_method_runs():
