@@ -115,7 +115,7 @@ def token_values_of(
                 f"{list(input_ids.shape)}; values need one state a token"
             )
         device = hidden.device
-        scale = temperature.to(device) if isinstance(temperature, Tensor) else temperature
+        scale: Any = temperature.to(device) if isinstance(temperature, Tensor) else temperature
         return linear_token_values(
             hidden,
             actions=actions.to(device),
@@ -127,7 +127,8 @@ def token_values_of(
         )
 
     out = at_sharded_head(model, values, inputs)
-    return TokenValues(*(x if x is None or not shift else x[:, :-1] for x in out))
+    parts: Any = [x if x is None or not shift else x[:, :-1] for x in out]
+    return TokenValues(*parts)
 
 
 def _tokens(

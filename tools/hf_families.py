@@ -136,9 +136,9 @@ def check(kind: str) -> Found:
     softcap, temperature = head_of(model)[2:4]
     does = [] if softcap is None else [f"softcap {softcap:g}"]
     does += [] if temperature == 1 else [f"scale {1 / temperature:.4g}"]
-    error = max(distance(a, b) for a, b in zip(ours, own, strict=True))
-    error = max(error, *(distance(a, b) for a, b in zip(gradients(model, ours), own_gradients, strict=True)))
-    state, why = ("supported", "") if error < 1e-4 else ("WRONG", f"off by {error:.2g}")
+    off = max(distance(a, b) for a, b in zip(ours, own, strict=True))
+    off = max(off, *(distance(a, b) for a, b in zip(gradients(model, ours), own_gradients, strict=True)))
+    state, why = ("supported", "") if off < 1e-4 else ("WRONG", f"off by {off:.2g}")
     with torch.no_grad():
         return Found(kind, state, why, ", ".join(does), left_padding(model, ids), packing(model, ids))
 
