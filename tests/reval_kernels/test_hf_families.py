@@ -17,7 +17,7 @@ spec.loader.exec_module(families)
 PAGE = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
 ROWS = {row.split(" | ")[0]: row for row in re.findall(r"^\| (\w.* \| \w+ \| .*\|)$", PAGE, re.MULTILINE)}
 FEW = (
-    "llama qwen2 qwen3 gemma2 gemma3_text cohere granite hyperclovax minicpm3 falcon_h1 gpt2 opt phi olmo2 mamba "
+    "llama qwen2 qwen3 gemma2 gemma3_text cohere granite hyperclovax minicpm3 gpt2 opt phi olmo2 mamba "
     "mixtral bert prophetnet recurrent_gemma"
 ).split()
 
