@@ -33,8 +33,9 @@ from .data import Problem
 from .prompts import encode, make_prompt
 from .replay import Trajectory
 from .rewards import check_columns
+from .rewards.shaping import shape_rewards
 from .rollout import Response, end_tokens
-from .scoring import nothing_scored, score, shape_rewards
+from .scoring import nothing_scored, score
 from .sources import Row, read_jsonl
 
 PROMPT, RESPONSE = ("prompt_ids", "prompt"), ("response_ids", "response")

@@ -7,8 +7,9 @@ import pytest
 
 from reval.data import Problem
 from reval.rewards import RewardPool
+from reval.rewards.shaping import reward_metrics, shape_rewards
 from reval.rollout import Response
-from reval.scoring import reward_metrics, score, shape_rewards
+from reval.scoring import score
 
 REWARDS = [1.0, 0.0, None, 1.0, 0.0, None, 1.0]
 GROUPS = [5, 2, 5, 2, 5, 9, 2]  # group 5: 1, None, 0; group 2: 0, 1, 1; group 9: None
