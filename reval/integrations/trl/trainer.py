@@ -26,13 +26,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from reval_kernels import TokenValues
+from reval_kernels.hf import token_values_of
 
 from ...distributed import World
 from ...replay import ReplayBuffer, Trajectory
 from ...rewards.shaping import shape_rewards
 from .batches import collate, states_and_actions, trajectories_of
 from .config import ReValConfig
-from .forward import token_values_of
 from .objective import Loss, has_signal, reval_loss
 from .reference import ReferenceWeights
 

