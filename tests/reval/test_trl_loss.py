@@ -24,7 +24,7 @@ from reval.learner import Learner
 from reval.model.loading import load_model
 from reval.reference_policy import ReferencePolicy
 
-trl = pytest.importorskip("trl", reason="the extra `bench` has TRL, whose GRPO this test compares with ours")
+trl = pytest.importorskip("trl", reason="the extra `trl` has TRL, whose GRPO this test compares with ours")
 if Version(importlib.metadata.version("trl")) < Version("1.16"):
     pytest.skip("TRL before 1.16 has another private interface", allow_module_level=True)
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from reval_kernels import TokenValues
@@ -237,11 +236,12 @@ class ReValTrainer(GRPOTrainer):
 
     # ---- checkpoints ----
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if not self.args.should_save or self.args.save_only_model:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Also the buffer, the reference, and where the run is. transformers saves the random state of generation."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
             return
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(output_dir)
         places = {t: i for i, t in enumerate(self.buffer)}
         state = {
             "iteration": self.iteration,
@@ -263,9 +263,11 @@ class ReValTrainer(GRPOTrainer):
             raise FileNotFoundError(f"{folder} has no {STATE}: it is not a checkpoint of a ReValTrainer")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         self.iteration, self._step = state["iteration"], state["step"]
-        self.buffer.load_state(load_file(folder / BUFFER))
+        arrays = load_file(folder / BUFFER)
+        self.buffer.load_state(arrays)
         held = list(self.buffer)
-        self._passes = [[held[i] for i in rows] for rows in state["passes"]]
+        gone = len(arrays["lengths"]) - len(held)  # a smaller replay_capacity keeps the newest
+        self._passes = [[held[i - gone] for i in rows if i >= gone] for rows in state["passes"]]
         self.reference.load(folder / REFERENCE, state["version"])
         version, numbers, gauss = state["rng"]
         self._rng.setstate((version, tuple(numbers), gauss))

@@ -4,9 +4,12 @@ Prompts have different lengths (padding on the left) and so have completions (on
 micro-batches and the runs have six updates, so a checkpoint after three is in the middle of a generation.
 """
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +145,38 @@ def test_defaults_are_the_recipe_of_the_demo(tmp_path):
 
 
 def test_a_config_of_trl_is_refused(tmp_path):
-    from trl import GRPOConfig
-
     with pytest.raises(TypeError, match="args must be a ReValConfig, got GRPOConfig"):
         ReValTrainer(tiny.model(), tiny.share_of_c, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+# ---- docs/trl.md ----
+
+PAGE = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+
+
+def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
+    """With the tiny model in place of the one that it names, and for two updates."""
+    folder = tmp_path / "model"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    [script] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    name, steps = '"HuggingFaceTB/SmolLM2-135M-Instruct"', "max_steps=48"
+    assert name in script and steps in script and len(script.strip().splitlines()) <= 12
+    here = script.replace(name, repr(str(folder))).replace(steps, "max_steps=2, use_cpu=True, report_to=[]")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(here, "docs/trl.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2 and len(names["trainer"].buffer) == 64
+
+
+def test_the_tables_of_the_page_are_those_of_the_code():
+    own = {f.name: f.default for f in fields(ReValConfig) if f != GRPOConfig.__dataclass_fields__.get(f.name)}
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", PAGE, re.MULTILINE)
+    assert {name: ast.literal_eval(default) for name, default in rows} == own
+    listed = PAGE.split("must keep their defaults")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(REFUSED)
+    assert all(f"`{name}`" in PAGE for name in vars(ReValTrainer) if name in vars(GRPOTrainer) | vars(Trainer))
+    assert f"TRL {ours.VERSIONS[0]} (tested" in PAGE
 
 
 # ---- the loss ----
