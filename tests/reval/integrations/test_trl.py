@@ -22,6 +22,8 @@ pytest.importorskip("datasets")
 import tiny
 import trl_runs
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
 
 import reval.integrations.trl as ours
 from reval.integrations.trl import ReValConfig, ReValTrainer
@@ -156,16 +158,19 @@ PAGE = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
 
 def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
     """With the tiny model in place of the one that it names, and for two updates."""
-    folder = tmp_path / "model"
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.model().save_pretrained(tmp_path / "model")
     [script] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    name, steps = '"HuggingFaceTB/SmolLM2-135M-Instruct"', "max_steps=48"
-    assert name in script and steps in script and len(script.strip().splitlines()) <= 12
-    here = script.replace(name, repr(str(folder))).replace(steps, "max_steps=2, use_cpu=True, report_to=[]")
+    assert len(script.strip().splitlines()) <= 12
+    for shown, here in {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(tmp_path / "model")),
+        "max_steps=48": "max_steps=2, use_cpu=True, report_to=[]",
+        "train_dataset=": "processing_class=tiny.tokenizer(), train_dataset=",
+    }.items():
+        assert script.count(shown) == 1
+        script = script.replace(shown, here)
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(here, "docs/trl.md", "exec"), names)
+    names = {"tiny": tiny}
+    exec(compile(script, "docs/trl.md", "exec"), names)
     assert names["trainer"].state.global_step == 2 and len(names["trainer"].buffer) == 64
 
 
@@ -175,7 +180,9 @@ def test_the_tables_of_the_page_are_those_of_the_code():
     assert {name: ast.literal_eval(default) for name, default in rows} == own
     listed = PAGE.split("must keep their defaults")[1].split("\n\n")[0]
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(REFUSED)
-    assert all(f"`{name}`" in PAGE for name in vars(ReValTrainer) if name in vars(GRPOTrainer) | vars(Trainer))
+    theirs = vars(Trainer) | vars(GRPOTrainer)
+    overridden = {name for name, value in vars(ReValTrainer).items() if callable(value) and name in theirs}
+    assert len(overridden) == 7 and all(f"`{name}`" in PAGE for name in overridden - {"__init__"})
     assert f"TRL {ours.VERSIONS[0]} (tested" in PAGE
 
 
