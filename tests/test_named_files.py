@@ -37,6 +37,7 @@ WRITTEN_BY_A_RUN = (
 ALLOWED = {
     "a run writes it into its folder": [
         *WRITTEN_BY_A_RUN,
+        "reval_state.json",  # ReValTrainer, into a checkpoint of TRL
         *"iteration-*.jsonl evaluations/*.jsonl evaluation-2.jsonl evaluation*.jsonl".split(),
     ],
     "a build or a benchmark writes it": [
