@@ -1,4 +1,4 @@
-"""Runs of ReValTrainer that test_trl.py compares, in this process or, started with torchrun, in two processes.
+"""Runs of ReValTrainer that test_trl_trainer.py compares, in this process or, started with torchrun, in two processes.
 
 torchrun --nproc-per-node 2 tests/reval/integrations/trl_runs.py FOLDER
 """
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tiny
 import torch
+import trl_tiny
 from transformers import TrainerCallback
 
 from reval.integrations.trl import ReValConfig, ReValTrainer
@@ -23,14 +23,14 @@ def arguments(folder, **more):
     return ReValConfig(**({"output_dir": str(folder), "max_completion_length": 6} | size | off | steps | more))
 
 
-def trainer(folder, reward=tiny.share_of_c, model=None, peft_config=None, eval_dataset=None, **more):
+def trainer(folder, reward=trl_tiny.share_of_c, model=None, peft_config=None, eval_dataset=None, **more):
     return ReValTrainer(
-        model or tiny.model(),
+        model or trl_tiny.model(),
         reward,
         arguments(folder, **more),
-        train_dataset=tiny.prompts(),
+        train_dataset=trl_tiny.prompts(),
         eval_dataset=eval_dataset,
-        processing_class=tiny.tokenizer(),
+        processing_class=trl_tiny.tokenizer(),
         peft_config=peft_config,
     )
 
@@ -61,7 +61,7 @@ def trajectories(count):
     rng = np.random.default_rng(0)
     made = []
     for i in range(count):
-        tokens = rng.integers(3, len(tiny.WORDS), 3 + i % 4 + 4)
+        tokens = rng.integers(3, len(trl_tiny.WORDS), 3 + i % 4 + 4)
         mask = np.arange(len(tokens)) >= 1 + i % 3
         if i == 2:
             mask[4:6] = False

@@ -19,8 +19,8 @@ import torch
 pytest.importorskip("trl", reason="the extra `trl` has it")
 pytest.importorskip("datasets")
 
-import tiny
 import trl_runs
+import trl_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
@@ -148,7 +148,7 @@ def test_defaults_are_the_recipe_of_the_demo(tmp_path):
 
 def test_a_config_of_trl_is_refused(tmp_path):
     with pytest.raises(TypeError, match="args must be a ReValConfig, got GRPOConfig"):
-        ReValTrainer(tiny.model(), tiny.share_of_c, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+        ReValTrainer(trl_tiny.model(), trl_tiny.share_of_c, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 
 # ---- docs/trl.md ----
@@ -158,18 +158,18 @@ PAGE = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
 
 def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
     """With the tiny model in place of the one that it names, and for two updates."""
-    tiny.model().save_pretrained(tmp_path / "model")
+    trl_tiny.model().save_pretrained(tmp_path / "model")
     [script] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(script.strip().splitlines()) <= 12
     for shown, here in {
         '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(tmp_path / "model")),
         "max_steps=48": "max_steps=2, use_cpu=True, report_to=[]",
-        "train_dataset=": "processing_class=tiny.tokenizer(), train_dataset=",
+        "train_dataset=": "processing_class=trl_tiny.tokenizer(), train_dataset=",
     }.items():
         assert script.count(shown) == 1
         script = script.replace(shown, here)
     monkeypatch.chdir(tmp_path)
-    names = {"tiny": tiny}
+    names = {"trl_tiny": trl_tiny}
     exec(compile(script, "docs/trl.md", "exec"), names)
     assert names["trainer"].state.global_step == 2 and len(names["trainer"].buffer) == 64
 
@@ -220,9 +220,9 @@ def expected_loss(before, policy, rows, config):
 @pytest.mark.parametrize("level", LEVELS)
 def test_loss_and_gradient_equal_the_definition_in_float64(tmp_path, level):
     out = trl_runs.one_update(tmp_path, 7, **LEVELS[level])
-    policy, rows = tiny.model(), trl_runs.trajectories(7)
+    policy, rows = trl_tiny.model(), trl_runs.trajectories(7)
     trl_runs.move(policy)
-    expected = expected_loss(tiny.model(), policy, rows, trl_runs.arguments(tmp_path, **LEVELS[level]))
+    expected = expected_loss(trl_tiny.model(), policy, rows, trl_runs.arguments(tmp_path, **LEVELS[level]))
     expected.backward()
     torch.testing.assert_close(out["loss"].double(), expected.detach(), rtol=1e-5, atol=0)
     for name, p in policy.named_parameters():
@@ -272,7 +272,9 @@ def test_a_resumed_run_equals_a_run_without_a_stop(tmp_path, case):
     assert losses(whole) == losses(resumed)
     a, b = whole.buffer.state(), resumed.buffer.state()
     assert all(np.array_equal(a[name], b[name]) for name in a)
-    assert not all(torch.equal(p, q) for p, q in zip(tiny.model().parameters(), whole.model.parameters(), strict=True))
+    assert not all(
+        torch.equal(p, q) for p, q in zip(trl_tiny.model().parameters(), whole.model.parameters(), strict=True)
+    )
 
 
 def same(a, b):
@@ -326,12 +328,12 @@ def test_replay_draws_older_generations_and_recomputes_their_stale_values(tmp_pa
 def test_a_fixed_reference_stays_the_first_policy(tmp_path):
     made = trl_runs.run(tmp_path, 4, save_strategy="no", num_iterations=2, reference_reset_every=0)
     [t] = made._passes[0][:1]
-    values = own_values(tiny.model(), t)
+    values = own_values(trl_tiny.model(), t)
     assert t.reference["v"] == pytest.approx(values.v[0, 0].item(), abs=1e-5)
     assert t.reference["log_prob"] == pytest.approx(values.log_prob.sum().item(), abs=1e-4)
     before = trl_runs.weights(made)
     with made.reference():
-        same(trl_runs.weights(made), dict(tiny.model().named_parameters()))
+        same(trl_runs.weights(made), dict(trl_tiny.model().named_parameters()))
     same(trl_runs.weights(made), before)
 
 
@@ -346,7 +348,7 @@ def test_completions_without_a_score_or_an_action_are_left_out(tmp_path):
     assert 0 < len(made.buffer) < 8 and all(t.finished for t in made.buffer)
     made = trl_runs.run(tmp_path, 2, save_strategy="no", reward=lambda completions, **_: [None] * len(completions))
     assert len(made.buffer) == 0
-    same(trl_runs.weights(made), dict(tiny.model().named_parameters()))
+    same(trl_runs.weights(made), dict(trl_tiny.model().named_parameters()))
 
 
 def test_tokens_of_an_environment_are_no_actions(tmp_path):
@@ -371,7 +373,7 @@ def test_lora(tmp_path, reset_every):
 
     def adapted():
         torch.manual_seed(1)
-        return get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+        return get_peft_model(trl_tiny.model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
 
     settings = {"reference_reset_every": reset_every, "num_iterations": 2}
     whole = trl_runs.run(tmp_path / "whole", model=adapted(), **settings)
@@ -379,7 +381,7 @@ def test_lora(tmp_path, reset_every):
     checkpoint = tmp_path / "stopped" / "checkpoint-3"
     resumed = trl_runs.run(tmp_path / "stopped", resume=checkpoint, model=adapted(), **settings)
     same(trl_runs.weights(whole), trl_runs.weights(resumed))
-    base = tiny.model().model.embed_tokens.weight
+    base = trl_tiny.model().model.embed_tokens.weight
     assert torch.equal(whole.model.get_base_model().model.embed_tokens.weight, base)
     moved = [p for name, p in whole.model.named_parameters() if "lora_B" in name]
     assert all(p.any() for p in moved) and all("lora" in name for name in whole.reference._kept)
@@ -387,7 +389,7 @@ def test_lora(tmp_path, reset_every):
 
 
 def test_evaluation_bf16_and_checkpointed_activations(tmp_path):
-    some = tiny.prompts().select(range(4))
+    some = trl_tiny.prompts().select(range(4))
     settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "eval_dataset": some}
     settings |= {"gradient_checkpointing": True, "bf16": True, "max_steps": 2, "save_strategy": "no"}
     made = trl_runs.run(tmp_path, 2, **settings)
