@@ -367,15 +367,15 @@ def test_tokens_of_an_environment_are_no_actions(tmp_path):
         assert t.finished
 
 
-@pytest.mark.parametrize("reset_every", [1, 2])
-def test_lora(tmp_path, reset_every):
-    """Only adapters train, are saved and are kept as the reference; a resumed run equals one without a stop."""
+def test_lora(tmp_path):
+    """Only adapters train, are saved and are kept as the reference. With one update a generation, the run is stopped
+    when its reference is neither the first policy nor the present one."""
 
     def adapted():
         torch.manual_seed(1)
         return get_peft_model(trl_tiny.model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
 
-    settings = {"reference_reset_every": reset_every, "num_iterations": 2}
+    settings = {"reference_reset_every": 2, "num_iterations": 1}
     whole = trl_runs.run(tmp_path / "whole", model=adapted(), **settings)
     trl_runs.run(tmp_path / "stopped", 3, model=adapted(), **settings)
     checkpoint = tmp_path / "stopped" / "checkpoint-3"
@@ -384,8 +384,8 @@ def test_lora(tmp_path, reset_every):
     base = trl_tiny.model().model.embed_tokens.weight
     assert torch.equal(whole.model.get_base_model().model.embed_tokens.weight, base)
     moved = [p for name, p in whole.model.named_parameters() if "lora_B" in name]
-    assert all(p.any() for p in moved) and all("lora" in name for name in whole.reference._kept)
-    assert bool(whole.reference._kept) == (reset_every == 2)
+    assert all(p.any() for p in moved)
+    assert whole.reference._kept and all("lora" in name for name in whole.reference._kept)
 
 
 def test_evaluation_bf16_and_checkpointed_activations(tmp_path):
