@@ -48,6 +48,7 @@ ALLOWED = {
         "-times.png",
         "-curves.png",
         "-overhead.json",
+        "families.json",
         "runs/demo/against-grpo.png",
     ],
     "a study writes it": (

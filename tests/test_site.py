@@ -36,6 +36,16 @@ def pages() -> list[Path]:
     return sorted(SITE.rglob("*.html"))
 
 
+def test_every_page_is_in_the_navigation_and_in_the_list():
+    """A page that is missing there is no error of the build."""
+    navigation, listed = (
+        (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1],
+        (ROOT / "docs" / "README.md").read_text(),
+    )
+    for page in (ROOT / "docs").glob("[a-z]*.md"):
+        assert f"- {page.name}\n" in navigation and f"]({page.name})" in listed, page.name
+
+
 def test_it_loads_nothing_from_other_hosts():
     assert len(pages()) > 20
     for page in pages():
