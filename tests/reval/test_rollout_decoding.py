@@ -196,7 +196,7 @@ def test_steps_that_cannot_be_captured_run_as_they_are(monkeypatch):
     noise = noise_for(9, 8)
     with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph, so it is slow: operation not") as caught:
         assert decode(model, PROMPTS, 3, ends=[], temperature=1.0, noise=noise) == expected
-    assert len(caught) == 1
+    assert len([w for w in caught if "cannot be captured" in str(w.message)]) == 1  # once, not once a step
 
 
 # ---- Models that only `generate` handles ----
