@@ -68,8 +68,13 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = self.cpu_folder()
         package.mkdir(parents=True, exist_ok=True)
-        for old in [*package.glob("libreval_kernels_cpu*.so"), package / cpu_build.NOTE]:
-            old.unlink(missing_ok=True)  # a library of an earlier build may not fit these sources
+        (package / cpu_build.NOTE).unlink(missing_ok=True)
+        if why_no_library() is None:
+            import torch
+
+            # The library of an earlier build may not fit these sources. Libraries for other versions of torch, which
+            # other environments use with this checkout, stay.
+            (package / cpu_build.library_name(torch.__version__)).unlink(missing_ok=True)
         reason = why_no_library() or cpu_build.build_library(package, ROOT / "build")
         if reason is None:
             return

@@ -2,19 +2,25 @@
 
 import sys
 
+PACKAGES = {"accelerate", "matplotlib", "numpy", "rich", "safetensors", "torch", "transformers", "yaml"}
+"""Modules of the extra `train` that commands import without a message of their own."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """`reval.cli.main`, or a message if the packages of the trainer are not installed."""
     try:
         from reval.cli import main
+
+        return main(argv)
     except ModuleNotFoundError as error:
-        if error.name != "yaml":  # the first package of the trainer that cli.py imports
+        if error.name not in PACKAGES:
             raise
         print(
-            "reval: the trainer is not installed, only the kernels: pip install 'reval-kernels[train]'", file=sys.stderr
+            f"reval: the trainer needs the package {error.name}, of the extra `train`: "
+            "pip install 'reval-kernels[train]' (docs/install.md)",
+            file=sys.stderr,
         )
         return 1
-    return main(argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import reval_kernels
 ROOT = Path(__file__).parents[1]
 STRANGER = re.compile(
     r"""pip\ install(?:\ [-\w.=<>,\[\]]+)*\ ['"]?reval(?![\w-])  # also after options and other packages
-    |\breval\[(?:train|vllm|data|trackers|trl|bench|dev|lora)""",
+    |\breval\[(?:train|vllm|data|trackers|trl|bench|docs|dev|lora)""",
     re.VERBOSE,
 )
 
@@ -38,6 +38,9 @@ def test_no_page_installs_the_other_project_named_reval():
 
 def test_the_extras_are_those_of_the_pages():
     extras = set(project()["optional-dependencies"])
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page.split("## ")[0], re.MULTILINE)) == extras
+    assert "_TABLE" not in page
     for path in tracked("*.py", "*.md"):
         for given in re.findall(r"reval-kernels\[([\w,]+)\]", path.read_text()):
             assert set(given.split(",")) <= extras, f"{path.relative_to(ROOT)}: {given}"

@@ -67,9 +67,16 @@ def test_a_wheel_holds_what_was_built_for_it(sources):
     assert "not_built.txt" in names and not names & {LIBRARY, "gone.py"}
 
 
-def test_a_build_in_place_without_the_library_removes_the_old_one(sources):
-    (sources / CPU / "libreval_kernels_cpu-torch1.0.so").write_text("of another torch")
+def test_a_build_in_place_removes_the_library_that_it_replaces(sources):
+    other = sources / CPU / "libreval_kernels_cpu-torch1.0.so"
+    other.write_text("of another torch, for another environment")
+    (sources / CPU / LIBRARY).write_text("old")
     run(sources, "1", "build_ext", "--inplace")
-    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", LIBRARY}
-    run(sources, "0", "build_ext", "--inplace")
-    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", "not_built.txt"}
+    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", LIBRARY, other.name}
+    assert (sources / CPU / LIBRARY).read_text() == "new"
+    (sources / "bin" / "cmake").write_text("#!/bin/sh\nexit 1\n")
+    run(sources, "", "build_ext", "--inplace")  # the build fails, and the old library may not fit the sources
+    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", "not_built.txt", other.name}
+    (sources / CPU / LIBRARY).write_text("kept")
+    run(sources, "0", "build_ext", "--inplace")  # asks for no build: another environment may use the library
+    assert (sources / CPU / LIBRARY).read_text() == "kept"

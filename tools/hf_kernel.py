@@ -4,7 +4,7 @@
 
 FOLDER/build/torch-cpu and FOLDER/build/torch-cuda then hold the package's Python files, the Triton kernels included,
 and a metadata.json. There is no compiled code, so one folder serves every torch and every Python. On a CPU the copy
-computes by the portable backend; `pip install reval-kernels` has the C++ kernels too. To load it:
+computes by the portable backend; the package has the C++ kernels too (docs/install.md). To load it:
 
     kernels.get_local_kernel(Path("FOLDER")).token_values(logits, actions)
 
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 BACKENDS = ("cpu", "cuda")
-NOT_BUILT = "a kernel repository for Hugging Face's `kernels` holds no compiled code; pip install reval-kernels has it"
+NOT_BUILT = "a kernel repository for Hugging Face's `kernels` holds no compiled code; the package reval-kernels has it"
 
 
 def package_files() -> dict[str, bytes]:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ["setuptools", "wheel", "ninja", "numpy", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+TOOLS = ["setuptools", "wheel", "cmake", "ninja", "numpy", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
 KERNELS = [f"tests/reval_kernels/test_{name}.py" for name in ("values", "linear_values", "bellman", "fused", "library")]
 TRAINER = [
     "tests/reval/model/test_loading.py",

@@ -4,6 +4,8 @@ test_wheel.py runs this file in an environment that has the wheel and torch alon
 backends that computed.
 """
 
+from types import SimpleNamespace
+
 import torch
 
 import reval_kernels
@@ -61,6 +63,22 @@ def check(name):
         torch.testing.assert_close(ours.double(), definition, rtol=1e-4, atol=1e-5)
 
 
+class Model(torch.nn.Module):
+    """What reval_kernels.hf needs of a model of transformers, which is not installed here. It halves its logits."""
+
+    config = SimpleNamespace(is_encoder_decoder=False)
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(10, D), torch.nn.Linear(D, 10)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.head(self.words(input_ids)) / 2)
+
+
 def check_helpers():
     """Actions and mask from tokens, and the calls of TRL and Liger on all rows."""
     ids = torch.tensor([[5, 6, 7, 8], [5, 9, 2, 2]])
@@ -78,10 +96,17 @@ def check_helpers():
     ]
     for x in ours:
         torch.testing.assert_close(x, log_prob, rtol=1e-4, atol=1e-5)
+    model = Model()
+    logits = model(ids).logits[:, :-1]
+    of_model = hf.token_values_of(model, ids)
+    torch.testing.assert_close(of_model.log_prob, reference.token_values(logits, ids[:, 1:]).log_prob)
+    torch.testing.assert_close(hf.at_head(model, lambda hidden, head: hidden, input_ids=ids), model.words(ids))
     try:
         hf.token_values_of(torch.nn.Linear(2, 2), ids)
     except TypeError as error:
         assert "causal language model" in str(error)
+    else:
+        raise AssertionError("a layer was taken for a model")
 
 
 for name in ARGUMENTS:

@@ -30,7 +30,12 @@ def missing_tools() -> str | None:
         import torch  # noqa: F401
     except ImportError:
         return "torch was not there to build against (pip builds without it, if --no-build-isolation is not given)"
-    return None if shutil.which("cmake") else "cmake was not found"
+    return None if _program("cmake") else "cmake was not found"
+
+
+def _program(name: str) -> str | None:
+    """Its path: on PATH, or beside the Python that runs, where pip puts the packages cmake and ninja."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def build_library(output: Path, work: Path) -> str | None:
@@ -44,12 +49,12 @@ def build_library(output: Path, work: Path) -> str | None:
 
     library = output / library_name(torch.__version__)
     work = work / library.stem  # the objects of another torch do not fit
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    # --fresh: CMake refuses a build folder that another generator made, or that was made at another path.
+    shutil.rmtree(work, ignore_errors=True)  # CMake refuses a folder of another generator, or of another path
+    cmake, ninja = _program("cmake"), _program("ninja")
+    assert cmake is not None  # missing_tools would have said so
     configure = [
-        "cmake",
-        "--fresh",
-        *generator,
+        cmake,
+        *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
         "-S",
         str(FOLDER),
         "-B",
@@ -59,12 +64,12 @@ def build_library(output: Path, work: Path) -> str | None:
         f"-DOUTPUT={library}",
         f"-DTORCH_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
-    for command in (configure, ["cmake", "--build", str(work), "--parallel", str(os.cpu_count() or 1)]):
+    for command in (configure, [cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
             print(done.stdout, file=sys.stderr)
             lines = [line for line in done.stdout.splitlines() if "rror" in line] or done.stdout.splitlines()
-            return f"{' '.join(command[:2])} failed: {lines[0].strip() if lines else 'no output'}"
+            return f"cmake {command[1]} failed: {lines[0].strip() if lines else 'no output'}"
     return None
 
 

@@ -316,7 +316,11 @@ def test_the_package_installs_without_a_compiler(missing, tmp_path):
         if not shutil.which("cmake"):
             pytest.skip("no cmake")
         (tools / "cmake").symlink_to(shutil.which("cmake"))
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code = (
+        "import runpy, sys; sys.executable = '/none/python'; sys.argv[:] = ['setup.py', 'build_ext', '--inplace']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )  # a Python without cmake beside it
+    command = [sys.executable, "-c", code]
     env = {**os.environ, "PATH": str(tools), "CXX": "", "CC": ""}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
