@@ -5,7 +5,7 @@
 The file needs torch, transformers and reval_kernels, and downloads nothing. A tiny random policy gets responses with
 random advantages, and takes the same GRPO step twice: with the logits of all tokens, as most scripts compute their
 log-probs, and with linear_token_values. Losses and gradients agree. The peak of memory and the time are measured in
-this process. On a GPU the sizes are larger; the ratio of the memory stays.
+this process.
 
 A name ends with its axes: B responses, T tokens, V words of the vocabulary.
 """

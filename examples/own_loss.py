@@ -4,8 +4,8 @@
 
 Needs torch and reval_kernels. The loss is ReVal with Huber in place of the square, so a few wrong rewards pull less.
 The policy is a table: one row of logits for each of H states, so every response has the same states. A response is
-right if each action is the number of its state. The reward is 1 for a right action, on average; but 2% of the
-rewards are 100 times too large.
+right if each action is the number of its state. The reward is the fraction of right actions. But 2% of the rewards are
+wrong: random numbers from 0 to 100.
 """
 
 import math
@@ -49,9 +49,8 @@ def train(width: float, seed: int = 0) -> float:
         with torch.no_grad():
             actions = torch.multinomial(table.softmax(-1), B, replacement=True).T  # [B, H]
             rewards_B = (actions == torch.arange(H)).float().mean(1)
-            rewards_B = torch.where(
-                torch.rand(B) < 0.02, 100 * torch.rand(B), rewards_B
-            )  # the judge is sometimes wrong
+            wrong_B = torch.rand(B) < 0.02  # the judge is sometimes wrong
+            rewards_B = torch.where(wrong_B, 100 * torch.rand(B), rewards_B)
             reference = token_values(start.expand(B, H, WORDS), actions)
         values = token_values(table.expand(B, H, WORDS), actions)
         loss, _ = huber_loss(values, reference, rewards_B, width)

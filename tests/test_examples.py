@@ -90,8 +90,10 @@ def test_a_short_example_prints_what_it_found(name):
 
 
 def test_the_index_lists_every_example():
-    page = (ROOT / "examples" / "README.md").read_text()
-    assert set(re.findall(r"`(\w+\.\w+)`", page)) >= {p.name for p in EXAMPLE.parent.glob("*.[pj]*")}
+    folder = ROOT / "examples"
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.suffix in (".py", ".jsonl", ".yaml")}
+    assert "verl/reval.yaml" in files
+    assert set(re.findall(r"^\| `([\w/]+\.\w+)` \|", (folder / "README.md").read_text(), re.MULTILINE)) == files
 
 
 def test_an_environment_of_ones_own(tmp_path):

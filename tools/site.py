@@ -4,7 +4,7 @@
 - docs/reference.md and docs/python.md name functions and types in tables; below them come the docstrings.
 - A link to a file of the repository outside docs/ leads to a page with that file.
 
-`make docs` runs this and then mkdocs (mkdocs.yml). It imports neither torch nor what the trainer needs.
+`make docs` runs this and then zensical (mkdocs.yml). It imports neither torch nor what the trainer needs.
 """
 
 from __future__ import annotations
