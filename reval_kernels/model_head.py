@@ -164,6 +164,9 @@ def at_head(model: Any, function: Callable[[Tensor, OutputHead], Result], **inpu
 
     The first call for a model measures what it does to its logits. If it does something, the model is called again.
 
+    Returns:
+        What the function returns.
+
     Raises:
         TypeError, ValueError: the model or its head is none that OutputHead describes.
     """

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import reval_kernels
+from reval_kernels import hf
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {name: getattr(reval_kernels, name) for name in reval_kernels.__all__ if name != "__version__"}
@@ -43,6 +44,13 @@ def test_a_function_documents_arguments_results_and_errors(name):
         assert documented(text, "Raises") & {"ValueError"}
     assert documented(text, "Returns")
     assert "    Examples:\n" in text
+
+
+@pytest.mark.parametrize("function", [hf.token_values_of, hf.at_head, hf.head_of])
+def test_the_functions_for_models_document_arguments_results_and_errors(function):
+    assert set(inspect.signature(function).parameters) <= documented(function.__doc__, "Args")
+    assert {"TypeError", "ValueError"} <= documented(function.__doc__, "Raises")
+    assert re.search(r"^    Returns:\n        \S", function.__doc__, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
