@@ -253,7 +253,16 @@ def padded(rows: list[torch.Tensor]) -> torch.Tensor:
 def same(loss: torch.Tensor, expected: torch.Tensor, data: Data) -> None:
     torch.testing.assert_close(loss.to(T), expected, rtol=1e-9, atol=0)
     found = torch.autograd.grad(loss, data.logits, retain_graph=True)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, data.logits), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected, data.logits, retain_graph=True), rtol=1e-8, atol=1e-9
+    )
+
+
+def no_gradient(loss: torch.Tensor, data: Data) -> None:
+    """A batch without actions: the loss is 0, and backward works. Trainers call it on such a batch too."""
+    assert loss == 0
+    found = torch.autograd.grad(loss, data.logits, allow_unused=True, retain_graph=True)
+    assert all(x is None or not x.count_nonzero() for x in found)  # NaN counts as not zero
 
 
 def test_prime_rl(monkeypatch, data):
@@ -268,6 +277,12 @@ def test_prime_rl(monkeypatch, data):
         losses.append(out.loss)
         assert out.metrics["residual"].shape == ()
     same(torch.stack(losses).sum(), data.losses(False).sum(), data)
+    nothing = torch.zeros_like(data.masks[2])
+    silent = made["LossInputs"](values.log_prob, torch.zeros_like(old), old, reward * nothing, nothing)
+    no_gradient(function(silent, beta=BETA).loss, data)
+    silent.ref_logprobs = None
+    with pytest.raises(ValueError, match="needs ref_logprobs"):
+        function(silent, beta=BETA)
 
 
 def signature_class(name: str, recorded: str) -> type:
@@ -289,6 +304,9 @@ def test_openrlhf(monkeypatch, data):
     out = loss(log_probs, old, advantages, action_mask=mask, rollout_log_probs=None, dp_size=2, global_batch_size=6)
     assert len(out) == 5 and out[3] is None and out[1].detach() == 0 and torch.isfinite(out[2])
     same(out[0], data.losses(False).sum() / 6 * 2, data)
+    out = loss(log_probs, old, advantages * 0, action_mask=mask * 0, dp_size=2, global_batch_size=6)
+    no_gradient(out[0], data)
+    assert out[2] == 0
 
 
 def test_skyrl(monkeypatch, data):
@@ -308,6 +326,8 @@ def test_skyrl(monkeypatch, data):
     )
     assert isinstance(metrics["residual"], float)
     same(loss, data.losses(False).sum() / scope["BATCH"], data)
+    nothing = torch.zeros_like(log_probs)
+    no_gradient(registered["regression"](log_probs, old, nothing, config=config, loss_mask=nothing)[0], data)
 
 
 def test_slime(monkeypatch, data):
@@ -325,6 +345,11 @@ def test_slime(monkeypatch, data):
     loss, log = function(args, batch, torch.cat(data.logits)[None], lambda x: x)
     assert all(isinstance(v, torch.Tensor) and v.shape == () for v in log.values())
     same(loss, data.losses(True).sum(), data)
+    batch["loss_masks"][1] = torch.zeros_like(batch["loss_masks"][1])
+    loss, _ = function(args, batch, torch.cat(data.logits)[None], lambda x: x)
+    same(loss, data.losses(True)[[0, 2]].sum(), data)
+    batch["loss_masks"] = [m * 0 for m in batch["loss_masks"]]
+    no_gradient(function(args, batch, torch.cat(data.logits)[None], lambda x: x)[0], data)
 
 
 def test_nemo_rl(monkeypatch, data):
@@ -353,6 +378,8 @@ def test_nemo_rl(monkeypatch, data):
     batch["sample_mask"][1] = 0
     found, _ = loss(batch, torch.tensor(2), torch.tensor(6), logits=logits)
     same(found, data.losses(True)[[0, 2]].sum() / 2, data)
+    batch["sample_mask"] *= 0
+    no_gradient(loss(batch, torch.tensor(2), torch.tensor(6), logits=logits)[0], data)
 
 
 class BaseLoss:
@@ -378,13 +405,13 @@ def test_torchtitan(monkeypatch, data):
         """Two rows, [2, L]: the first holds two samples."""
         return padded([torch.cat(parts[: ends[0]]), torch.cat(parts[ends[0] : ends[1]])])
 
-    found, metrics = loss(
-        packed([x[:-1] for x in data.logits]),
-        packed([row[1:] for row in data.rows]),
-        8.0,
-        generator_logprobs=packed(old),
-        advantages=packed(advantages),
-        loss_mask=packed(inputs),
-    )
+    logits, labels = packed([x[:-1] for x in data.logits]), packed([row[1:] for row in data.rows])
+    of_actions = {"generator_logprobs": packed(old), "advantages": packed(advantages), "loss_mask": packed(inputs)}
+    found, metrics = loss(logits, labels, 8.0, **of_actions)
     assert metrics["loss/mean"] == found
     same(found, data.losses(True).sum() / 8, data)
+    of_cut = {name: x[:, 1:] for name, x in of_actions.items()}
+    assert of_cut["loss_mask"][0, 0]  # a row that begins with an action
+    same(loss(logits[:, 1:], labels[:, 1:], 8.0, **of_cut)[0], data.losses(True).sum() / 8, data)
+    nothing = {"loss_mask": torch.zeros_like(of_actions["loss_mask"])}
+    no_gradient(loss(logits, labels, 8.0, **(of_actions | nothing))[0], data)
