@@ -252,10 +252,8 @@ def padded(rows: list[torch.Tensor]) -> torch.Tensor:
 
 def same(loss: torch.Tensor, expected: torch.Tensor, data: Data) -> None:
     torch.testing.assert_close(loss.to(T), expected, rtol=1e-9, atol=0)
-    found = torch.autograd.grad(loss, data.logits, retain_graph=True)
-    torch.testing.assert_close(
-        found, torch.autograd.grad(expected, data.logits, retain_graph=True), rtol=1e-8, atol=1e-9
-    )
+    found, wanted = (torch.autograd.grad(x, data.logits, retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
 
 
 def no_gradient(loss: torch.Tensor, data: Data) -> None:
