@@ -51,10 +51,15 @@ class ReValLossConfig(PolicyLossConfig):
 
     def __post_init__(self) -> None:
         at = "actor_rollout_ref.actor.policy_loss"
-        if self.beta is None or not 0 < self.beta < math.inf:
-            raise ValueError(f"{at}.beta must be a positive number, got {self.beta}")
-        if self.level not in LEVELS:
+        if type(self.beta) not in (int, float) or not 0 < self.beta < math.inf:
+            raise ValueError(f"{at}.beta must be a positive number, got {self.beta!r}")
+        if self.level not in tuple(LEVELS):
             raise ValueError(f"{at}.level must be one of {', '.join(LEVELS)}; got {self.level!r}")
+        if not isinstance(self.semi_gradient, bool) or (self.semi_gradient and self.level != "token"):
+            raise ValueError(
+                f"{at}.semi_gradient must be false, or true with {at}.level=token; "
+                f"got {self.semi_gradient!r} with {self.level}"
+            )
 
 
 @register_policy_loss("reval")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import need_critic
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_from_nested
@@ -46,10 +47,17 @@ class ReplayConfig:
     """verl's setting for every trainer; must be 1."""
 
     def __post_init__(self) -> None:
-        if self.updates < 1:
-            raise ValueError(f"trainer.v1.reval.updates must be at least 1, got {self.updates}")
+        allowed = {
+            "updates": (self.updates, 1, ""),
+            "capacity": (self.capacity, 1, ""),
+            "max_staleness_versions": (self.max_staleness_versions, 0, " or null"),
+            "seed": (self.seed, 0, ""),
+        }
+        for name, (value, least, other) in allowed.items():
+            if not (value is None and other) and (type(value) is not int or value < least):
+                raise ValueError(f"trainer.v1.reval.{name} must be a whole number >= {least}{other}, got {value!r}")
         if self.parameter_sync_step != 1:
-            raise ValueError(f"trainer.v1.reval.parameter_sync_step must be 1, got {self.parameter_sync_step}")
+            raise ValueError(f"trainer.v1.reval.parameter_sync_step must be 1, got {self.parameter_sync_step!r}")
 
 
 @register_trainer("reval")
@@ -66,13 +74,7 @@ class ReValTrainer(PPOTrainerSync):
         if unknown := given.keys() - set(names):
             raise ValueError(f"trainer.v1.reval has no setting {min(unknown)}; it has {', '.join(names)}")
         self.options = ReplayConfig(**given)
-        actor = config.actor_rollout_ref.actor
-        if not actor.use_kl_loss or actor.kl_loss_coef != 0 or actor.kl_loss_type != "kl":
-            raise ValueError(
-                "trainer_mode=reval needs actor_rollout_ref.actor.use_kl_loss=true, kl_loss_coef=0 and "
-                "kl_loss_type=kl: then verl loads the reference, and adds no KL term to a loss that has its own; got "
-                f"{actor.use_kl_loss}, {actor.kl_loss_coef} and {actor.kl_loss_type}"
-            )
+        _check(config)
         self.replay = ReplayIndex(self.options.capacity, self.options.max_staleness_versions, self.options.seed)
         super().__init__(config)
 
@@ -122,8 +124,8 @@ class ReValTrainer(PPOTrainerSync):
     def _replay_update(self, update: int, metrics: dict) -> None:
         """One update of the actor on trajectories from the buffer, as many as in a new batch.
 
-        Every number of trajectories that verl's mini-batches and ranks do not divide is rounded down: verl's own
-        padding would copy fields of another length.
+        Their number is rounded down to whole mini-batches of verl, whose workers check that the ranks divide these. So
+        verl has nothing to pad: its padding would copy fields of another length.
         """
         rollouts, actor = self.config.actor_rollout_ref.rollout.n, self.config.actor_rollout_ref.actor
         multiple = actor.ppo_mini_batch_size * rollouts
@@ -136,6 +138,34 @@ class ReValTrainer(PPOTrainerSync):
         found: dict = {}
         self._update_actor(self._balance_batch(batch, found), found)
         metrics |= {f"replay/{name}": value for name, value in found.items()}
+
+
+def _check(config: DictConfig) -> None:
+    """
+    Raises:
+        ValueError: settings of verl that the trainer cannot work with.
+    """
+    both = config.actor_rollout_ref
+    actor = both.actor
+    if not actor.use_kl_loss or actor.kl_loss_coef != 0 or actor.kl_loss_type != "kl":
+        raise ValueError(
+            "trainer_mode=reval needs actor_rollout_ref.actor.use_kl_loss=true, kl_loss_coef=0 and "
+            "kl_loss_type=kl: then verl loads the reference, and adds no KL term to a loss that has its own; got "
+            f"{actor.use_kl_loss}, {actor.kl_loss_coef} and {actor.kl_loss_type}"
+        )
+    for role in ("actor", "ref"):
+        if both[role].strategy not in ("fsdp", "fsdp2"):
+            raise ValueError(
+                f"trainer_mode=reval needs actor_rollout_ref.{role}.strategy=fsdp or fsdp2: other engines return no V; "
+                f"got {both[role].strategy}"
+            )
+    if need_critic(config):
+        raise ValueError(
+            "trainer_mode=reval has no critic: set algorithm.adv_estimator=reval or grpo; "
+            f"got {config.algorithm.adv_estimator}, and critic.enable={config.critic.enable}"
+        )
+    if config.trainer.critic_warmup != 0:
+        raise ValueError(f"trainer_mode=reval needs trainer.critic_warmup=0, got {config.trainer.critic_warmup}")
 
 
 def entry_of(key: str, tag: dict) -> Entry:

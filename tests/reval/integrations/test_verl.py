@@ -267,9 +267,24 @@ def test_what_is_missing_is_named():
         plain = actor()
         object.__setattr__(plain, "policy_loss", ReValLossConfig.__base__(loss_mode="reval"))
         loss_of_verl(data.exclude("rollout_is_weights"), output, plain)
-    for wrong in ({"beta": None}, {"beta": 0}, {"level": "word"}):
-        with pytest.raises(ValueError, match="actor_rollout_ref.actor.policy_loss"):
-            ReValLossConfig(**{"beta": 0.1} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"beta": None}, "beta must be a positive number, got None"),
+        ({"beta": 0}, "beta must be a positive number, got 0"),
+        ({"beta": float("nan")}, "beta must be a positive number, got nan"),
+        ({"beta": "small"}, "beta must be a positive number, got 'small'"),
+        ({"level": "word"}, "level must be one of trajectory, token, subtrajectory; got 'word'"),
+        ({"level": ["token"]}, "level must be one of"),
+        ({"semi_gradient": True}, "semi_gradient must be false, or true with .*level=token; got True with trajectory"),
+        ({"semi_gradient": "yes", "level": "token"}, "semi_gradient must be false, .* got 'yes' with token"),
+    ],
+)
+def test_settings_of_the_loss_are_checked_at_once(wrong, message):
+    with pytest.raises(ValueError, match=f"actor_rollout_ref.actor.policy_loss.{message}"):
+        ReValLossConfig(**{"beta": 0.1} | wrong)
 
 
 def test_advantage_estimator_puts_the_reward_on_every_action():
@@ -434,8 +449,15 @@ def test_the_example_config_is_one_that_verl_accepts():
     [
         ("actor_rollout_ref.actor.use_kl_loss=false", "use_kl_loss=true, kl_loss_coef=0 and kl_loss_type=kl"),
         ("actor_rollout_ref.actor.kl_loss_coef=0.1", "got True, 0.1 and kl"),
-        ("trainer.v1.reval.updates=0", "trainer.v1.reval.updates must be at least 1, got 0"),
-        ("trainer.v1.reval.max_staleness_versions=-1", "max_staleness_versions must be at least 0"),
+        ("actor_rollout_ref.ref.strategy=megatron", "ref.strategy=fsdp or fsdp2: .* no V; got megatron"),
+        ("algorithm.adv_estimator=gae", "has no critic: .* got gae"),
+        ("critic.enable=true", "has no critic: .* got grpo, and critic.enable=True"),
+        ("trainer.critic_warmup=3", "trainer.critic_warmup=0, got 3"),
+        ("trainer.v1.reval.updates=0", "trainer.v1.reval.updates must be a whole number >= 1, got 0"),
+        ("trainer.v1.reval.updates=two", "trainer.v1.reval.updates must be a whole number >= 1, got 'two'"),
+        ("trainer.v1.reval.capacity=null", "trainer.v1.reval.capacity must be a whole number >= 1, got None"),
+        ("trainer.v1.reval.max_staleness_versions=-1", "trainer.v1.reval.max_staleness_versions must be .* or null"),
+        ("trainer.v1.reval.seed=0.5", "trainer.v1.reval.seed must be a whole number >= 0, got 0.5"),
         ("+trainer.v1.reval.staleness=2", "trainer.v1.reval has no setting staleness; it has updates, capacity"),
         ("+trainer.v1.reval.parameter_sync_step=2", "parameter_sync_step must be 1, got 2"),
     ],
