@@ -5,6 +5,7 @@ The engine is verl's own FSDP2 engine with one process and gloo, on a model of 2
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -465,6 +466,23 @@ def test_the_example_config_is_one_that_verl_accepts():
 def test_settings_that_cannot_work_are_refused(override, message):
     with pytest.raises(ValueError, match=message):
         ReValTrainer(composed(override))
+
+
+@pytest.mark.parametrize("column", [1, 2])
+def test_the_overrides_in_coming_from_are_accepted_beside_verls_own_config(column):
+    from hydra import compose, initialize_config_module
+
+    section = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8").split("\n## verl\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[column] for line in section.splitlines() if line.startswith("|")]
+    found = re.findall(r"`(\+?(?:actor|algorithm|trainer|actor_rollout_ref)\.[^`=]+=[^`]+)`", " ".join(cells))
+    assert len(found) >= 9
+    overrides = [re.sub(r"^(\+?)actor\.", r"\1actor_rollout_ref.actor.", text) for text in found]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=["algorithm.adv_estimator=grpo", *overrides])
+    policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    if column == 2:
+        assert policy_loss.beta == 0.02 and isinstance(policy_loss, ReValLossConfig)
+        assert ReValTrainer(config).options == ReplayConfig(updates=2, max_staleness_versions=8)
 
 
 # the trainer
