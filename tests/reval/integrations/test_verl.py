@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ def run(code: str, **env: str) -> str:
 verl = pytest.importorskip("verl", reason="verl is not installed: make test-peers")
 from functools import partial  # noqa: E402
 
+import pandas  # noqa: E402
 import verl_cpu  # noqa: E402, F401  # before verl's engines
 from omegaconf import OmegaConf  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -37,6 +39,7 @@ from reval_kernels import reference  # noqa: E402
 
 register()
 from tensordict import TensorDict  # noqa: E402
+from transfer_queue import KVBatchMeta  # noqa: E402
 from verl.trainer.config import CheckpointConfig  # noqa: E402
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_fn  # noqa: E402
 from verl.trainer.ppo.v1 import get_trainer_cls  # noqa: E402
@@ -486,6 +489,52 @@ def test_the_overrides_in_coming_from_are_accepted_beside_verls_own_config(colum
 
 
 # the trainer
+
+
+def test_the_stored_reference_values_are_those_of_the_initial_model(engine, model_folder, monkeypatch):
+    """verl's workers write into the same field of the queue: the actor first, then the reference."""
+    queue, initial = micro_batch(), made_engine(model_folder)
+    queue = queue.exclude("ref_log_prob", "ref_state_values")
+    for _ in range(3):
+        with engine.train_mode():
+            engine.train_batch(micro_batch(), partial(ppo_loss, config=actor()))
+
+    def pass_of(worker) -> list[int]:
+        with worker.eval_mode():
+            queue.update(worker.infer_batch(queue)["model_output"])
+        return [0] * len(SHAPES)
+
+    monkeypatch.setattr(
+        "transfer_queue.kv_batch_get", lambda keys, partition_id, select_fields: queue.select(*select_fields)
+    )
+    monkeypatch.setattr("transfer_queue.kv_batch_put", lambda keys, partition_id, fields: queue.update(fields))
+    trainer = ReValTrainer(composed())
+    trainer.ref_in_actor = False
+    trainer.ref_policy_wg = SimpleNamespace(compute_ref_log_prob=lambda batch: pass_of(initial))
+    pass_of(engine)
+    of_actor = response_from_nested(queue["state_values"], queue["response_mask"]).values()
+    trainer._compute_ref_log_prob(KVBatchMeta(keys=[str(i) for i in range(len(SHAPES))], tags=[{}] * len(SHAPES)), {})
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    actions = torch.roll(queue["input_ids"].values(), -1)
+    wanted = reference.token_values(plain_logits(model, queue), actions, temperature=1.3)
+    for name, packed in (("ref_state_values", wanted.v), ("ref_log_prob", wanted.log_prob)):
+        nested_values = torch.nested.nested_tensor_from_jagged(packed.float(), queue["input_ids"].offsets())
+        expected = response_from_nested(nested_values, queue["response_mask"]).values()
+        torch.testing.assert_close(queue[name].values(), expected, rtol=1e-5, atol=1e-5)
+    assert (queue["ref_state_values"].values() - of_actor).abs().max() > 1e-2  # the actor has moved
+
+
+def test_the_schedule_of_the_learning_rate_counts_all_updates(model_folder, tmp_path):
+    """verl's engines get the number of updates; the trainer still ends after the steps."""
+    row = {"data_source": "none", "prompt": [{"role": "user", "content": "3"}], "reward_model": {"ground_truth": ""}}
+    pandas.DataFrame([row] * 8).to_parquet(tmp_path / "prompts.parquet")
+    settings = ["data.train_batch_size=4", "trainer.total_epochs=5", "trainer.v1.reval.updates=3"]
+    settings += [f"data.{name}={tmp_path}/prompts.parquet" for name in ("train_files", "val_files")]
+    trainer = ReValTrainer(composed(f"actor_rollout_ref.model.path={model_folder}", *settings))
+    trainer._init_tokenizer()
+    trainer._init_dataloader()
+    assert trainer.total_training_steps == 10
+    assert trainer.config.actor_rollout_ref.actor.optim.total_training_steps == 30
 
 
 def run_of_the_trainer(folder: Path, steps: int) -> list[dict]:
