@@ -17,7 +17,7 @@ except ImportError as error:
 
 VENDOR = "reval"
 VERSIONS = ("0.9.0", "0.9.1")
-"""All tests pass with 0.9.1. With 0.9.0 those of loss, engine and settings passed; its trainer was not run."""
+"""All tests pass with 0.9.1. With 0.9.0 those of the trainer's run and of two ranks were not run."""
 
 
 def register() -> None:

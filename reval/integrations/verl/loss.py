@@ -51,7 +51,8 @@ class ReValLossConfig(PolicyLossConfig):
 
     def __post_init__(self) -> None:
         at = "actor_rollout_ref.actor.policy_loss"
-        if type(self.beta) not in (int, float) or not 0 < self.beta < math.inf:
+        beta = None if isinstance(self.beta, bool) else self.beta
+        if not isinstance(beta, int | float) or not 0 < beta < math.inf:
             raise ValueError(f"{at}.beta must be a positive number, got {self.beta!r}")
         if self.level not in tuple(LEVELS):
             raise ValueError(f"{at}.level must be one of {', '.join(LEVELS)}; got {self.level!r}")

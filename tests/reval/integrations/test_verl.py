@@ -279,6 +279,7 @@ def test_what_is_missing_is_named():
         ({"beta": None}, "beta must be a positive number, got None"),
         ({"beta": 0}, "beta must be a positive number, got 0"),
         ({"beta": float("nan")}, "beta must be a positive number, got nan"),
+        ({"beta": True}, "beta must be a positive number, got True"),
         ({"beta": "small"}, "beta must be a positive number, got 'small'"),
         ({"level": "word"}, "level must be one of trajectory, token, subtrajectory; got 'word'"),
         ({"level": ["token"]}, "level must be one of"),
