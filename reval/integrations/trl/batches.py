@@ -68,7 +68,7 @@ def collate(trajectories: list[Trajectory], pad_token: int, device: torch.device
     """
     if not trajectories:
         nothing = Trajectory(np.full(2, pad_token), np.array([False, True]), reward=0, score=0, iteration=0)
-        nothing.reference = {"v": 0.0, "log_prob": 0.0, "returns": 0.0}
+        nothing.reference = {"v": 0.0, "log_prob": 0.0, "returns": 0.0, "values": np.zeros((1, 3), np.float32)}
         empty = collate([nothing], pad_token, device)
         empty["action_mask"][:] = False
         return empty

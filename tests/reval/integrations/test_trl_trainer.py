@@ -229,6 +229,17 @@ def test_loss_and_gradient_equal_the_definition_in_float64(tmp_path, level):
         torch.testing.assert_close(out["gradient"][name], p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_batch_without_completions_has_no_gradient(tmp_path, level):
+    """The second micro-batch of an update on one completion has none."""
+    out = trl_runs.one_update(tmp_path, 1, **LEVELS[level])
+    policy = trl_tiny.model()
+    trl_runs.move(policy)
+    config = trl_runs.arguments(tmp_path, **LEVELS[level])
+    expected = expected_loss(trl_tiny.model(), policy, trl_runs.trajectories(1), config)
+    torch.testing.assert_close(out["loss"].double(), expected.detach(), rtol=1e-5, atol=0)
+
+
 def test_a_tapered_update_differs_from_an_untapered_one(tmp_path):
     """Otherwise the test above would not see the taper."""
     losses = [trl_runs.one_update(tmp_path, 7, objective_taper=taper)["loss"].item() for taper in (True, False)]
