@@ -3,6 +3,7 @@
 Importing this package raises ImportError if TRL is missing, or if its version is none of `VERSIONS`.
 """
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 VERSIONS = ("1.16",)
@@ -17,7 +18,8 @@ def check_version() -> None:
         found = version("trl")
     except PackageNotFoundError as error:
         raise ImportError(f"{what}, which is not installed: {install}") from error
-    if ".".join(found.split(".")[:2]) not in VERSIONS or "dev" in found:
+    release = re.fullmatch(r"(\d+\.\d+)(\.\d+)*", found)  # no rc1, no dev0
+    if release is None or release[1] not in VERSIONS:
         raise ImportError(f"{what}; installed is TRL {found}, with which it was not tested: {install}")
 
 

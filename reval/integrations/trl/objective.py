@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from reval_kernels import TokenValues, bellman_loss
 
@@ -74,3 +75,21 @@ def has_signal(loss: Loss, batch: dict[str, Any], eps: float) -> Tensor:
     stored = torch.finfo(torch.float32).eps * (batch["reference_v"].abs() + batch["reference_log_prob"].abs())
     rounding = 4 * stored + 16 * eps * batch["action_mask"].sum(1).sqrt()
     return ((batch["rewards"] != 0) | ~(loss.residual.abs() <= rounding)).any()
+
+
+class SkipWithoutSignal(TrainerCallback):
+    """Takes all gradients away before the optimizer's step if no batch of the update has a signal.
+
+    An optimizer leaves weights without gradient alone, and their momentum. A gradient of 0 would not do: momentum and
+    weight decay move the weights all the same.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        """Whether a batch of this update, of any process, has a signal: the same on all processes."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model: nn.Module = kwargs["model"]
+        if not self.seen:
+            model.zero_grad(set_to_none=True)
+        self.seen = False

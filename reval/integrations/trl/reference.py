@@ -59,7 +59,12 @@ class ReferenceWeights:
             save_file({name: kept.contiguous() for name, kept in self._kept.items()}, path)
 
     def load(self, path: Path, version: int) -> None:
-        """The opposite of `save`."""
+        """The opposite of `save`. Raises ValueError if the run that saved kept no weights, but this one does."""
+        if self._kept and not path.exists():
+            raise ValueError(
+                f"reference_reset_every must be 1, as in the run that saved {path.parent}, which has no {path.name}; "
+                f"got {self._reset_every}"
+            )
         self.version = version
         for name, tensor in (load_file(path) if self._kept else {}).items():
             self._kept[name].copy_(tensor)

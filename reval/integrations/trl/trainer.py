@@ -32,18 +32,20 @@ from ...replay import ReplayBuffer, Trajectory
 from ...rewards.shaping import shape_rewards
 from .batches import collate, states_and_actions, trajectories_of
 from .config import ReValConfig
-from .objective import Loss, has_signal, reval_loss
+from .objective import Loss, SkipWithoutSignal, has_signal, reval_loss
 from .reference import ReferenceWeights
 
 BUFFER, REFERENCE, STATE = "reval_buffer.safetensors", "reval_reference.safetensors", "reval_state.json"
 """The files of a checkpoint that TRL does not know."""
+FIXED = ("num_iterations", "steps_per_generation")
+"""The arguments that a resumed run must keep: they say which batch a step trains on."""
 
 
 class ReValTrainer(GRPOTrainer):
     """GRPOTrainer with ReVal's objective and replay. The arguments are those of GRPOTrainer; `args` is a ReValConfig.
 
     Raises TypeError for other `args`, and ValueError for a vision-language model, for the auxiliary loss of a
-    mixture-of-experts model, and for a fixed reference under FSDP or DeepSpeed.
+    mixture-of-experts model, for FSDP of version 1 and ZeRO-3, and for a fixed reference under FSDP or DeepSpeed.
     """
 
     args: ReValConfig
@@ -67,6 +69,8 @@ class ReValTrainer(GRPOTrainer):
         self.buffer = ReplayBuffer(args.replay_capacity)
         self.iteration = 0
         """Generations so far."""
+        self._signal = SkipWithoutSignal()
+        self.add_callback(self._signal)
         self._rng = Random(args.seed)
         self._passes: list[list[Trajectory]] = []
         """The K batches of this generation, the same on every process."""
@@ -77,6 +81,14 @@ class ReValTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             raise ValueError(
                 "ReVal's loss has no auxiliary loss for mixture-of-experts models: set router_aux_loss_coef=0.0"
+            )
+        state = self.accelerator.state
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError("ReValTrainer needs FSDP2, got fsdp_version 1: set fsdp_version: 2 in accelerate's config")
+        if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "ReValTrainer cannot train with ZeRO-3, which splits the weights of the head: set zero_stage to 1 or 2 "
+                "in DeepSpeed's config, or use FSDP2"
             )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and self.args.reference_reset_every != 1:
@@ -90,7 +102,7 @@ class ReValTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """The batch of one forward and backward pass. TRL calls this with the prompts of the whole generation."""
         if not self.model.training:
-            own = self._generate_trajectories(generation_batch)[0]
+            own = self._generate_trajectories(generation_batch)
             with self.reference():
                 found = self._values(own)
             for t, values in zip(own, found, strict=True):
@@ -118,18 +130,18 @@ class ReValTrainer(GRPOTrainer):
         """Generate, fill the buffer, draw the passes, and compute the reference values that they lack."""
         self.iteration += 1
         self.reference.before(self.iteration)
-        own, count = self._generate_trajectories(generation_batch)
+        own = self._generate_trajectories(generation_batch)
         fresh = [t for share in self.world.gather(own) for t in share]
         self.buffer.add(fresh)
         draw, size = self.args.replay_draw, self.args.generation_batch_size
         self._passes = [fresh, *(self.buffer.sample(size, self._rng, draw) for _ in range(self.num_iterations - 1))]
         self._annotate(fresh)
         metrics = self.buffer.metrics(self.iteration) | {"reference/version": self.reference.version}
-        for name, number in (metrics | {"reward_unscored": 1 - len(fresh) / count}).items():
+        for name, number in (metrics | {"reward_unscored": self._scores.count(None) / len(self._scores)}).items():
             self._metrics["train"][name].append(number)
 
-    def _generate_trajectories(self, prompts: list[dict[str, Any]]) -> tuple[list[Trajectory], int]:
-        """This process's completions that have a reward, and the number of all completions of all processes."""
+    def _generate_trajectories(self, prompts: list[dict[str, Any]]) -> list[Trajectory]:
+        """This process's completions that have a reward and an action."""
         output = self._generate_and_score_completions(prompts)
         responses = self.num_generations if self.model.training else self.num_generations_eval
         groups = [i // responses for i in range(len(self._scores))]
@@ -139,7 +151,7 @@ class ReValTrainer(GRPOTrainer):
             raise ValueError(f"reward_shaping={self.args.reward_shaping!r}: {error}") from error
         own = slice(self.world.rank * len(prompts), (self.world.rank + 1) * len(prompts))
         numbers = shaped[own], self._scores[own], groups[own]
-        return trajectories_of(output, *numbers, self.iteration, self.eos_token_ids), len(groups)
+        return trajectories_of(output, *numbers, self.iteration, self.eos_token_ids)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's rewards [completions of all processes, functions]; keeps each completion's weighted sum, or None."""
@@ -162,10 +174,12 @@ class ReValTrainer(GRPOTrainer):
         if return_outputs:
             raise ValueError("return_outputs must be False: ReValTrainer returns no outputs")
         out = reval_loss(self._token_values(model, inputs), inputs, self.args, inputs["normalizer"])
-        self._log_terms(inputs, out)
         half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        eps = torch.finfo(torch.bfloat16 if half else torch.float32).eps
-        return out.loss * has_signal(out, inputs, eps)
+        signal = has_signal(out, inputs, torch.finfo(torch.bfloat16 if half else torch.float32).eps)
+        anywhere = self._log_terms(inputs, out, signal)
+        if self.model.training:
+            self._signal.seen |= anywhere
+        return out.loss * signal
 
     def _token_values(self, model: Any, batch: dict[str, Any]) -> TokenValues:
         """The values [B, C] of the tokens of a batch's completions, 0 where `action_mask` is false."""
@@ -175,16 +189,21 @@ class ReValTrainer(GRPOTrainer):
         width = batch["completion_ids"].shape[1]
         return TokenValues(*(x[:, -width:] for x in values[:3]))
 
-    def _log_terms(self, inputs: dict[str, Any], out: Loss) -> None:
-        """The means of the residual and its terms over the completions of all processes."""
+    def _log_terms(self, inputs: dict[str, Any], out: Loss, signal: Tensor) -> bool:
+        """Log the means of the residual and its terms over the completions of all processes.
+
+        Returns whether `signal` is true on any process: one reduction for both.
+        """
         count = inputs["action_mask"].any(1).sum()
         names = ("residual_mean", "residual_abs", "v_policy", "v_reference", "log_ratio")
         terms = (out.residual, out.residual.abs(), out.v, inputs["reference_v"], out.log_ratio)
-        sums = self.accelerator.reduce(torch.stack([*(x.float().sum() for x in terms), count.float()]), "sum").tolist()
+        own = torch.stack([*(x.float().sum() for x in terms), count.float(), signal.float()])
+        *sums, total, signals = self.accelerator.reduce(own, "sum").tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, total in zip(names, sums, strict=False):
-            if sums[-1]:
-                metrics[f"{inputs['prefix']}/{name}"].append(total / sums[-1])
+        for name, number in zip(names, sums, strict=True):
+            if total:
+                metrics[f"{inputs['prefix']}/{name}"].append(number / total)
+        return bool(signals)
 
     def _annotate(self, fresh: list[Trajectory]) -> None:
         """Compute the reference values that this generation's passes lack, and the fresh completions' log mu."""
@@ -247,6 +266,7 @@ class ReValTrainer(GRPOTrainer):
             "iteration": self.iteration,
             "version": self.reference.version,
             "step": self._step,
+            **{name: getattr(self.args, name) for name in FIXED},
             "passes": [[places[t] for t in rows] for rows in self._passes],
             "rng": self._rng.getstate(),
         }
@@ -262,6 +282,11 @@ class ReValTrainer(GRPOTrainer):
         if not (folder / STATE).exists():
             raise FileNotFoundError(f"{folder} has no {STATE}: it is not a checkpoint of a ReValTrainer")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        for name in FIXED:
+            if getattr(self.args, name) != state[name]:
+                raise ValueError(
+                    f"{name} must be {state[name]}, as in the run that saved {folder}, got {getattr(self.args, name)}"
+                )
         self.iteration, self._step = state["iteration"], state["step"]
         arrays = load_file(folder / BUFFER)
         self.buffer.load_state(arrays)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ pytest.importorskip("datasets")
 import trl_runs
 import trl_tiny
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import reval.integrations.trl as ours
@@ -45,7 +46,7 @@ LEVELS = {
 # ---- versions and packages ----
 
 
-@pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.16.0", "1.16.0.dev0"])
+@pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.16.0", "1.16.0.dev0", "1.16.0rc1"])
 def test_another_version_of_trl_is_refused_by_name(monkeypatch, found):
     monkeypatch.setattr(ours, "version", lambda _: found)
     with pytest.raises(ImportError, match=rf"TRL 1\.16; installed is TRL {found}.*reval-kernels\[trl\]"):
@@ -265,22 +266,56 @@ def test_an_update_without_signal_has_no_gradient(tmp_path):
     assert made.compute_loss(made.model, made._prepare_inputs([])) > 0.1
 
 
+def test_momentum_and_weight_decay_move_nothing_in_an_update_without_signal(tmp_path):
+    """From the second generation on all rewards are equal."""
+    generations, seen = [], []
+
+    def first_alone(completions, answer, **_):
+        generations.append(len(completions))
+        return trl_tiny.share_of_c(completions, answer) if len(generations) == 1 else [0.5] * len(completions)
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, optimizer, **_):
+            moments = [x for p in optimizer.state.values() for x in p.values()]
+            seen.append([x.clone() for x in [*model.parameters(), *moments]])
+
+    settings = {"num_iterations": 1, "weight_decay": 0.1, "save_strategy": "no"}
+    made = trl_runs.trainer(tmp_path, reward=first_alone, **settings)
+    made.add_callback(Keep())
+    made.add_callback(trl_runs.StopAfter(3))
+    made.train()
+    assert len(generations) == 3
+    assert not torch.equal(seen[0][0], trl_tiny.model().model.embed_tokens.weight)
+    assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(seen[0], later, strict=True))
+
+
 # ---- whole runs ----
 
 RUNS = {
     "recipe": {},
     "fixed reference, tokens": LEVELS["semi-gradient"] | {"reference_reset_every": 0, "num_iterations": 2},
+    "groups, eviction, dropout": {
+        "replay_draw": "groups",
+        "replay_capacity": 10,
+        "reward_shaping": "centered",
+        "disable_dropout": False,
+        "num_iterations": 2,
+    },
     "reset every two, two updates a pass": {"reference_reset_every": 2, "num_iterations": 2, "steps_per_generation": 4},
 }
 
 
 @pytest.mark.parametrize("case", RUNS)
 def test_a_resumed_run_equals_a_run_without_a_stop(tmp_path, case):
-    whole = trl_runs.run(tmp_path / "whole", **RUNS[case])
-    trl_runs.run(tmp_path / "stopped", 3, **RUNS[case])
-    resumed = trl_runs.run(tmp_path / "stopped", resume=tmp_path / "stopped" / "checkpoint-3", **RUNS[case])
+    def run(name, *args, **more):
+        return trl_runs.run(tmp_path / name, *args, model=trl_tiny.model(attention_dropout=0.1), **RUNS[case], **more)
+
+    whole = run("whole")
+    run("stopped", 3)
+    resumed = run("stopped", resume=tmp_path / "stopped" / "checkpoint-3")
     same(trl_runs.weights(whole), trl_runs.weights(resumed))
     assert losses(whole) == losses(resumed)
+    assert len(whole.buffer) == min(whole.buffer.added, whole.args.replay_capacity)
     a, b = whole.buffer.state(), resumed.buffer.state()
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert not all(
@@ -301,6 +336,20 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     (tmp_path / "checkpoint-3" / "reval_state.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no reval_state\.json: it is not a checkpoint of a ReValTrainer"):
         made._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "message"),
+    [
+        ({}, {"num_iterations": 2}, "num_iterations must be 4, as in the run that saved .*, got 2"),
+        ({}, {"steps_per_generation": 4}, "steps_per_generation must be 2, as in the run that saved .*, got 4"),
+        ({}, {"reference_reset_every": 2}, "reference_reset_every must be 1, as in the run that saved .*; got 2"),
+    ],
+)
+def test_a_resume_with_an_argument_that_does_not_fit_is_refused(tmp_path, saved, given, message):
+    trl_runs.run(tmp_path, 3, **saved)
+    with pytest.raises(ValueError, match=message):
+        trl_runs.run(tmp_path, resume=tmp_path / "checkpoint-3", **saved | given)
 
 
 def test_it_learns(tmp_path):
@@ -357,6 +406,7 @@ def test_completions_without_a_score_or_an_action_are_left_out(tmp_path):
     assert made.state.log_history[0]["reward_unscored"] == 0.25
     made = trl_runs.run(tmp_path, 2, save_strategy="no", num_iterations=2, mask_truncated_completions=True)
     assert 0 < len(made.buffer) < 8 and all(t.finished for t in made.buffer)
+    assert made.state.log_history[0]["reward_unscored"] == 0  # left out, but they have a score
     made = trl_runs.run(tmp_path, 2, save_strategy="no", reward=lambda completions, **_: [None] * len(completions))
     assert len(made.buffer) == 0
     same(trl_runs.weights(made), dict(trl_tiny.model().named_parameters()))
@@ -410,7 +460,7 @@ def test_evaluation_bf16_and_checkpointed_activations(tmp_path):
     assert all(np.isfinite(losses(made))) and losses(made)[0] > 0
 
 
-def test_what_was_not_tried_is_refused(tmp_path):
+def test_what_was_not_tried_is_refused(tmp_path, monkeypatch):
     made = trl_runs.trainer(tmp_path)
     with pytest.raises(ValueError, match="return_outputs must be False"):
         made.compute_loss(made.model, {}, return_outputs=True)
@@ -418,7 +468,15 @@ def test_what_was_not_tried_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.0"):
         made._refuse_untried()
     made.aux_loss_enabled, made.is_fsdp_enabled, made.args.reference_reset_every = False, True, 3
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2), deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    monkeypatch.setattr(made.accelerator, "state", state)
     with pytest.raises(ValueError, match="reference_reset_every must be 1 with FSDP or DeepSpeed.*; got 3"):
+        made._refuse_untried()
+    state.fsdp_plugin.fsdp_version = 1
+    with pytest.raises(ValueError, match="needs FSDP2, got fsdp_version 1: set fsdp_version: 2 in accelerate"):
+        made._refuse_untried()
+    made.is_fsdp_enabled, made.is_deepspeed_enabled, made.args.reference_reset_every = False, True, 1
+    with pytest.raises(ValueError, match="cannot train with ZeRO-3.*: set zero_stage to 1 or 2"):
         made._refuse_untried()
     made._is_vlm = True
     with pytest.raises(ValueError, match="vision-language"):
