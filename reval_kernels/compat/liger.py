@@ -68,8 +68,8 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         values, mask = _values(_input, weight, target, temperature, ignore_index, return_entropy, None)
         outputs = _outputs(values)
         if selected_token_ids is not None:
-            z = _logits_of(_input, weight, selected_token_ids, mask) / temperature
-            outputs += (z - values.v[:, None],)  # both are 0 where masked out
+            above = _logits_above_target(_input, weight, target, selected_token_ids, mask)
+            outputs += (above / temperature + values.log_prob[:, None],)  # both are 0 where masked out
         return outputs if len(outputs) > 1 else outputs[0]
 
 
@@ -160,12 +160,18 @@ def _outputs(values: TokenValues) -> tuple[Tensor, ...]:
     return (-values.log_prob,) if values.entropy is None else (-values.log_prob, values.entropy)
 
 
-def _logits_of(hidden: Tensor, weight: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-    """[M, K] logits of the selected words, in float32 (float64) also under autocast. They are 0 where masked out."""
+def _logits_above_target(hidden: Tensor, weight: Tensor, target: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """[M, K] logits of the selected words less that of the target, in float32 (float64) also under autocast.
+
+    They are 0 where masked out. The difference of two logits is small, so an offset that all logits have costs no
+    digits.
+    """
     checks.tensor("selected_token_ids", words, (torch.int64,), ["K"], weight.device)
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = wide_dtype(hidden)
-        return hidden.where(mask[:, None], 0).to(dtype) @ weight.index_select(0, words).to(dtype).T
+        rows = hidden.where(mask[:, None], 0).to(dtype)
+        own = (rows * weight.index_select(0, target.where(mask, 0)).to(dtype)).sum(1, keepdim=True)
+        return rows @ weight.index_select(0, words).to(dtype).T - own
 
 
 def _positive(name: str, x: object) -> None:

@@ -61,6 +61,8 @@ def row_values(
 
 def as_bool(row_mask: Tensor | None) -> Tensor | None:
     """A mask of any dtype as a bool mask."""
+    if row_mask is not None and not isinstance(row_mask, Tensor):
+        raise TypeError(f"row_mask must be a tensor or None, got {type(row_mask).__name__}")
     return row_mask if row_mask is None or row_mask.dtype == torch.bool else row_mask != 0
 
 

@@ -99,6 +99,8 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit; the message names the argument.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     entropy = token_values(logits, index, with_entropy=True).entropy
     assert entropy is not None

@@ -358,6 +358,18 @@ def test_scaled_cross_entropy(tokens, dtype):
     )
 
 
+def test_an_offset_costs_the_selected_words_no_digits():
+    """All numbers are multiples of 1/64, so every logit is exact with the offset too; V is not."""
+    (hidden, weight, _), target = head_inputs(15)
+    hidden, weight = ((x.detach() * 8).round() / 8 for x in (hidden, weight))
+    hidden[:, 0] = 1
+    words = torch.tensor([129, 0, 64])
+    expected = (hidden.double() @ weight.double().T / 0.5).log_softmax(-1)[:, words]
+    weight[:, 0] += 1e4
+    found = scaled(hidden, weight, target, 0.5, selected_token_ids=words)[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
 def test_what_scaled_cross_entropy_returns():
     (hidden, weight, _), target = head_inputs(5)
     whole = scaled(hidden, weight, target, return_entropy=True, selected_token_ids=torch.tensor([1]))
@@ -421,6 +433,8 @@ def test_what_cannot_be_honoured_is_refused_by_name():
     refused("index must be int64 or int32", several, logits, index.float())
     refused("row_mask must have shape [3]", several, logits, index, row_mask=index[:2])
     refused("row_mask must have shape [3, 1]", several, logits, index[:, None], row_mask=index)
+    refused("row_mask must be a tensor or None, got list", several, logits, index, row_mask=[True, False, True])
+    refused("logits must be a tensor, got list", trl_utils.entropy_from_logits, [[1.0, 2.0]])
     refused("temperature must be positive", several, logits, index, 0.0)
     refused("logits must be", several, logits.int(), index)
     refused("targets must lie in [0, 130)", chunked, hidden, weight, bias, targets - 200, 1.0, 32)

@@ -298,6 +298,7 @@ RUNS = {
         "replay_draw": "groups",
         "replay_capacity": 10,
         "reward_shaping": "centered",
+        "objective_beta": 0.5,
         "disable_dropout": False,
         "num_iterations": 2,
     },
