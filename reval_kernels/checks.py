@@ -142,6 +142,20 @@ def overlapping(x: Tensor) -> bool:
     return False
 
 
+def cu_seqlens_shape(cu_seqlens: Tensor, device: torch.device) -> None:
+    """Check that cu_seqlens is [B + 1] integers, B >= 0."""
+    tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), ["B + 1"], device)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have B + 1 entries, the first of them 0; got none")
+
+
+def packed_tokens(cu_seqlens: Tensor, like: Tensor) -> None:
+    """Check the cu_seqlens of a function without an op of library.py. `like` are the packed tokens or values [N]."""
+    cu_seqlens_shape(cu_seqlens, like.device)
+    if not torch.compiler.is_compiling():
+        check_cu_seqlens(Layout(None, cu_seqlens), like)
+
+
 def head_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> None:
     """Check hidden states [..., D], the head's weight [V, D] and bias [V], and the precision of their products."""
     if precision not in PRECISIONS:
@@ -183,9 +197,7 @@ def bellman_arguments(
     else:
         if len(shape) != 1:
             raise ValueError(f"values must have shape [N] when cu_seqlens is given, got {list(shape)}")
-        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), ["B + 1"], device)
-        if cu_seqlens.shape[0] == 0:
-            raise ValueError("cu_seqlens must have B + 1 entries, the first of them 0; got none")
+        cu_seqlens_shape(cu_seqlens, device)
         trajectories = cu_seqlens.shape[0] - 1
     if mask is not None:
         tensor("mask", mask, (torch.bool,), shape, device)

@@ -11,6 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def actions_and_mask(
     input_ids: Tensor,
@@ -33,7 +37,9 @@ def actions_and_mask(
         actions, mask: [B, T - 1], or [N] if packed. The mask is true where the action is a token of the response.
 
     Raises:
-        ValueError: a shape that does not fit, or a prompt without tokens: the first action needs a state before it.
+        TypeError: an argument that is no tensor, or cu_seqlens of another dtype.
+        ValueError: a shape that does not fit, cu_seqlens that does not go from 0 to N, or a prompt without tokens: the
+            first action needs a state before it.
 
     Examples:
         >>> import torch
@@ -51,9 +57,13 @@ def actions_and_mask(
         >>> actions[mask]
         tensor([7, 8, 9])
     """
+    checks.tensor("input_ids", input_ids, INTEGERS, None, None)
+    checks.tensor("prompt_lengths", prompt_lengths, INTEGERS, None, None)
     if input_ids.dim() != (2 if cu_seqlens is None else 1):
         wanted = "[B, T] without cu_seqlens" if cu_seqlens is None else "[N] with cu_seqlens"
         raise ValueError(f"input_ids must have shape {wanted}, got {list(input_ids.shape)}")
+    if cu_seqlens is not None:
+        checks.packed_tokens(cu_seqlens, input_ids)
     sequences = len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1
     if prompt_lengths.shape != (sequences,):
         raise ValueError(f"prompt_lengths must have shape [{sequences}], got {list(prompt_lengths.shape)}")
@@ -86,6 +96,7 @@ def until_end(tokens: Tensor, end_tokens: int | list[int]) -> Tensor:
         [B, H] bool. All true for a response that the length limit cut off.
 
     Raises:
+        TypeError: end_tokens that are no integers.
         ValueError: tokens of another shape.
 
     Examples:
@@ -97,5 +108,12 @@ def until_end(tokens: Tensor, end_tokens: int | list[int]) -> Tensor:
     """
     if tokens.dim() != 2:
         raise ValueError(f"tokens must have shape [B, H], got {list(tokens.shape)}")
-    ends = torch.isin(tokens, torch.as_tensor(end_tokens, device=tokens.device)).long()
+    wrong = f"end_tokens must be an integer or a list of integers, got {end_tokens!r}"
+    try:
+        last = torch.as_tensor(end_tokens, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(wrong) from None
+    if last.is_floating_point() and last.numel():  # an empty list becomes float32
+        raise TypeError(wrong)
+    ends = torch.isin(tokens, last).long()
     return ends.cumsum(1) - ends == 0  # no end before this token

@@ -40,8 +40,9 @@ class TokenValues(NamedTuple):
             Differentiable in v and log_prob.
 
         Raises:
-            ValueError: the values are neither padded [B, T] nor packed [N] with cu_seqlens, or the mask has another
-                shape than they have.
+            TypeError: the mask is not bool, or cu_seqlens is not int32 or int64.
+            ValueError: the values are neither padded [B, T] nor packed [N] with cu_seqlens, the mask has another shape
+                than they have, or cu_seqlens does not go from 0 to N.
 
         Examples:
             >>> import torch
@@ -57,7 +58,11 @@ class TokenValues(NamedTuple):
         if self.v.dim() != (2 if cu_seqlens is None else 1):
             wanted = "[B, T] without cu_seqlens" if cu_seqlens is None else "[N] with cu_seqlens"
             raise ValueError(f"the values must have shape {wanted}, got {list(self.v.shape)}")
+        if cu_seqlens is not None:
+            _check_ends(cu_seqlens, len(self.v))
         mask = torch.ones_like(self.v, dtype=torch.bool) if mask is None else mask
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {str(mask.dtype).removeprefix('torch.')}")
         if mask.shape != self.v.shape:
             raise ValueError(f"mask must have shape {list(self.v.shape)}, got {list(mask.shape)}")
         before = mask.cumsum(-1) - mask.int()  # actions before each token, of all trajectories if packed
@@ -72,6 +77,18 @@ class TokenValues(NamedTuple):
             return terms.sum(1).to(self.v.dtype)
         sums = terms.new_zeros(len(cu_seqlens) - 1).index_add(0, trajectory, terms)
         return sums.to(self.v.dtype)
+
+
+def _check_ends(cu_seqlens: Tensor, tokens: int) -> None:
+    """Check cu_seqlens. checks.py does it too, but it imports this module."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {str(cu_seqlens.dtype).removeprefix('torch.')}")
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise ValueError(f"cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}")
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":  # a GPU would have to be waited for
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
+        raise ValueError(f"cu_seqlens must start at 0, never fall and end at N = {tokens}, got {cu_seqlens.tolist()}")
 
 
 class TDTargets(NamedTuple):

@@ -81,6 +81,15 @@ def test_refused(change, message):
 
 def test_refused_when_packed():
     ids = torch.arange(4)
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at N = 4"):
+        actions_and_mask(ids, torch.tensor([1]), cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(TypeError, match="cu_seqlens must be int32 or int64, got float32"):
+        actions_and_mask(ids, torch.tensor([1]), cu_seqlens=torch.tensor([0.0, 4.0]))
+    with pytest.raises(TypeError, match="prompt_lengths must be a tensor, got list"):
+        actions_and_mask(ids, [1], cu_seqlens=torch.tensor([0, 4]))
+    for wrong in (None, [7, None], 1.5):
+        with pytest.raises(TypeError, match=r"end_tokens must be an integer or a list of integers, got"):
+            until_end(ids[None], wrong)
     with pytest.raises(ValueError, match="attention_mask goes with padded tokens"):
         actions_and_mask(ids, torch.tensor([1]), cu_seqlens=torch.tensor([0, 4]), attention_mask=torch.ones(4))
     with pytest.raises(ValueError, match="tokens must have shape"):
@@ -168,3 +177,7 @@ def test_returns_refuse_shapes():
         values_of((6,), torch.float32).returns()
     with pytest.raises(ValueError, match=r"mask must have shape \[2, 3\], got \[3, 2\]"):
         values.returns(torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be bool, got int64"):
+        values.returns(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at N = 6"):
+        values_of((6,), torch.float32).returns(cu_seqlens=torch.tensor([0, 4]))
