@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import WIDE
+
 PROBES = 13
 """The powers of 2 from 1/16 on that are logits of a stand-in."""
 
@@ -37,11 +39,18 @@ def stand_in_logits(words: int, device: torch.device) -> Tensor:
 def measure(name: str, words: int, logits: Tensor, *, split: bool) -> LogitTransform:
     """What the model `name` did to `stand_in_logits`, if they are now `logits`.
 
-    It may scale them, apply c * tanh(x / c), and drop the last words. Raises ValueError for anything else.
+    It may scale them, apply c * tanh(x / c), and drop the last words. Raises ValueError for anything else, and for
+    logits narrower than float32: in bfloat16 a factor of 1.03 looks like none.
 
     Args:
         split: ranks share the words. A rank's slice of the logits would look like dropped words, so none may be.
     """
+    if logits.dtype not in WIDE:
+        raise ValueError(
+            f"the logits of {name} come out as {logits.dtype}, too coarse to measure what the model does to them. If a "
+            "wrapper rounds them (FSDP2's output_dtype), call reval_kernels.hf.head_of(model) once before the model is "
+            "wrapped. If the model does, take reval_kernels.token_values(model(...).logits, ...)"
+        )
     y = logits.detach().double().flatten().cpu()
     x = stand_in_logits(words, torch.device("cpu")).flatten()[: len(y)]
     eps = torch.finfo(logits.dtype).eps
@@ -52,14 +61,10 @@ def measure(name: str, words: int, logits: Tensor, *, split: bool) -> LogitTrans
     for softcap, scale in _candidates(x, y):
         expected = (x if softcap is None else softcap * torch.tanh(x / softcap)) * scale
         near = torch.allclose(y, expected, rtol=16 * eps, atol=16 * eps * float(y.abs().max()))
-        if not near or scale <= 0:
-            continue
-        if eps > 1e-3 and (softcap, scale) != (None, 1.0):
-            raise ValueError(
-                f"the logits of {name} come out as {logits.dtype}, too coarse to measure its softcap or scale; "
-                "call reval_kernels.hf.head_of(model) once before the model is wrapped (FSDP2's output_dtype)"
-            )
-        return LogitTransform(_short(softcap, eps), _inverse(scale, eps), kept)
+        if near and scale > 0:
+            # a scale is measured at a power of 2, where a model rounds once; a softcap at a tanh, where more is lost
+            slack = (1 if softcap is None else 64) * eps
+            return LogitTransform(_short(softcap, slack), _inverse(scale, slack), kept)
     raise ValueError(_unknown(name, f"turned {x[-1]:.4g} into {y[-1]:.4g}, and {x[1]:.4g} into {y[1]:.4g}"))
 
 
@@ -78,20 +83,20 @@ def _candidates(x: Tensor, y: Tensor) -> Iterator[tuple[float | None, float]]:
     yield c, float(y[1 + at] / (c * t))
 
 
-def _short(x: float | None, eps: float) -> float | None:
-    """`x` without its rounding error: the shortest decimal number near it, if there is one."""
+def _short(x: float | None, slack: float) -> float | None:
+    """`x` without its rounding error: the shortest decimal number within the relative `slack`, if there is one."""
     if x is None:
         return None
     for digits in range(1, 9):
-        if abs(float(f"{x:.{digits}g}") - x) <= 64 * eps * abs(x):
+        if abs(float(f"{x:.{digits}g}") - x) <= slack * abs(x):
             return float(f"{x:.{digits}g}")
     return x
 
 
-def _inverse(scale: float, eps: float) -> float:
+def _inverse(scale: float, slack: float) -> float:
     """1 / scale. One of the two is a short decimal number in a configuration."""
-    short: Any = _short(scale, eps)
-    inverse: Any = _short(1 / scale, eps)
+    short: Any = _short(scale, slack)
+    inverse: Any = _short(1 / scale, slack)
     return 1 / short if len(repr(short)) <= len(repr(inverse)) else inverse
 
 

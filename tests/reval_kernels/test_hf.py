@@ -250,6 +250,28 @@ def test_scales_and_softcaps_of_any_name_are_measured(does, softcap, temperature
     assert_same(model, token_values_of(model, made_ids()), own_values(model, made_ids()), 1e-5)
 
 
+def test_right_numbers_stay_as_they_are():
+    """2**-0.5 is no short decimal number; 0.70711 is near it."""
+    for scale in (2**-0.5, 0.123456, 1 / 13):
+        model = make()
+        model.lm_head.register_forward_hook(lambda module, inputs, output, scale=scale: output.float() * scale)
+        assert abs(head_of(model).temperature * scale - 1) < 1.3e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("does", [lambda x: x, lambda x: x * 1.03, lambda x: x + 1])
+def test_logits_too_coarse_to_measure_are_refused(dtype, does):
+    model = make()
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: does(output).to(dtype))
+    with pytest.raises(ValueError, match=rf"come out as {dtype}, too coarse.*head_of\(model\) once before"):
+        token_values_of(model, made_ids())
+    hook.remove()  # a wrapper rounds: measured without it, the values are not rounded
+    head_of(model)
+    own = own_values(model, made_ids())
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    torch.testing.assert_close(token_values_of(model, made_ids()), own)
+
+
 def test_dropped_words():
     model, ids = make(), made_ids() % 40
     model.lm_head.register_forward_hook(lambda module, inputs, output: output[..., :40])
