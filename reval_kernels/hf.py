@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["OutputHead", "at_head", "head_of", "note_transform", "token_values_of", "transform_of"]
 
 IDS = (torch.int64, torch.int32)
+MEDIA = ("pixel", "image", "video", "mm_token")
+"""Parts of the names of inputs from which a model may make positions: those of images and videos have several axes."""
 FLAGS = (torch.bool, torch.int64, torch.int32, torch.uint8, *checks.FLOATS)
 
 
@@ -70,10 +72,12 @@ def token_values_of(
         model: a causal language model of transformers; also inside DistributedDataParallel, torch.compile or peft.
         input_ids: [B, T] int64 or int32. Packed sequences are [1, N] with position_ids that start again at 0.
         attention_mask: [B, T], 0 at padding, on the left or on the right. No output belongs to a state or a next token
-            at padding, whatever `mask` says. Another form ([B, 1, T, T], a dict) is passed to the model as it is.
+            at padding, whatever `mask` says. Another form ([B, 1, T, T], a dict) is passed to the model as it is. With
+            packed sequences it may pad on the right only, and the model does not get it.
         position_ids: [B, T] or [1, T], passed to the model. Where they do not grow, another sequence begins, and the
             first token of a sequence is no action. If they are not given and attention_mask is [B, T], positions count
-            the tokens that are not padding, as in transformers' `generate`.
+            the tokens that are not padding, as in transformers' `generate`; with images or videos the model makes them.
+            A model with several axes of positions (Qwen2-VL) also takes [N, B, T], in which no sequences are seen.
         actions: [B, T] int64 or int32, the token taken in each state. By default the next tokens, [B, T - 1].
         mask: bool, of the shape of the actions; true where the token is an action.
         temperature: as in `token_values`; a tensor has the shape of the actions. The model's own scale of its logits is
@@ -94,17 +98,22 @@ def token_values_of(
     checks.tensor("input_ids", input_ids, IDS, ["B", "T"], None)
     shift = actions is None
     actions, wanted, temperature = _tokens(input_ids, actions, mask, temperature)
-    if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
+    real = None
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        checks.tensor("attention_mask", attention_mask, FLAGS, input_ids.shape, input_ids.device)
         real = attention_mask != 0
         wanted = wanted & (real & _next(real, False) if shift else real)
     if position_ids is not None:
-        checks.tensor("position_ids", position_ids, IDS, None, None)
-        if shift and position_ids.dim() == 2:
-            wanted = wanted & (_next(position_ids, -1) > position_ids)
+        _check_positions(inner, position_ids, input_ids)
+        if position_ids.dim() == 2:
+            if shift:
+                wanted = wanted & (_next(position_ids, -1) > position_ids)
+            if real is not None and _packed(position_ids, real):
+                attention_mask = _without_padding_on_the_right(real)
     elif "cu_seq_lens_q" in model_inputs:
         raise ValueError("cu_seq_lens_q needs position_ids, which start again at 0 for each sequence")
-    else:
-        position_ids = _positions(inner, input_ids, attention_mask)
+    elif real is not None and not any(word in name for name in model_inputs for word in MEDIA):
+        position_ids = _positions(inner, real)
     given = {"attention_mask": attention_mask, "position_ids": position_ids} | model_inputs
     inputs = {"input_ids": input_ids} | {name: x for name, x in given.items() if x is not None}
 
@@ -159,12 +168,41 @@ def _next(x: Tensor, end: int | bool) -> Tensor:
     return torch.nn.functional.pad(x[:, 1:], (0, 1), value=end)
 
 
-def _positions(inner: Any, input_ids: Tensor, attention_mask: Any) -> Tensor | None:
+def _positions(inner: Any, real: Tensor) -> Tensor | None:
     """The positions of the tokens that are not padding. None if the model makes its own."""
-    if not (isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape):
-        return None
     if "position_ids" not in inspect.signature(type(inner).forward).parameters:
         return None
     if any(hasattr(m, "create_position_ids_from_input_ids") for m in inner.modules()):  # RoBERTa starts at pad + 1
         return None
-    return ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)
+    return (real.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _check_positions(inner: Any, position_ids: Any, input_ids: Tensor) -> None:
+    """Raise ValueError for a shape of position_ids that does not fit input_ids [B, T]."""
+    checks.tensor("position_ids", position_ids, IDS, None, None)
+    batch, length = input_ids.shape
+    several = any(hasattr(m, "get_rope_index") for m in inner.modules())  # rotary positions in time, height and width
+    dims = (2, 3) if several else (2,)
+    if position_ids.dim() not in dims or position_ids.shape[-1] != length or position_ids.shape[-2] not in (1, batch):
+        more = f", or [N, {batch}, {length}]" if several else ""
+        raise ValueError(
+            f"position_ids must have shape [{batch}, {length}] or [1, {length}]{more}, as input_ids have; got "
+            f"{list(position_ids.shape)}"
+        )
+
+
+def _packed(position_ids: Tensor, real: Tensor) -> bool:
+    """Whether a row has several sequences: the position of a token is not above all positions before it."""
+    highest = position_ids.masked_fill(~real, -1).cummax(1).values
+    before = torch.nn.functional.pad(highest[:, :-1], (1, 0), value=-1)
+    return bool((real & (position_ids <= before)).any())
+
+
+def _without_padding_on_the_right(real: Tensor) -> None:
+    """The mask for packed rows: none. transformers tells sequences apart by position_ids only where no mask is given,
+    and no token sees padding behind it. Raises ValueError for padding elsewhere, which tokens would see."""
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask must pad on the right only, or not be given, where position_ids pack several sequences in "
+            "a row: transformers ignores the packing if it gets a mask [B, T]; got padding before a token"
+        )

@@ -220,6 +220,45 @@ def test_packed_sequences_have_the_values_that_they_have_alone():
         token_values_of(model, torch.cat(rows, 1), cu_seq_lens_q=torch.tensor([0, 5, 7, 16]))
 
 
+def test_packed_sequences_with_a_mask():
+    """transformers ignores the packing if it gets a mask [B, T]."""
+    model, ids = make("softcap"), made_ids(1, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
+    real = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 0]])
+    values = token_values_of(model, ids, position_ids=positions, attention_mask=real)
+    torch.testing.assert_close(values.v[:, 4:6], own_values(model, ids[:, 4:7]).v)
+    assert (values.v[:, [3, 6, 7]] == 0).all()
+    with pytest.raises(ValueError, match="attention_mask must pad on the right only, or not be given"):
+        token_values_of(model, ids, position_ids=positions, attention_mask=real.flip(1))
+    one = torch.tensor([[5, 5, 0, 1, 2, 3, 4, 5, 6]])  # one sequence behind padding of any positions
+    ours = token_values_of(model, ids, position_ids=one, attention_mask=real.flip(1))
+    torch.testing.assert_close(ours.v[:, 2:], own_values(model, ids[:, 2:]).v)
+
+
+def test_positions_of_images_are_the_models_own():
+    """In Qwen2-VL a token's position has three axes, which come from the images."""
+    text = SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=9, video_token_id=8)
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLForConditionalGeneration(config).double().eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    ids = torch.tensor([[3, 7, 9, 9, 9, 9, 4, 5, 6, 12]])
+    images = {
+        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, dtype=torch.float64),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 9).int(),
+    }
+    real = torch.ones_like(ids)
+    own = own_values(model, ids, attention_mask=real, **images)
+    torch.testing.assert_close(token_values_of(model, ids, attention_mask=real, **images), own)
+    positions = model.model.get_rope_index(
+        ids, image_grid_thw=images["image_grid_thw"], mm_token_type_ids=images["mm_token_type_ids"]
+    )[0]
+    torch.testing.assert_close(token_values_of(model, ids, position_ids=positions, **images), own)
+
+
 # --- what a model does to its logits ----------------------------------------------------------------------------------
 
 
@@ -327,6 +366,10 @@ def test_wrong_arguments():
         (r"mask must have shape \[3, 6\], got \[3, 7\]", {"mask": ids > 0}),
         (r"mask must have shape \[3, 7\], got \[3, 6\]", {"mask": ids[:, 1:] > 0, "actions": ids}),
         (r"temperature must have shape \[3, 6\]", {"temperature": torch.ones(3, 7)}),
+        (r"attention_mask must have shape \[3, 7\], got \[3, 6\]", {"attention_mask": ids[:, 1:]}),
+        (r"position_ids must have shape \[3, 7\] or \[1, 7\], as.*got \[1, 6\]", {"position_ids": ids[:1, 1:]}),
+        (r"position_ids must have shape .*got \[2, 7\]", {"position_ids": ids[:2]}),
+        (r"position_ids must have shape .*got \[3, 3, 7\]", {"position_ids": ids.expand(3, 3, 7)}),
         ("labels must not be given", {"labels": ids}),
         ("logits_to_keep must not be given", {"logits_to_keep": 1}),
         (r"actions must lie in \[0, 51\)", {"actions": ids + V}),
@@ -335,6 +378,8 @@ def test_wrong_arguments():
             token_values_of(model, **{"input_ids": ids} | options)
     with pytest.raises(TypeError, match="mask must be bool"):
         token_values_of(model, ids, mask=torch.ones(B, T - 1))
+    with pytest.raises(TypeError, match="attention_mask must be bool or int64"):
+        token_values_of(model, ids, attention_mask=ids.to(torch.complex64))
     assert_same(model, token_values_of(model, ids), own_values(model, ids))  # nothing is left behind
 
 
