@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -51,7 +52,25 @@ class OutputHead(NamedTuple):
     """The least precision of the products, as in `linear_token_values`."""
 
 
-_measured: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], LogitTransform]] = WeakKeyDictionary()
+"""What was measured for a model, by `_state_of` it."""
+
+LOGIT_WORDS = ("logit", "softcap", "scale", "scaling", "multiplier")
+"""Parts of the names of numbers with which models change their logits."""
+
+
+def _state_of(inner: Any, layer: Any) -> tuple[Any, ...]:
+    """What a measurement depends on: the head, its shape, and the numbers of the model and its configuration whose
+    names speak of logits. A replaced head, or another softcap in the configuration, is measured again."""
+    config = inner.config
+    held = [getattr(x, "__dict__", {}) for x in (inner, config, getattr(config, "text_config", None))]
+    numbers = [
+        (name, x)
+        for names in held
+        for name, x in names.items()
+        if isinstance(x, (int, float)) and any(word in name for word in LOGIT_WORDS)
+    ]
+    return weakref.ref(layer), tuple(layer.weight.shape), tuple(numbers)
 
 
 def causal_lm(model: Any) -> Any:
@@ -107,7 +126,7 @@ def head_layer(model: Any) -> Any:
 def head_of(model: Any) -> OutputHead:
     """The head of a causal language model.
 
-    The first call for a model runs it on one token, to see what it does to its logits (`measure`).
+    The first call for a model runs it on a few tokens, to see what it does to its logits (`measure`).
 
     Args:
         model: a causal language model of transformers; also inside DistributedDataParallel, torch.compile or peft.
@@ -123,13 +142,16 @@ def head_of(model: Any) -> OutputHead:
 
 
 def transform_of(model: Any) -> LogitTransform:
-    """What a model does to the output of its head. The first call for a model runs it on one token."""
+    """What a model does to the output of its head. The first call for a model runs it on a few tokens."""
     inner = causal_lm(model)
-    if inner not in _measured:
-        with torch.no_grad():
-            ids = torch.zeros(1, 1, dtype=torch.long, device=head_layer(inner).weight.device)
-            at_head(model, lambda hidden, head: (), input_ids=ids)
-    return _measured[inner]
+    layer = head_layer(inner)
+    known = _measured.get(inner, {}).get(_state_of(inner, layer))
+    if known is not None:
+        return known
+    # Two rows of two different tokens: a factor of each token or row gives the logits its shape, so it is refused.
+    ids = torch.arange(4, device=layer.weight.device).reshape(2, 2) % layer.weight.shape[0]
+    with torch.no_grad():
+        return _run(model, lambda hidden, head, group: (), {"input_ids": ids})[1]
 
 
 def note_transform(model: Any, transform: LogitTransform) -> None:
@@ -137,7 +159,11 @@ def note_transform(model: Any, transform: LogitTransform) -> None:
 
     All ranks of a wrapped model must know it, or none: a rank that measures may call the model once more.
     """
-    _measured[causal_lm(model)] = transform
+    _note(causal_lm(model), head_layer(model), transform)
+
+
+def _note(inner: Any, layer: Any, transform: LogitTransform) -> None:
+    _measured.setdefault(inner, {})[_state_of(inner, layer)] = transform
 
 
 def describe(layer: Any, transform: LogitTransform) -> OutputHead:
@@ -187,6 +213,11 @@ def at_sharded_head(
 ) -> Result:
     """`at_head` with a function of (hidden, head, process group). There is a group if each rank of it has a slice of
     the head's words."""
+    return _run(model, function, inputs)[0]
+
+
+def _run(model: Any, function: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, LogitTransform]:
+    """The result of `at_sharded_head`, and what the model does to its logits."""
     inner = causal_lm(model)
     for name in ("labels", "logits_to_keep", "num_logits_to_keep"):
         if inputs.get(name) is not None:
@@ -194,18 +225,22 @@ def at_sharded_head(
     if "use_cache" in inspect.signature(type(inner).forward).parameters:
         inputs = {"use_cache": False} | inputs
     layer = head_layer(inner)
-    known = _measured.get(inner)
-    call = _Call(layer, type(inner).__name__, function, known or LogitTransform(), known is None)
-    logits = call.run(model, inputs)
-    if known is None:
-        found = measure(call.name, layer.weight.shape[0], logits, split=call.split)
-        _measured[inner] = found
-        if found != call.transform:
-            call = _Call(layer, call.name, function, found)
+    known = _measured.get(inner, {}).get(_state_of(inner, layer))
+    try:
+        call = _Call(layer, type(inner).__name__, function, known or LogitTransform(), known is None)
+        logits = call.run(model, inputs)
+        if known is None:
+            known = measure(call.name, layer.weight.shape[0], logits, split=call.split)
+            if call.lasting:
+                _note(inner, layer, known)
+        if known != call.transform:
+            del call, logits  # with them goes the first graph, before the second is built
+            call = _Call(layer, type(inner).__name__, function, known)
             logits = call.run(model, inputs)
-    if not torch.is_grad_enabled():
-        _reshard(model)
-    return _passed_through(call.result, logits)
+        return _passed_through(call.result, logits), known
+    finally:
+        if not torch.is_grad_enabled():
+            _reshard(model)
 
 
 def _reshard(model: nn.Module) -> None:
@@ -229,6 +264,8 @@ class _Call:
         self.calls = 0
         self.split = False
         """Whether this rank has a slice of the words."""
+        self.lasting = False
+        """Whether what is measured in this call holds for other calls."""
 
     def run(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The stand-in logits, as they come out of the model."""
@@ -254,7 +291,8 @@ class _Call:
         self.split = group is not None
         with torch.autocast(hidden.device.type, enabled=False):
             if self.probing:
-                _check_linear(self.name, self.layer, given, weight)
+                # what a model does to the logits of one token alone, it may do by a factor of that token
+                self.lasting = _is_linear(self.name, self.layer, given, weight) and hidden.shape[:-1].numel() > 1
             head = describe(types.SimpleNamespace(weight=weight, bias=bias), self.transform)
             result = self.function(hidden, head, group)
         words = self.layer.weight.shape[0]
@@ -338,20 +376,28 @@ def _zeros(words: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _check_linear(name: str, layer: Any, hidden: Any, weight: Tensor) -> None:
-    """Raise ValueError if the layer's output for one state is not hidden @ weight.T + bias."""
-    row = hidden[:1, :1]
+def _is_linear(name: str, layer: Any, hidden: Any, weight: Tensor) -> bool:
+    """Whether the layer's output for a state is hidden @ weight.T + bias. False if no state or weight can tell.
+
+    Raises ValueError if it is not.
+    """
+    states = hidden.to_local() if hasattr(hidden, "to_local") else hidden
+    telling = states.isfinite().all(-1) & (states != 0).any(-1)
+    if not telling.any():
+        return False
+    row = hidden[tuple(slice(i, i + 1) for i in telling.nonzero()[0].tolist())].to(weight.dtype)
     own, plain = _own_forward(layer)(row), nn.functional.linear(row, layer.weight, getattr(layer, "bias", None))
     own, plain = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (own, plain))
     bound = 64 * torch.finfo(weight.dtype).eps * float(plain.abs().max())
-    if not bound < float("inf"):  # weights that are not finite tell nothing
-        return
+    if not 0 < bound < float("inf"):
+        return False
     close = own.shape == plain.shape and torch.allclose(own.double(), plain.double(), rtol=0, atol=bound)
     if not close:
         raise ValueError(
             f"the head of {name} ({type(layer).__name__}) is no matrix: its output differs from hidden @ weight.T + "
             "bias. reval_kernels.token_values takes any logits: token_values(model(...).logits, ...)"
         )
+    return True
 
 
 # --- gradients through the model's output ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -272,6 +273,51 @@ def test_the_transform_is_measured_once():
         token_values_of(copy.deepcopy(model), made_ids())  # another model is measured again
 
 
+def test_another_head_or_configuration_is_measured_again():
+    model, ids = make("softcap", tie_word_embeddings=False), made_ids()
+    for softcap in (2.0, None, 5.0, 2.0):
+        model.config.final_logit_softcapping = softcap
+        assert_same(model, token_values_of(model, ids), own_values(model, ids))
+        assert head_of(model).softcap == softcap
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    model.lm_head.weight = model.lm_head[0].weight
+    model.lm_head.append(torch.nn.Tanh())
+    with pytest.raises(ValueError, match=r"\(Sequential\) is no matrix"):
+        token_values_of(model, ids)
+
+
+def test_a_factor_of_each_token_is_refused():
+    model, ids, seen = make(), made_ids(), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.lm_head.register_forward_hook(lambda module, args, output: output * seen.pop()[..., :1].exp())
+    one = token_values_of(model, ids[:1, :1], actions=ids[:1, :1])  # what is right for one token is not kept
+    torch.testing.assert_close(one, own_values(model, ids[:1, :1], actions=ids[:1, :1]))
+    for call in (head_of, lambda model: token_values_of(model, ids)):
+        with pytest.raises(ValueError, match="more to its logits than a scale"):
+            call(model)
+
+
+def test_the_first_graph_is_freed_before_the_model_runs_again():
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.marker = torch.nn.Identity()
+            markers.append(weakref.ref(ctx.marker))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def function(hidden, head):
+        assert all(marker() is None for marker in markers)
+        return Marked.apply(hidden)
+
+    markers: list = []
+    at_head(make("softcap"), function, input_ids=made_ids())
+    assert len(markers) == 2
+
+
 @pytest.mark.parametrize(
     ("does", "softcap", "temperature"),
     [
@@ -341,6 +387,13 @@ def test_anything_else_is_refused(does):
             token_values_of(model, made_ids())
 
 
+def embeds(model, number, rows=slice(None)):
+    """Embeddings of made_ids with `number` in the rows, so the states there are 0 or not finite."""
+    embedded = model.model.embed_tokens(made_ids()).detach()
+    embedded[rows] = number
+    return embedded
+
+
 def test_a_head_that_is_no_matrix_is_refused():
     class NormHead(torch.nn.Linear):
         def forward(self, x):
@@ -350,6 +403,12 @@ def test_a_head_that_is_no_matrix_is_refused():
     model.lm_head = NormHead(32, V, bias=False).double()
     with pytest.raises(ValueError, match=r"the head of LlamaForCausalLM \(NormHead\) is no matrix"):
         token_values_of(model, made_ids())
+    for nothing in (0.0, torch.nan):  # a first state that tells nothing, as at padding on the left
+        with pytest.raises(ValueError, match="is no matrix"):
+            at_head(model, lambda hidden, head: (), inputs_embeds=embeds(model, nothing, rows=slice(1)))
+        at_head(model, lambda hidden, head: (), inputs_embeds=embeds(model, nothing))
+        with pytest.raises(ValueError, match="is no matrix"):
+            token_values_of(model, made_ids())
     model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)  # as accelerate does
     assert_same(model, token_values_of(model, made_ids()), own_values(model, made_ids()))
 
@@ -418,7 +477,7 @@ def test_states_of_another_shape_are_refused():
 
 
 def test_the_forward_of_the_head_always_comes_back():
-    model, ids = make(), made_ids()
+    model, ids, freed = make(), made_ids(), []
 
     def fail(hidden, head):
         raise RuntimeError("ours")
@@ -426,6 +485,10 @@ def test_the_forward_of_the_head_always_comes_back():
     with pytest.raises(RuntimeError, match="ours"):
         at_head(model, fail, input_ids=ids)
     assert "forward" not in vars(model.lm_head) and not model_head._replacements
+    model.model.unshard = model.model.reshard = lambda: freed.append(1)  # as FSDP2 has them
+    with torch.no_grad(), pytest.raises(RuntimeError, match="ours"):
+        at_head(model, fail, input_ids=ids)
+    assert freed == [1]
     own = model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)
     token_values_of(model, ids)
     assert model.lm_head.forward is own
