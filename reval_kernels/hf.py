@@ -109,7 +109,9 @@ def token_values_of(
             if shift:
                 wanted = wanted & (_next(position_ids, -1) > position_ids)
             if real is not None and _packed(position_ids, real):
-                attention_mask = _without_padding_on_the_right(real)
+                # transformers tells sequences apart by position_ids only where no mask is given
+                _check_padding_on_the_right(real)
+                attention_mask = None
     elif "cu_seq_lens_q" in model_inputs:
         raise ValueError("cu_seq_lens_q needs position_ids, which start again at 0 for each sequence")
     elif real is not None and not any(word in name for name in model_inputs for word in MEDIA):
@@ -198,9 +200,8 @@ def _packed(position_ids: Tensor, real: Tensor) -> bool:
     return bool((real & (position_ids <= before)).any())
 
 
-def _without_padding_on_the_right(real: Tensor) -> None:
-    """The mask for packed rows: none. transformers tells sequences apart by position_ids only where no mask is given,
-    and no token sees padding behind it. Raises ValueError for padding elsewhere, which tokens would see."""
+def _check_padding_on_the_right(real: Tensor) -> None:
+    """Raise ValueError for padding before a token, which would see it if the model gets no mask."""
     if bool((real[:, 1:] & ~real[:, :-1]).any()):
         raise ValueError(
             "attention_mask must pad on the right only, or not be given, where position_ids pack several sequences in "

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .checks import FLOATS
 from .logit_transform import LogitTransform, measure, stand_in_logits
 
 if TYPE_CHECKING:
@@ -76,10 +77,15 @@ def _state_of(inner: Any, layer: Any) -> tuple[Any, ...]:
 def causal_lm(model: Any) -> Any:
     """The causal language model inside DistributedDataParallel, torch.compile and peft's wrappers.
 
-    Raises TypeError for a module that is none.
+    Raises TypeError for a module that is none, and for FSDP1.
     """
     inner = model
     while True:
+        if type(inner).__name__ == "FullyShardedDataParallel":  # FSDP1, which passes every attribute on
+            raise TypeError(
+                "model must not be inside FullyShardedDataParallel (FSDP1), which gives the head no whole weight; got "
+                "one. Shard it with FSDP2: torch.distributed.fsdp.fully_shard(model)"
+            )
         if hasattr(inner, "_orig_mod"):  # torch.compile(model)
             inner = inner._orig_mod
         elif hasattr(inner, "get_base_model"):  # peft
@@ -101,7 +107,7 @@ def causal_lm(model: Any) -> Any:
 def head_layer(model: Any) -> Any:
     """The layer that computes the logits.
 
-    Raises ValueError for a head with an adapter, and for what has no weight.
+    Raises ValueError for a head with an adapter, and for what has no weight or one that is quantized or partitioned.
     """
     inner = causal_lm(model)
     layer, name = inner.get_output_embeddings(), type(inner).__name__
@@ -119,6 +125,18 @@ def head_layer(model: Any) -> Any:
         raise ValueError(
             f"{name} has no head with one weight (get_output_embeddings() is {type(layer).__name__}); values need a "
             "causal language model whose logits are hidden @ weight.T"
+        )
+    if hasattr(layer.weight, "ds_id"):
+        raise ValueError(
+            f"the head's weight of {name} is partitioned by DeepSpeed ZeRO-3, so no rank has it whole; take ZeRO-2, or "
+            "FSDP2: torch.distributed.fsdp.fully_shard(model)"
+        )
+    if layer.weight.dtype not in FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise ValueError(
+            f"the head's weight of {name} must be {allowed}; got {str(layer.weight.dtype).removeprefix('torch.')} "
+            f"({type(layer).__name__}). Leave the head out of the quantization, for example by "
+            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head'])"
         )
     return layer
 
@@ -185,7 +203,7 @@ def at_head(model: Any, function: Callable[[Tensor, OutputHead], Result], **inpu
     Args:
         model: a causal language model of transformers; also inside DistributedDataParallel, torch.compile or peft.
         function: takes the input of the head, [B, T, D], and an OutputHead. It returns a tensor or a (named) tuple of
-            tensors and other values.
+            tensors, numbers, strings and None.
         inputs: the arguments of the model. use_cache is false if it is not given.
 
     The first call for a model measures what it does to its logits. If it does something, the model is called again.
@@ -194,7 +212,8 @@ def at_head(model: Any, function: Callable[[Tensor, OutputHead], Result], **inpu
         What the function returns.
 
     Raises:
-        TypeError, ValueError: the model or its head is none that OutputHead describes.
+        TypeError: `model` is no causal language model, or the function returns something else.
+        ValueError: the model or its head is none that OutputHead describes.
     """
     return at_sharded_head(model, lambda hidden, head, group: function(hidden, _unsharded(model, head, group)), inputs)
 
@@ -294,7 +313,7 @@ class _Call:
                 # what a model does to the logits of one token alone, it may do by a factor of that token
                 self.lasting = _is_linear(self.name, self.layer, given, weight) and hidden.shape[:-1].numel() > 1
             head = describe(types.SimpleNamespace(weight=weight, bias=bias), self.transform)
-            result = self.function(hidden, head, group)
+            result = _checked(self.function(hidden, head, group))
         words = self.layer.weight.shape[0]
         stand_in = stand_in_logits(words, hidden.device) if self.probing else _zeros(words, hidden.device)
         self.result, stand_in = _joined(result, stand_in)
@@ -418,6 +437,17 @@ class _Joint(torch.autograd.Function):
             shape, dtype, device = ctx.carrier
             d_carrier = torch.zeros(shape, dtype=dtype, device=device)
         return d_carrier, *gradients
+
+
+def _checked(result: Any) -> Any:
+    """`result`. Raises TypeError if it may hold tensors where `_joined` does not look, so no gradient passes."""
+    for x in result if isinstance(result, tuple) else (result,):
+        if not (x is None or isinstance(x, (Tensor, int, float, str))):
+            raise TypeError(
+                "the function at the head must return a tensor, or a tuple (or NamedTuple) of tensors, numbers, "
+                f"strings and None; got {type(x).__name__}{' in a tuple' if isinstance(result, tuple) else ''}"
+            )
+    return result
 
 
 def _joined(result: Any, carrier: Tensor) -> tuple[Any, Tensor]:

@@ -455,6 +455,34 @@ def test_what_is_no_causal_language_model_is_refused():
         token_values_of(make().model, made_ids())
 
 
+def test_heads_that_have_no_whole_weight_are_refused():
+    class FullyShardedDataParallel(torch.nn.Module):  # FSDP1 needs a GPU
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "module" else getattr(super().__getattr__("module"), name)
+
+    with pytest.raises(TypeError, match=r"must not be inside FullyShardedDataParallel \(FSDP1\).*fully_shard\(model\)"):
+        token_values_of(FullyShardedDataParallel(make()), made_ids())
+    model = make(tie_word_embeddings=False)
+    for dtype, name in [(torch.uint8, "uint8"), (torch.float8_e4m3fn, "float8_e4m3fn")]:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(V, 32).to(dtype), requires_grad=False)
+        with pytest.raises(ValueError, match=rf"weight of LlamaForCausalLM must be float32, .*; got {name} \(Linear\)"):
+            head_of(model)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(0))
+    model.lm_head.weight.ds_id = 3  # as DeepSpeed marks it
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3.*fully_shard"):
+        head_of(model)
+
+
+@pytest.mark.parametrize("held", [lambda x: {"x": x}, lambda x: [x], lambda x: (x, (x,))])
+def test_a_function_must_return_what_the_gradients_pass_through(held):
+    with pytest.raises(TypeError, match="must return a tensor, or a tuple .*; got (dict|list|tuple in a tuple)$"):
+        at_head(make(), lambda hidden, head: held(hidden), input_ids=made_ids())
+
+
 def test_a_head_that_is_not_called_once_is_refused():
     model, ids = make(), made_ids()
     model.forward = lambda input_ids, **_: [model.lm_head(model.model(input_ids).last_hidden_state) for _ in range(2)]
@@ -555,10 +583,9 @@ def test_autocast_ends_at_the_head():
     model, ids = make("softcap", torch.float32), made_ids()
     with torch.autocast("cpu", torch.bfloat16):
         values = token_values_of(model, ids)
-        hidden, head, product = at_head(
-            model, lambda hidden, head: (hidden, head, hidden.float() @ head.weight.T), input_ids=ids
-        )
+        hidden, product = at_head(model, lambda hidden, head: (hidden, hidden.float() @ head.weight.T), input_ids=ids)
         assert product.dtype == torch.float32  # under autocast a matmul of float32 is bfloat16
+    head = head_of(model)
     logits = head.softcap * torch.tanh(hidden.float() @ head.weight.T / head.softcap)
     torch.testing.assert_close(values, reference.token_values(logits[:, :-1], ids[:, 1:]), rtol=1e-5, atol=1e-5)
     assert values.v.dtype == torch.float32
