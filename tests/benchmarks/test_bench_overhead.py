@@ -22,7 +22,8 @@ def test_ours_and_eager_compute_the_same(backend):
 
 
 def test_every_public_function_is_timed():
-    public = {name for name in reval_kernels.__all__ if name.islower()} - {"backends", "reference"}
+    others = {"__version__", "actions_and_mask", "backends", "reference", "until_end"}  # compute nothing with values
+    public = {name for name in reval_kernels.__all__ if name.islower()} - others
     assert set(overhead.WRT) == public
 
 
