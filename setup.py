@@ -69,11 +69,11 @@ class CMakeBuild(build_ext):
         package = self.cpu_folder()
         package.mkdir(parents=True, exist_ok=True)
         (package / cpu_build.NOTE).unlink(missing_ok=True)
-        if why_no_library() is None:
+        # The library of an earlier build may not fit these sources. Libraries for other versions of torch, which other
+        # environments use with this checkout, stay.
+        if os.environ.get("REVAL_BUILD_CPU") != "0" and importlib.util.find_spec("torch"):
             import torch
 
-            # The library of an earlier build may not fit these sources. Libraries for other versions of torch, which
-            # other environments use with this checkout, stay.
             (package / cpu_build.library_name(torch.__version__)).unlink(missing_ok=True)
         reason = why_no_library() or cpu_build.build_library(package, ROOT / "build")
         if reason is None:

@@ -13,10 +13,11 @@ def main(argv: list[str] | None = None) -> int:
 
         return main(argv)
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
             raise
         print(
-            f"reval: the trainer needs the package {error.name}, of the extra `train`: "
+            f"reval: the trainer needs the package {package}, of the extra `train`: "
             "pip install 'reval-kernels[train]' (docs/install.md)",
             file=sys.stderr,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reval_kernels.backends.cpu.build import library_name
+from reval_kernels.backends.cpu.build import library_name, missing_tools
 
 ROOT = Path(__file__).parents[1]
 CPU = Path("reval_kernels/backends/cpu")
@@ -43,11 +43,14 @@ def sources(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(sources: Path, build_cpu: str, *arguments: str) -> None:
+def run(sources: Path, build_cpu: str, *arguments: str, without_cmake: bool = False) -> None:
     command = [sys.executable, "setup.py", "--quiet", *arguments]
-    done = subprocess.run(
-        command, cwd=sources, env=os.environ | {"REVAL_BUILD_CPU": build_cpu}, capture_output=True, text=True
-    )
+    environment = os.environ | {"REVAL_BUILD_CPU": build_cpu}
+    if without_cmake:  # neither on PATH nor beside the Python that runs
+        code = f"import runpy, sys; sys.executable = '/none/python'; sys.argv[:] = {command[1:]}; "
+        command = [sys.executable, "-c", code + "runpy.run_path('setup.py', run_name='__main__')"]
+        environment["PATH"] = str(sources / "bin")
+    done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -56,6 +59,17 @@ def in_wheel(sources: Path, build_cpu: str) -> set[str]:
     (wheel,) = (sources / f"dist{build_cpu}").iterdir()
     assert wheel.name.split("-", 2)[2].startswith("py3-none-any" if build_cpu == "0" else "py3-none-linux")
     return {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
+
+
+def test_cmake_is_found_beside_python_too(tmp_path, monkeypatch):
+    """pip puts the package cmake there, and a shell has that folder on PATH only while the environment is active."""
+    (tmp_path / "cmake").write_text("#!/bin/sh\n")
+    (tmp_path / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing" / "python"))
+    assert missing_tools() == "cmake was not found"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert missing_tools() is None
 
 
 def test_a_wheel_holds_what_was_built_for_it(sources):
@@ -74,9 +88,11 @@ def test_a_build_in_place_removes_the_library_that_it_replaces(sources):
     run(sources, "1", "build_ext", "--inplace")
     assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", LIBRARY, other.name}
     assert (sources / CPU / LIBRARY).read_text() == "new"
-    (sources / "bin" / "cmake").write_text("#!/bin/sh\nexit 1\n")
-    run(sources, "", "build_ext", "--inplace")  # the build fails, and the old library may not fit the sources
-    assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", "not_built.txt", other.name}
+    for broken in ("#!/bin/sh\nexit 1\n", None):  # the build fails, or there is no CMake
+        (sources / CPU / LIBRARY).write_text("may not fit the sources")
+        (sources / "bin" / "cmake").write_text(broken) if broken else (sources / "bin" / "cmake").unlink()
+        run(sources, "", "build_ext", "--inplace", without_cmake=broken is None)
+        assert {path.name for path in (sources / CPU).iterdir()} == {"build.py", "not_built.txt", other.name}
     (sources / CPU / LIBRARY).write_text("kept")
     run(sources, "0", "build_ext", "--inplace")  # asks for no build: another environment may use the library
     assert (sources / CPU / LIBRARY).read_text() == "kept"

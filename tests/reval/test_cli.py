@@ -395,3 +395,18 @@ def test_what_a_notebook_leaves_in_the_environment_does_not_matter(tmp_path, mon
     monkeypatch.setattr(sys.modules["reval.evaluation.answering"], "main", seen)
     assert main(["train", TINY]) == main(["evaluate", str(tmp_path)]) == 0
     assert calls == ["agg", "agg"]
+
+
+@pytest.mark.parametrize("package", ["yaml", "rich"])
+def test_without_a_package_of_the_trainer_the_message_names_it(package, tmp_path):
+    """`yaml` is imported by cli.py itself, `rich` when training starts."""
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+from reval.__main__ import main
+sys.exit(main(["train", "configs/tiny.yaml", "run.dir={tmp_path}/run"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"needs the package {package}, of the extra `train`: pip install 'reval-kernels[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
