@@ -278,7 +278,7 @@ def test_dynamic_shapes(backend, fused):
             out = function(hidden, *rest)
             both.append((out.loss.detach(), out.residual.detach(), *torch.autograd.grad(out.loss, (hidden, weight))))
         assert_same_bits(*both)
-    assert counter.frame_count <= 2  # torch 2.7 makes one
+    assert 1 <= counter.frame_count <= 2  # torch 2.7 makes one
 
 
 @pytest.mark.parametrize("function", ["bellman_loss", "linear_reval_loss"])

@@ -37,7 +37,7 @@ class ReValEngine(FSDPEngineWithLMHead):
         """Nested tensors [B, t]: log_probs, state_values, and entropy if `calculate_entropy` is set.
 
         Raises:
-            NotImplementedError: an option of verl that needs its own pass over the logits.
+            ValueError: an option of verl that needs its own pass over the logits.
         """
 
         def option(name: str, default: bool = False) -> bool:
@@ -45,7 +45,7 @@ class ReValEngine(FSDPEngineWithLMHead):
 
         for name in ("use_fused_kernels", "calculate_sum_pi_squared", "distillation_use_topk"):
             if option(name):
-                raise NotImplementedError(f"the engine with VERL_ENGINE_VENDOR=reval does not support {name}")
+                raise ValueError(f"{name} must be false with VERL_ENGINE_VENDOR=reval: it reads the logits itself")
         logits = output.logits.full_tensor() if isinstance(output.logits, DTensor) else output.logits
         with_entropy = option("calculate_entropy")
         offsets = micro_batch["input_ids"].offsets()

@@ -425,7 +425,7 @@ def test_verls_train_batch_fits_the_residuals(engine):
 def test_options_that_need_another_pass_over_the_logits_are_refused(engine):
     data = micro_batch()
     tu.assign_non_tensor(data, calculate_sum_pi_squared=True)
-    with engine.eval_mode(), pytest.raises(NotImplementedError, match="calculate_sum_pi_squared"):
+    with engine.eval_mode(), pytest.raises(ValueError, match="calculate_sum_pi_squared must be false"):
         engine.infer_batch(data)
 
 
