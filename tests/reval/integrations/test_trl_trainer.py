@@ -5,6 +5,7 @@ micro-batches and the runs have six updates, so a checkpoint after three is in t
 """
 
 import ast
+import math
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import reval.integrations.trl as ours
-from reval.integrations.trl import ReValConfig, ReValTrainer
+from reval.integrations.trl import ReValConfig, ReValTrainer, objective
 from reval.integrations.trl.config import REFUSED
 from reval_kernels import TokenValues, reference
 
@@ -245,6 +246,13 @@ def test_a_tapered_update_differs_from_an_untapered_one(tmp_path):
     """Otherwise the test above would not see the taper."""
     losses = [trl_runs.one_update(tmp_path, 7, objective_taper=taper)["loss"].item() for taper in (True, False)]
     assert losses[0] < 0.9 * losses[1]
+
+
+def test_the_taper_never_weighs_a_completion_more_than_once():
+    """min(1, pi / mu): pi below mu, above mu, mu not known, and a positive reward."""
+    batch = {"behavior_log_prob": torch.tensor([0.0, -3.0, torch.nan, 0.0]), "rewards": torch.tensor([-1.0, -1, -1, 1])}
+    weights = objective._taper(torch.full((4,), -1.0), batch)
+    torch.testing.assert_close(weights, torch.tensor([math.exp(-1), 1, 1, 1]))
 
 
 def test_an_update_without_signal_has_no_gradient(tmp_path):
